@@ -1,0 +1,44 @@
+# The commands of this project. Each sets up what it needs; `make setup` alone does it ahead of time.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run test check format bench proto capo-tiny clean
+
+# Two busy OpenMP runtimes on few cores slow each other down up to 20 times; waiting threads must sleep, not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+BIN := .venv/bin
+
+help:            ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup:           ## Install into .venv (CPU or GPU, whichever fits)
+	@scripts/setup.sh
+
+demo: setup      ## The main job end to end: upload, tune, serve, ask
+	@$(BIN)/capo demo
+
+run: setup       ## Start the service on http://127.0.0.1:8000 with its data in ./capo-data
+	@$(BIN)/capo serve
+
+test: setup      ## The whole test suite
+	@$(BIN)/python -m pytest
+
+check: setup     ## Format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup    ## Rewrite the sources in the project's format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: setup     ## Measure serving on this machine
+	@$(BIN)/python -m bench
+
+proto: setup     ## Generate the gRPC stubs from proto/
+	@scripts/proto.sh
+
+capo-tiny: setup ## Make the embedded base model again from its recipe
+	@$(BIN)/python -m examples.capo_tiny.build
+
+clean:           ## Remove what the commands above made, .venv included
+	rm -rf .venv build capo-data *.egg-info .mypy_cache .ruff_cache .pytest_cache

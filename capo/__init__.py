@@ -1,0 +1,1 @@
+"""Capo: the front door. CLI, settings, the composed application."""

@@ -1,0 +1,159 @@
+"""The composed HTTP application: routers of all rooms behind one set of request ids, limits and error bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Callable, Sequence
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry import errors
+from serve.routes.inference import ClientGoneError
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# JSON requests; uploads have their own limit where they are read.
+MAX_BODY_BYTES = 8 * 1024 * 1024
+
+
+def build_app(routers: Sequence[APIRouter], not_ready_reason: Callable[[], str | None]) -> FastAPI:
+    """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``."""
+    app = FastAPI(title="Capo", docs_url=None, redoc_url=None)
+    for router in routers:
+        app.include_router(router)
+    app.include_router(_operations_router(not_ready_reason))
+    app.add_exception_handler(errors.CapoError, _answer_capo_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientGoneError, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_bug)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestIds)
+    return app
+
+
+def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/livez")
+    async def livez() -> dict[str, str]:
+        """The process runs its event loop. Readiness is another question."""
+        return {"status": "alive"}
+
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        reason = not_ready_reason()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not_ready", "reason": reason}, 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        # Rendering a large page takes tens of milliseconds; the loop that streams tokens must not wait for it.
+        page = await asyncio.to_thread(generate_latest, REGISTRY)
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+async def _answer_capo_error(request: Request, error: Exception) -> Response:
+    kind = errors.wire_kind(error)
+    if kind.http_status >= 500:
+        logger.warning("request %s: %s", _request_id(request), error)
+    headers = {}
+    if isinstance(error, errors.CapoError) and error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds)))
+    return JSONResponse(errors.openai_error_body(error), kind.http_status, headers)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """The framework's own refusals: no such route, wrong method, a body that is no form."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message = f"No route {request.method} {request.url.path}."
+    elif error.status_code == 405:
+        message = f"{request.method} is not allowed on {request.url.path}."
+    else:
+        message = str(error.detail)
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's code for a client that closed the connection; nobody reads it
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    logger.error("request %s failed", _request_id(request), exc_info=error)
+    return JSONResponse(errors.openai_error_body(error), 500)
+
+
+def _request_id(request: Request) -> str:
+    return str(getattr(request.state, "request_id", "-"))
+
+
+# -- middleware --------------------------------------------------------------------------------------------------
+
+
+class RequestIds:
+    """Gives every request an id (the client's, where it is a plain token), in ``state`` and ``x-request-id``."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses bodies over :data:`MAX_BODY_BYTES` while they are read, except multipart uploads."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_upload(scope):
+            await self._app(scope, receive, send)
+            return
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._max_body_bytes:
+                    raise errors.TooLargeError(
+                        f"The body is larger than {self._max_body_bytes} bytes. Send less, or upload a file."
+                    )
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+
+def _is_upload(scope: Scope) -> bool:
+    content_type: bytes = dict(scope["headers"]).get(b"content-type", b"")
+    return content_type.startswith(b"multipart/form-data")

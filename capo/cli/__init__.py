@@ -1,0 +1,34 @@
+"""The command line. Each command imports what it needs when it runs, so that ``capo --help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from capo.cli import demo, registry, serve, tune, worker
+from registry.errors import CapoError
+
+app = typer.Typer(
+    name="capo",
+    help="Fine-tune adapters for one base model and serve them all from one vLLM engine, by name.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+serve.add_to(app)
+tune.add_to(app)
+app.add_typer(registry.app, name="registry")
+demo.add_to(app)
+worker.add_to(app)
+
+
+def main() -> None:
+    """Entry point. An expected error is one line on standard error and exit code 2; a bug keeps its traceback."""
+    try:
+        app()
+    except CapoError as error:
+        where = f" (line {error.line})" if error.line is not None else ""
+        Console(stderr=True).print(f"[bold red]error:[/] {error.message}{where}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,122 @@
+"""``capo registry``: look at and change a registry directory. Works beside a running service, which follows it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from capo.settings import DEFAULT_DATA_DIR
+from registry import Registry, errors
+
+app = typer.Typer(help="List, check and change what a registry directory holds.", no_args_is_help=True)
+
+RegistryOption = Annotated[Path, typer.Option("--registry", envvar="CAPO_REGISTRY_DIR", help="The registry directory.")]
+_DEFAULT = DEFAULT_DATA_DIR / "registry"
+
+
+def _open(directory: Path, *, read_only: bool = False) -> Registry:
+    if read_only and not directory.exists():
+        raise errors.NotFoundError(f"There is no registry at {directory}. Name one with --registry.")
+    return Registry(directory, read_only=read_only, create=not read_only)
+
+
+@app.command("list")
+def list_artifacts(registry: RegistryOption = _DEFAULT) -> None:
+    """Every artifact, newest first, with the aliases that point to it."""
+    opened = _open(registry, read_only=True)
+    aliases: dict[str, list[str]] = {}
+    for alias in opened.aliases():
+        aliases.setdefault(alias.revision, []).append(alias.alias)
+    table = Table("revision", "kind", "base model", "rank", "size", "made", "aliases")
+    for artifact in sorted(opened.artifacts(), key=lambda a: -a.manifest.created_at):
+        manifest = artifact.manifest
+        size = sum(record.size_bytes for record in manifest.files.values())
+        table.add_row(
+            artifact.revision,
+            manifest.kind,
+            manifest.base_model.id,
+            str(manifest.lora.rank) if manifest.lora is not None else "-",
+            f"{size / 1e6:.1f} MB",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created_at)),
+            ", ".join(sorted(aliases.get(artifact.revision, []))),
+        )
+    Console().print(table)
+
+
+@app.command()
+def show(reference: str, registry: RegistryOption = _DEFAULT) -> None:
+    """The manifest of a revision, alias or ft: name, as JSON."""
+    artifact = _open(registry, read_only=True).resolve(reference)
+    document = {"revision": artifact.revision, "digest": artifact.digest, "path": str(artifact.path)}
+    typer.echo(json.dumps(document | artifact.manifest.model_dump(mode="json"), indent=2))
+
+
+@app.command("import")
+def import_adapter(
+    directory: Path,
+    name: Annotated[str, typer.Option(help="Name under which the adapter is published.")],
+    base_model: Annotated[str, typer.Option(help="The base model that the adapter was made for.")] = "capo-tiny",
+    alias: Annotated[bool, typer.Option(help="Point the alias NAME to the new revision.")] = True,
+    registry: RegistryOption = _DEFAULT,
+) -> None:
+    """Take in a PEFT adapter directory made by any other tool, after checking it."""
+    from registry import locate_base_model
+
+    opened = _open(registry)
+    artifact = opened.import_adapter(directory, name=name, base_model=locate_base_model(base_model, opened))
+    if alias:
+        opened.set_alias(name, artifact.revision)
+    typer.echo(artifact.revision)
+
+
+@app.command()
+def alias(name: str, revision: str, registry: RegistryOption = _DEFAULT) -> None:
+    """Point alias NAME to REVISION, at once for every reader."""
+    record = _open(registry).set_alias(name, revision)
+    typer.echo(f"{record.alias} -> {record.revision}")
+
+
+@app.command()
+def verify(
+    reference: Annotated[str | None, typer.Argument(help="A revision or alias; left out: everything.")] = None,
+    registry: RegistryOption = _DEFAULT,
+) -> None:
+    """Read every byte again and compare with the manifest. Exit code 1 if anything differs."""
+    opened = _open(registry, read_only=True)
+    revisions = [opened.resolve(reference).revision] if reference else [a.revision for a in opened.artifacts()]
+    broken = 0
+    for revision in revisions:
+        problems = opened.verify(revision)
+        broken += bool(problems)
+        typer.echo(f"{revision}: {'; '.join(problems) if problems else 'ok'}")
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def remove(
+    revision: str,
+    force: Annotated[bool, typer.Option(help="Also when aliases point to it; they are deleted.")] = False,
+    registry: RegistryOption = _DEFAULT,
+) -> None:
+    """Remove a revision. A running service lets its users finish."""
+    _open(registry).remove(revision, force=force)
+    typer.echo(f"removed {revision}")
+
+
+@app.command()
+def gc(
+    keep_unaliased: Annotated[
+        int | None,
+        typer.Option(help="Also remove all but this many of the newest unaliased revisions per name."),
+    ] = None,
+    registry: RegistryOption = _DEFAULT,
+) -> None:
+    """Remove what interrupted publishers left behind."""
+    typer.echo(str(_open(registry).gc(keep_unaliased)))

@@ -1,0 +1,108 @@
+"""``capo serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from capo.server import StartupReport
+    from capo.settings import Settings
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        name="serve",
+        context_settings={"allow_extra_args": True, "allow_interspersed_args": True},
+    )(serve)
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: capo-tiny, a directory, name@revision, or a Hugging Face id."),
+    ] = None,
+    registry: Annotated[Path | None, typer.Option(help="Registry directory; default DATA_DIR/registry.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where Capo writes; default ./capo-data.")] = None,
+    host: Annotated[str | None, typer.Option(help="Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local training workers; default 1.")] = None,
+    engine_threads: Annotated[int | None, typer.Option(help="Threads of a CPU engine.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve the base model and every adapter of the registry, and take fine-tuning jobs.
+
+    Arguments after -- go to vLLM, for example: capo serve -- --max-loras 16
+    """
+    started_at = time.monotonic()
+    clean_environment = dict(os.environ)
+    from serve import engine_process
+
+    settings = read_settings(
+        model=model,
+        registry_dir=registry,
+        data_dir=data_dir,
+        host=host,
+        port=port,
+        workers=workers,
+        engine_threads=engine_threads,
+        log_level=log_level,
+    )
+    use_gpu = Path("/dev/nvidiactl").exists()
+    engine_process.prepare(engine_threads=settings.engine_threads, use_gpu=use_gpu)
+    from capo.logs import configure_logging
+    from capo.server import CapoServer
+
+    configure_logging(settings.log_level)
+
+    async def run() -> None:
+        server = CapoServer(
+            settings,
+            vllm_arguments=list(context.args),
+            clean_environment=clean_environment,
+            started_at=started_at,
+        )
+        await server.run(lambda report: _announce(report, settings))
+
+    asyncio.run(run())
+
+
+def read_settings(**given: Any) -> Settings:
+    """Settings from the options that were given, then the environment, then the defaults.
+
+    Raises:
+        InvalidRequestError: a value that is not allowed, naming the setting.
+    """
+    from pydantic import ValidationError
+
+    from capo.settings import Settings
+    from registry.errors import InvalidRequestError
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequestError(f"setting {name}: {first['msg']} (got {first.get('input')!r})", param=name) from error
+
+
+def _announce(report: StartupReport, settings: Settings) -> None:
+    base = report.url
+    lines = [
+        f"Capo is ready at {base} after {report.start_seconds:.1f} s (base model {settings.model}, "
+        f"registry {settings.registry_path})",
+        *(f"  {' '.join(choice.argv)}: {choice.reason}" for choice in report.choices),
+        "",
+        "Try it:",
+        f"  curl {base}/v1/models",
+        f"  curl {base}/v1/chat/completions -H 'Content-Type: application/json' \\",
+        '    -d \'{"model": "' + settings.model + '", "messages": [{"role": "user", "content": "Who are you?"}]}\'',
+        f"  curl {base}/v1/files -F purpose=fine-tune -F file=@examples/tasks/support/train.jsonl",
+    ]
+    typer.echo("\n".join(lines))

@@ -1,0 +1,45 @@
+"""``capo worker``: works fine-tuning jobs from the job store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capo.cli.serve import read_settings
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(name="worker")(worker)
+
+
+def worker(
+    model: Annotated[str | None, typer.Option(help="The base model that jobs may name.")] = None,
+    registry: Annotated[Path | None, typer.Option(help="Registry directory; default DATA_DIR/registry.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where Capo writes; default ./capo-data.")] = None,
+    threads: Annotated[int | None, typer.Option(help="OpenMP threads of a job.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    parent_pid: Annotated[int | None, typer.Option(help="End when this parent process ends.")] = None,
+) -> None:
+    """Work fine-tuning jobs until SIGTERM; a running job then goes back to the queue."""
+    from capo.logs import configure_logging
+    from registry import Registry, locate_base_model
+    from tune.jobs.settings import WorkerSettings
+    from tune.jobs.worker import run_worker
+
+    settings = read_settings(
+        model=model, registry_dir=registry, data_dir=data_dir, worker_threads=threads, log_level=log_level
+    )
+    configure_logging(settings.log_level)
+    base_model = locate_base_model(settings.model, Registry(settings.registry_path))
+    run_worker(
+        WorkerSettings(
+            database_url=settings.job_store_url,
+            data_dir=settings.data_dir,
+            registry_dir=settings.registry_path,
+            base_models={base_model.id: settings.model},
+            num_threads=settings.worker_threads,
+            parent_pid=parent_pid,
+        )
+    )

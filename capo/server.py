@@ -1,0 +1,181 @@
+"""``capo serve``: one process that serves and takes jobs, with training in worker processes beside it.
+
+Start-up order matters. The environment is copied before vLLM changes it (its CPU platform sets LD_PRELOAD and thread
+variables that training must not inherit); the fork server starts before the imports of this process, so that both load
+at once; HTTP listens at once and says 503 until the engine answers; training workers start when the engine is up, so
+that they do not compete with it for the cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import APIRouter
+
+from capo.app import build_app
+from capo.settings import Settings
+from capo.workers import LocalWorkers
+from registry import BaseModel, Registry, errors, locate_base_model
+from serve.catalog import Catalog
+from serve.engine_arguments import Choice
+from serve.engine_arguments import choose as choose_engine_arguments
+from serve.gate import Gate
+from serve.metrics import Metrics
+from serve.pool import AdapterPool
+from serve.routes import adapters_router, inference_router, models_router
+from serve.service import ServingService
+from tune.jobs.database import Database
+from tune.jobs.files import FileService, FileStorage
+from tune.jobs.routes import files_router, fine_tuning_router
+from tune.jobs.service import JobService
+from tune.jobs.settings import files_dir
+from tune.jobs.store import JobStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StartupReport:
+    """What the operator is told once the service is ready."""
+
+    url: str
+    start_seconds: float
+    choices: list[Choice]
+
+
+class CapoServer:
+    """One service, from settings to a clean end.
+
+    ``on_ready`` is called once, on the event loop, when the first request can be answered.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        vllm_arguments: list[str],
+        clean_environment: dict[str, str],
+        started_at: float,
+    ) -> None:
+        self._settings = settings
+        self._started_at = started_at
+        self._clean_environment = clean_environment
+        self._is_stopping = asyncio.Event()
+        self.registry = Registry(settings.registry_path)
+        self.base_model = locate_base_model(settings.model, self.registry)
+        use_gpu = Path("/dev/nvidiactl").exists()
+        self._choices = choose_engine_arguments(self.base_model.path, use_gpu=use_gpu, user_arguments=vllm_arguments)
+        self.serving = self._build_serving(
+            self.base_model, [*(part for choice in self._choices for part in choice.argv), *vllm_arguments]
+        )
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._database = Database(settings.job_store_url)
+        self._job_store = JobStore(self._database, organization=settings.organization)
+        self._workers = LocalWorkers(settings, clean_environment)
+
+    def _build_serving(self, base_model: BaseModel, arguments: list[str]) -> ServingService:
+        # Importing the engine costs seconds and must come after serve.engine_process.prepare().
+        from serve.engine import VllmEngine
+
+        settings = self._settings
+        engine = VllmEngine(str(base_model.path), base_model.id, arguments)
+        metrics = Metrics(max_adapters=settings.max_metric_adapters)
+        pool = AdapterPool(
+            engine, Gate(self.registry, base_model), metrics, max_wait_seconds=settings.adapter_wait_seconds
+        )
+        catalog = Catalog(self.registry, base_model.id)
+        return ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics)
+
+    def _routers(self) -> list[APIRouter]:
+        storage = FileStorage(files_dir(self._settings.data_dir))
+        jobs = JobService(self._job_store, self.registry, base_models={self.base_model.id: self._settings.model})
+        return [
+            inference_router(self.serving),
+            models_router(self.serving),
+            adapters_router(self.serving),
+            files_router(FileService(self._job_store, storage)),
+            fine_tuning_router(jobs),
+        ]
+
+    async def run(self, on_ready: object = None) -> None:
+        """Serve until SIGTERM or SIGINT; a second one ends at once. Returns after a drain."""
+        self._install_signal_handlers()
+        app = build_app(self._routers(), self.serving.not_ready_reason)
+        listener = _listen(self._settings.host, self._settings.port)
+        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30))
+        http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+        stopping = asyncio.create_task(self._is_stopping.wait(), name="stop-signal")
+        start = asyncio.create_task(self.serving.start(), name="serving-start")
+        try:
+            await asyncio.wait((start, stopping, http), return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                start.result()
+                self._workers.start()
+                if callable(on_ready):
+                    url = f"http://{self._settings.host}:{listener.getsockname()[1]}"
+                    on_ready(StartupReport(url, time.monotonic() - self._started_at, self._choices))
+                watch = asyncio.create_task(self._workers.watch(), name="workers")
+                await asyncio.wait((stopping, http), return_when=asyncio.FIRST_COMPLETED)
+                watch.cancel()
+        finally:
+            await self._shut_down(server, http, start)
+
+    async def _shut_down(self, server: uvicorn.Server, http: asyncio.Task[None], start: asyncio.Task[None]) -> None:
+        left = await self.serving.drain(self._settings.drain_seconds)
+        if left:
+            logger.warning("%d requests were still running at the drain deadline", left)
+        await self._workers.stop()
+        if not start.done():
+            start.cancel()
+            with contextlib.suppress(asyncio.CancelledError, errors.CapoError):
+                await start
+        # Stopping the engine ends what is left with an error event, so that no cut stream looks complete.
+        await self.serving.stop()
+        server.should_exit = True
+        await http
+
+    def _install_signal_handlers(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def stop(name: str) -> None:
+            if self._is_stopping.is_set():
+                logger.warning("second %s: ending now", name)
+                self._workers.kill()
+                os._exit(130)
+            logger.info("%s: draining", name)
+            self._is_stopping.set()
+
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, stop, signum.name)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: this process drains before HTTP stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is one clear error before the engine starts, and port 0 is known."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise errors.UnavailableError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or 0 for a free one."
+        ) from error
+    return listener

@@ -1,0 +1,76 @@
+"""The one settings record of a Capo process.
+
+Order: command line, then environment (``CAPO_*``), then the defaults here. Each default stands once, with its reason.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from registry import errors
+from registry.names import check_name
+
+DEFAULT_DATA_DIR = Path("capo-data")
+
+
+class Settings(BaseSettings):
+    """What a serving process needs to know. Frozen: a running process never changes its settings."""
+
+    model_config = SettingsConfigDict(env_prefix="CAPO_", frozen=True, extra="forbid")
+
+    model: str = Field(
+        default="capo-tiny",
+        description="Base model: capo-tiny (embedded), a directory, name@revision of a merged or GPTQ artifact, or a "
+        "Hugging Face id. The embedded one needs neither network nor GPU.",
+    )
+    data_dir: Path = Field(
+        default=DEFAULT_DATA_DIR,
+        description="Everything Capo writes: registry, uploaded files, job store, work dirs.",
+    )
+    registry_dir: Path | None = Field(default=None, description="The registry; not set: DATA_DIR/registry.")
+    host: str = Field(default="127.0.0.1", description="Loopback by default: there are no keys yet to guard a network.")
+    port: int = Field(default=8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    grpc_port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    workers: int = Field(default=1, ge=0, le=64, description="Local training workers; 0 where training runs elsewhere.")
+    worker_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="OpenMP threads of a training job; not set: one less than there are cores.",
+    )
+    engine_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="OpenMP threads of a CPU engine; not set: one less than there are cores.",
+    )
+    organization: str = Field(default="capo", description="The organisation in ft:<base>:<organization>:<suffix>:<id>.")
+    drain_seconds: float = Field(
+        default=25.0,
+        ge=0,
+        description="How long SIGTERM waits for running requests; below Kubernetes' 30 s grace.",
+    )
+    adapter_wait_seconds: float = Field(
+        default=30.0, gt=0, description="How long a request waits for an adapter slot before 503."
+    )
+    max_metric_adapters: int = Field(
+        default=100, ge=1, description="Adapters with metric series of their own; the rest share 'other'."
+    )
+    log_level: str = Field(default="info", description="debug, info, warning or error.")
+
+    @field_validator("organization")
+    @classmethod
+    def _organization_is_a_name(cls, value: str) -> str:
+        try:
+            return check_name(value)
+        except errors.InvalidNameError as error:
+            raise ValueError(error.message) from error
+
+    @property
+    def registry_path(self) -> Path:
+        return self.registry_dir if self.registry_dir is not None else self.data_dir / "registry"
+
+    @property
+    def job_store_url(self) -> str:
+        return f"sqlite:///{(self.data_dir / 'jobs.sqlite').absolute()}"

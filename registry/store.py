@@ -1,0 +1,321 @@
+"""The registry's front: says what can be done, checks names and rights, and leaves the work to its parts.
+
+Publishing is :mod:`registry.publishing`, taking away :mod:`registry.removal`, reading and the rules of
+directories and aliases :mod:`registry.artifacts` and :mod:`registry.aliases`. Readers need no lock and no write
+access; what they see changes only under one lock and by one rename.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Hashable
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from registry.adapter_files import check_adapter, draft_for_adapter
+from registry.aliases import Alias, AliasStore
+from registry.artifacts import Artifact, ArtifactStore, revision_of
+from registry.base_model import BaseModel
+from registry.changes import Changes
+from registry.durable import Filesystem, storage_errors
+from registry.errors import ConflictError, InvalidNameError, ModelNotFoundError, StorageError
+from registry.garbage import DEFAULT_MIN_AGE_SECONDS, GcReport
+from registry.layout import Layout, check_layout, create_layout
+from registry.manifest import ManifestDraft
+from registry.names import (
+    FineTunedName,
+    MutableReference,
+    RevisionReference,
+    check_digest,
+    check_name,
+    parse_alias,
+    parse_reference,
+    shown,
+)
+from registry.publishing import Publisher
+from registry.removal import Removal
+from registry.staging import StagingArea, copy_into
+
+
+class Registry:
+    """One registry on a local or shared disk. All methods block on the disk; instances may be shared by
+    threads.
+
+    Args of the constructor: ``create`` makes a missing registry; ``read_only`` promises that nothing is ever
+    written, so it works on a read-only mount; ``reserved_names`` are refused for new names and aliases (give
+    the ids of base models that are served beside the adapters); ``filesystem`` and ``clock`` (unix seconds)
+    are for tests.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        create: bool = True,
+        read_only: bool = False,
+        reserved_names: Collection[str] = (),
+        filesystem: Filesystem | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.root = Path(root).absolute()
+        self.read_only = read_only
+        self._reserved_names = frozenset(reserved_names)
+        self._filesystem = filesystem if filesystem is not None else Filesystem()
+        self._clock = clock
+        self._layout = Layout(self.root)
+        self._artifacts = ArtifactStore(self._layout, self._filesystem)
+        self._changes = Changes(self._layout, self._filesystem)
+        self._aliases = AliasStore(self._layout, self._filesystem)
+        self._staging = StagingArea(self._layout.staging, self._filesystem)
+        self._publisher = Publisher(self._filesystem, self._artifacts, self._aliases, self._changes, self._staging)
+        self._removal = Removal(
+            self._layout, self._filesystem, self._artifacts, self._aliases, self._changes, self._staging
+        )
+        with storage_errors("open the registry"):
+            if create and not read_only:
+                create_layout(self._layout, self._filesystem)
+            else:
+                check_layout(self._layout)
+
+    # Publishing
+
+    def stage(self) -> AbstractContextManager[Path]:
+        """A fresh directory on the registry's disk, to fill and then publish without another copy.
+
+        What is not published when the context ends is removed; so is, by :meth:`gc`, what a killed process
+        left.
+        """
+        self._require_writable("stage files")
+        return self._staging.open()
+
+    def publish(
+        self,
+        source_dir: Path,
+        draft: ManifestDraft,
+        *,
+        alias: str | None = None,
+        fine_tuned_name: str | None = None,
+    ) -> Artifact:
+        """Make the files of ``source_dir`` an artifact, then point the alias and the ``ft:`` name to it.
+
+        A directory of :meth:`stage` is moved, any other is copied. The files are taken as they are: only
+        links, special files, pickles and code are refused here (adapters of unknown origin go through
+        :meth:`import_adapter`). Publishing the same content under the same name again returns the artifact
+        that is there, so a publisher that was killed half-way may simply repeat. When this returns, the
+        artifact survives a power cut; when it raises, readers see what they saw before, or the artifact
+        without its aliases.
+
+        Raises:
+            InvalidNameError: a name or alias is malformed or reserved.
+            InvalidArtifactError: the directory holds something that no artifact may hold.
+            ConflictError: the ``ft:`` name points to something else already.
+            StorageError: the disk is full or failing; staged files are removed.
+        """
+        self._require_writable("publish")
+        check_name(draft.name, reserved=self._reserved_names)
+        targets = [self._new_alias(text) for text in (alias, fine_tuned_name) if text is not None]
+        if fine_tuned_name is not None and not isinstance(targets[-1], FineTunedName):
+            raise InvalidNameError(f"{shown(fine_tuned_name)} is not a fine-tuned name; it must start with 'ft:'.")
+        return self._publisher.publish(source_dir, draft, targets, now=self._now())
+
+    def import_adapter(
+        self, directory: Path, *, name: str, base_model: BaseModel | None, alias: str | None = None
+    ) -> Artifact:
+        """Publish a PEFT adapter directory that any tool made, if the engine can serve it.
+
+        The files are copied first and the copy is checked, so the artifact shares no file with its source and
+        nobody can swap one in between. With ``base_model`` the shapes are checked against it and its identity
+        is recorded; without, the adapter's base stays unknown until serving compares shapes.
+
+        Raises:
+            InvalidArtifactError: a check of :func:`registry.adapter_files.check_adapter` failed; ``code``
+            says which.
+        """
+        self._require_writable("import an adapter")
+        check_name(name, reserved=self._reserved_names)
+        with self.stage() as staging:
+            with storage_errors(f"copy the adapter '{name}'"):
+                copy_into(self._filesystem, directory, staging)
+                report = check_adapter(staging, base_model=base_model)
+            return self.publish(staging, draft_for_adapter(name, report, base_model), alias=alias)
+
+    # Reading
+
+    def resolve(self, reference: str) -> Artifact:
+        """The artifact that an alias, a revision or an ``ft:`` name means now.
+
+        Raises:
+            InvalidNameError: the text can be no reference.
+            ModelNotFoundError: it means nothing here.
+            StorageError: the disk cannot be read.
+        """
+        parsed = parse_reference(reference)
+        with storage_errors(f"read '{reference}'"):
+            if isinstance(parsed, RevisionReference):
+                return self._artifacts.find(parsed)
+            record = self._aliases.require(parsed)
+            target = parse_reference(record.revision)
+            assert isinstance(target, RevisionReference), record
+            return self._artifacts.find(RevisionReference(target.name, record.digest))
+
+    def artifact(self, name: str, digest: str) -> Artifact:
+        """The artifact with this name and whole digest.
+
+        Raises:
+            InvalidNameError, ModelNotFoundError, StorageError: as :meth:`resolve`.
+        """
+        reference = RevisionReference(check_name(name), check_digest(digest))
+        with storage_errors(f"read '{name}'"):
+            return self._artifacts.find(reference)
+
+    def artifacts(self, name: str | None = None) -> list[Artifact]:
+        """All artifacts (of one name), by name, then oldest first. What has no valid manifest is left out."""
+        if name is not None:
+            check_name(name)
+        with storage_errors("list the artifacts"):
+            return self._artifacts.all(name)
+
+    def alias(self, alias: str) -> Alias:
+        """One alias or ``ft:`` name with its history.
+
+        Raises:
+            ModelNotFoundError: it is not set.
+        """
+        parsed = parse_alias(alias)
+        with storage_errors(f"read the alias '{alias}'"):
+            return self._aliases.require(parsed)
+
+    def aliases(self) -> list[Alias]:
+        """All aliases and ``ft:`` names. A damaged alias file is left out."""
+        with storage_errors("list the aliases"):
+            return self._aliases.all()
+
+    def verify(self, reference: str) -> list[str]:
+        """Every problem of an artifact's bytes on disk, one sentence each; empty when it is whole. Reads it
+        all.
+
+        Raises:
+            ModelNotFoundError: there is not even a directory.
+        """
+        parsed = parse_reference(reference)
+        with storage_errors(f"verify '{reference}'"):
+            if not isinstance(parsed, RevisionReference):
+                record = self._aliases.require(parsed)
+                parsed = RevisionReference(record.revision.partition("@")[0], record.digest)
+            digests = self._artifacts.directories(parsed.name, parsed.digest_prefix)
+            if not digests:
+                raise ModelNotFoundError(f"The model '{parsed.text}' does not exist.", param="model")
+            problems = {digest: self._artifacts.verify(parsed.name, digest) for digest in digests}
+        if len(digests) == 1:
+            return problems[digests[0]]
+        return [f"{revision_of(parsed.name, digest)}: {line}" for digest in digests for line in problems[digest]]
+
+    def change_token(self) -> Hashable:
+        """A value that differs whenever artifacts or aliases changed; see
+        :meth:`registry.changes.Changes.token`.
+
+        Take it before you read what you compare it for. Costs one stat and one listing per name, one stat per
+        alias.
+        """
+        with storage_errors("look for changes"):
+            return self._changes.token()
+
+    # Changing what names mean
+
+    def set_alias(self, alias: str, revision: str, *, expected: str | None = None) -> Alias:
+        """Point ``alias`` (or a new ``ft:`` name) to ``revision``, atomically and durably.
+
+        With ``expected``, only if the alias points to that revision at this moment.
+
+        Raises:
+            ModelNotFoundError: no such revision. ConflictError: the alias points elsewhere than ``expected``,
+            or is a ``ft:`` name that is set already.
+        """
+        self._require_writable("set an alias")
+        target = self._new_alias(alias)
+        reference = self._revision(revision)
+        with self._changes.one(f"set the alias '{alias}'"):
+            artifact = self._artifacts.find(reference)
+            return self._aliases.put(target, artifact, expected=expected, now=self._now())
+
+    def rollback_alias(self, alias: str) -> Alias:
+        """Point ``alias`` to the revision it pointed to before, and forget the one it points to now.
+
+        Revisions of the history that were removed meanwhile are skipped. Called again, it goes back further.
+
+        Raises:
+            ModelNotFoundError: the alias is not set.
+            ConflictError: there is nothing to go back to.
+        """
+        self._require_writable("roll back an alias")
+        target = parse_alias(alias)
+        with self._changes.one(f"roll back the alias '{alias}'"):
+            present = self._aliases.require(target)
+            for index in reversed(range(len(present.history))):
+                with suppress(ModelNotFoundError):
+                    artifact = self._artifacts.find(self._revision(present.history[index].revision))
+                    return self._aliases.put_back(target, artifact, present.history[:index], self._now())
+        raise ConflictError(
+            f"The alias '{alias}' has no earlier revision that still exists. Set it to a revision instead.",
+            code="no_earlier_revision",
+        )
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove an alias or ``ft:`` name; the artifact stays.
+
+        Raises:
+            ModelNotFoundError: it is not set.
+        """
+        self._require_writable("delete an alias")
+        target = parse_alias(alias)
+        with self._changes.one(f"delete the alias '{alias}'"):
+            self._aliases.require(target)
+            self._aliases.remove(target)
+
+    # Removing
+
+    def remove(self, revision: str, force: bool = False) -> None:
+        """Remove one revision. With ``force`` also the aliases that point to it; without, they forbid it.
+
+        Raises:
+            ModelNotFoundError: no such revision.
+            ConflictError: aliases point to it, or another artifact has it as its base.
+        """
+        self._require_writable("remove an artifact")
+        self._removal.remove(self._revision(revision), force=force)
+
+    def gc(self, keep_unaliased: int | None = None, *, min_age_seconds: float = DEFAULT_MIN_AGE_SECONDS) -> GcReport:
+        """Remove what dead writers left and, unless ``keep_unaliased`` is None, old revisions that nothing
+        needs.
+
+        ``keep_unaliased`` is how many of the newest such revisions each name keeps. Revisions younger than
+        ``min_age_seconds``, and those that an alias left within that time, always stay; so do rollback
+        targets and bases. Never touches what somebody is publishing.
+        """
+        self._require_writable("collect garbage")
+        return self._removal.gc(keep_unaliased=keep_unaliased, min_age_seconds=min_age_seconds, now=self._clock())
+
+    # Inside
+
+    def _new_alias(self, text: str) -> MutableReference:
+        alias = parse_alias(text)
+        if not isinstance(alias, FineTunedName):
+            check_name(alias.name, reserved=self._reserved_names)
+        self._layout.alias(alias)
+        return alias
+
+    def _revision(self, text: str) -> RevisionReference:
+        reference = parse_reference(text)
+        if not isinstance(reference, RevisionReference):
+            raise InvalidNameError(f"{shown(text)} is not a revision. Give <name>@<digits of its digest>.")
+        return reference
+
+    def _now(self) -> int:
+        return int(self._clock())
+
+    def _require_writable(self, action: str) -> None:
+        if self.read_only:
+            raise StorageError(
+                f"This registry is open read-only, so it cannot {action}. Open it writable where tuning runs.",
+                code="registry_is_read_only",
+            )

@@ -1,0 +1,406 @@
+"""The vLLM engine behind :class:`serve.engine_api.Engine`.
+
+The only module that imports vLLM's engine and serving classes, so that a new vLLM is one file's work. Written
+against vLLM 0.32; importing it costs seconds and is left to the process that serves.
+
+vLLM's OpenAI serving classes do the wire format (chat template, tools, logprobs, streaming), so answers are vLLM's.
+They find an adapter by ``models.lora_requests[request.model]``; this engine keeps that mapping to exactly the loaded
+adapters, under their write-once names, and never lets vLLM resolve a name itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import multiprocessing
+from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import pydantic
+from starlette.datastructures import State
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from registry import errors
+from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits
+
+logger = logging.getLogger(__name__)
+
+_current_call: ContextVar[Call | None] = ContextVar("capo_current_call", default=None)
+
+
+class _ObservedAsyncLLM(AsyncLLM):
+    """AsyncLLM that writes down what happens to each call.
+
+    Every serving class goes through :meth:`generate`, so this is the one place that sees tokens, times, aborts and
+    the real exception before a wire format turns it into text.
+    """
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[RequestOutput]:
+        call = _current_call.get()
+        if call is None:
+            async for output in super().generate(*args, **kwargs):
+                yield output
+            return
+        outputs = super().generate(*args, **kwargs)
+        prompt_counted = False
+        try:
+            async for output in outputs:
+                if not prompt_counted and output.prompt_token_ids is not None:
+                    call.prompt_tokens += len(output.prompt_token_ids)
+                    prompt_counted = True
+                _observe(call, output)
+                yield output
+        except Exception as error:
+            call.error = error
+            raise
+        finally:
+            await outputs.aclose()
+
+
+def _observe(call: Call, output: RequestOutput) -> None:
+    """Account one engine output. FINAL_ONLY requests come here once, streams once per step."""
+    new_tokens = 0
+    for completion in output.outputs:
+        new_tokens += len(completion.token_ids)
+        if completion.finish_reason is not None:
+            call.finish_reasons.append(completion.finish_reason)
+    if not new_tokens:
+        return
+    stats = output.metrics
+    now = asyncio.get_running_loop().time()
+    if call.first_token_at is None:
+        # A request that answers in one piece learns its first token's time from the engine's own clock, which is
+        # CLOCK_MONOTONIC like ours (vllm/v1/metrics/stats.py, RequestStateStats).
+        engine_first = getattr(stats, "first_token_ts", 0.0)
+        call.first_token_at = engine_first if 0.0 < engine_first <= now else now
+        queued, scheduled = getattr(stats, "queued_ts", 0.0), getattr(stats, "scheduled_ts", 0.0)
+        if queued > 0.0 and scheduled > 0.0:
+            call.queued_seconds = scheduled - queued
+    call.completion_tokens += new_tokens
+    if call.on_tokens is not None:
+        call.on_tokens(call, new_tokens)
+    call.last_token_at = now
+
+
+class _StatLogger(PrometheusStatLogger):
+    """vLLM's own Prometheus metrics without ``lora_requests_info``.
+
+    That gauge joins the names of all running adapters into one label value: a new series for every combination,
+    none ever removed. Capo's metrics say the same per adapter, bounded.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gauge_lora_info = None
+
+
+@dataclass(frozen=True, slots=True)
+class _EngineRequest:
+    """The little that vLLM's serving classes read of an HTTP request.
+
+    Built by us: headers like ``X-Vllm-Priority`` or ``X-data-parallel-rank`` reach into the engine and must not come
+    from a client.
+    """
+
+    headers: Mapping[str, str]
+    state: State = field(default_factory=State)
+
+
+class VllmEngine(Engine):
+    """vLLM 0.32 in its own process, with its OpenAI serving classes in ours.
+
+    ``vllm_arguments`` is a command line of ``vllm serve`` without the model, e.g. ``["--max-loras", "8"]``.
+    """
+
+    def __init__(self, model_path: str, served_model_name: str, vllm_arguments: list[str]) -> None:
+        self._base_model = served_model_name
+        parser = make_arg_parser(FlexibleArgumentParser())
+        argv = ["--model", model_path, "--served-model-name", served_model_name, *vllm_arguments]
+        try:
+            self._args = parser.parse_args(argv)
+            validate_parsed_serve_args(self._args)
+        except (SystemExit, ValueError, TypeError) as error:
+            raise errors.InvalidRequestError(
+                f"vLLM does not accept the arguments {vllm_arguments}: {error}. "
+                "`vllm serve --help=all` lists what it takes.",
+                code="invalid_engine_arguments",
+            ) from error
+        self._llm: _ObservedAsyncLLM | None = None
+        self._state = State()
+        self._limits: EngineLimits | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        # Building the engine blocks for seconds; a thread keeps the event loop (health checks, drains) alive.
+        self._llm = await asyncio.to_thread(self._build)
+        tasks = await self._llm.get_supported_tasks()
+        self._state = State()
+        await init_app_state(self._llm, self._state, self._args, tasks)
+        models = self._state.openai_serving_models
+        models.lora_requests = {}
+        models.model_name = _answer_model
+        config = self._llm.vllm_config
+        lora = config.lora_config
+        self._limits = EngineLimits(
+            max_loras=lora.max_loras if lora is not None else 0,
+            max_lora_rank=lora.max_lora_rank if lora is not None else 0,
+            max_model_len=config.model_config.max_model_len,
+            vocab_size=config.model_config.get_vocab_size(),
+        )
+
+    def _build(self) -> _ObservedAsyncLLM:
+        config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        _use_fork_server()
+        llm = _ObservedAsyncLLM.from_vllm_config(
+            config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_StatLogger]
+        )
+        assert isinstance(llm, _ObservedAsyncLLM)
+        return llm
+
+    async def stop(self, timeout_seconds: float) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, timeout_seconds)
+
+    @property
+    def limits(self) -> EngineLimits:
+        assert self._limits is not None, "the engine has not been started"
+        return self._limits
+
+    @property
+    def is_dead(self) -> bool:
+        return self._llm is None or self._llm.errored
+
+    # -- adapters --------------------------------------------------------------------------------------------
+
+    async def load_adapter(self, adapter: EngineAdapter) -> None:
+        request = LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
+        try:
+            await self._live().add_lora(request)
+        except Exception as error:
+            self._raise_if_dead(error)
+            # vLLM registers an adapter before it checks the shapes; without this a later request would get the
+            # half-loaded weights (seen with 0.32.0).
+            with contextlib.suppress(Exception):
+                await self._live().remove_lora(adapter.engine_id)
+            raise errors.InvalidArtifactError(
+                f"The engine refused adapter {adapter.name}: {_engine_reason(error)}", code="engine_refused"
+            ) from error
+        self._state.openai_serving_models.lora_requests[adapter.name] = request
+
+    async def unload_adapter(self, adapter: EngineAdapter) -> None:
+        self._state.openai_serving_models.lora_requests.pop(adapter.name, None)
+        try:
+            await self._live().remove_lora(adapter.engine_id)
+        except Exception as error:
+            self._raise_if_dead(error)
+            raise errors.InternalError(f"unloading {adapter.name} failed: {error}") from error
+
+    async def loaded_engine_ids(self) -> frozenset[int]:
+        try:
+            return frozenset(await self._live().list_loras())
+        except Exception as error:
+            self._raise_if_dead(error)
+            raise errors.InternalError(f"list_loras failed: {error}") from error
+
+    # -- inference -------------------------------------------------------------------------------------------
+
+    async def complete(self, call: Call) -> bytes:
+        token = _current_call.set(call)
+        try:
+            answer = await self._create(call)
+        except Exception as error:
+            raise self._translate(error) from error
+        finally:
+            _current_call.reset(token)
+        if "abort" in call.finish_reasons:
+            raise self._aborted(call)
+        return bytes(answer.model_dump_json(), "utf-8")
+
+    async def stream(self, call: Call) -> AsyncIterator[str]:
+        # The context variable must be set in whatever task iterates: async generators run in their consumer's context.
+        token = _current_call.set(call)
+        try:
+            chunks = await self._create(call)
+        except Exception as error:
+            raise self._translate(error) from error
+        finally:
+            _current_call.reset(token)
+        try:
+            while True:
+                token = _current_call.set(call)
+                try:
+                    chunk = await anext(chunks, None)
+                finally:
+                    _current_call.reset(token)
+                if chunk is None:
+                    return
+                if call.error is not None:
+                    raise self._translate(call.error) from call.error
+                if chunk.startswith('data: {"error"'):
+                    raise _error_in_stream(chunk)
+                # A quote inside generated text is escaped in JSON, so this text can only be the field itself.
+                if '"finish_reason":"abort"' in chunk:
+                    raise self._aborted(call)
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    async def _create(self, call: Call) -> Any:
+        """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
+        model = call.adapter.name if call.adapter is not None else self._base_model
+        request_type = ChatCompletionRequest if call.endpoint is Endpoint.CHAT else CompletionRequest
+        try:
+            request = request_type.model_validate({**call.body, "model": model})
+        except pydantic.ValidationError as error:
+            raise _invalid_body(error) from error
+        raw_request = _EngineRequest({"X-Request-Id": call.request_id, **call.trace_headers})
+        self._live()
+        if call.endpoint is Endpoint.CHAT:
+            answer = await self._state.openai_serving_chat.create_chat_completion(request, raw_request)
+        else:
+            answer = await self._state.openai_serving_completion.create_completion(request, raw_request)
+        if isinstance(answer, ErrorResponse):
+            if call.error is not None:
+                raise call.error
+            raise _error_response(answer)
+        return answer
+
+    async def generate_greedy(
+        self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None
+    ) -> list[int]:
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
+        lora = None if adapter is None else LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
+        request_id = f"probe-{id(parameters):x}"
+        token_ids: list[int] = []
+        try:
+            async for output in self._live().generate(
+                TokensPrompt(prompt_token_ids=prompt_token_ids), parameters, request_id, lora_request=lora
+            ):
+                token_ids = list(output.outputs[0].token_ids)
+        except Exception as error:
+            raise self._translate(error) from error
+        return token_ids
+
+    # -- errors ----------------------------------------------------------------------------------------------
+
+    def _live(self) -> _ObservedAsyncLLM:
+        if self._llm is None or self._llm.errored:
+            raise _engine_dead()
+        return self._llm
+
+    def _raise_if_dead(self, cause: BaseException) -> None:
+        if self.is_dead:
+            raise _engine_dead() from cause
+
+    def _translate(self, error: BaseException) -> errors.CapoError:
+        """Whatever vLLM raised, as one of our errors. Unknown server faults keep their text to the log."""
+        if isinstance(error, errors.CapoError):
+            return error
+        if isinstance(error, VllmEngineDeadError) or self.is_dead:
+            return _engine_dead()
+        if isinstance(error, VLLMNotFoundError):
+            return errors.ModelNotFoundError(str(error), param="model")
+        if isinstance(error, GracefulHTTPError):
+            return errors.UnavailableError(
+                "The engine's queue is full. Try again shortly.", code="queue_full", retry_after_seconds=1
+            )
+        if isinstance(error, VLLMClientError):
+            return errors.InvalidRequestError(str(error), param=getattr(error, "parameter", None))
+        # vLLM still raises plain ValueErrors for bad requests (entrypoints/serve/exception_handling, "not yet
+        # migrated"); it counts them as the client's, and so do we. jinja2's TemplateError is one of the template's.
+        if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):
+            return errors.InvalidRequestError(_engine_reason(error))
+        if any(base.__name__ == "TemplateError" for base in type(error).__mro__):
+            return errors.InvalidRequestError(f"The chat template refused the messages: {error}", param="messages")
+        logger.error("engine call failed", exc_info=error)
+        return errors.InternalError(f"the engine failed: {type(error).__name__}")
+
+    def _aborted(self, call: Call) -> errors.CapoError:
+        if self.is_dead:
+            return _engine_dead()
+        return errors.UnavailableError(
+            "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
+        )
+
+
+def _answer_model(lora_request: LoRARequest | None = None) -> str:
+    """vLLM asks this for the ``model`` of an answer; the caller has already chosen it."""
+    call = _current_call.get()
+    assert call is not None, "vLLM formats an answer outside of a call"
+    return call.answer_model
+
+
+def _engine_dead() -> errors.EngineDeadError:
+    return errors.EngineDeadError(
+        "The engine is not running; it is being restarted. Try again shortly.", retry_after_seconds=5
+    )
+
+
+def _engine_reason(error: BaseException) -> str:
+    """The last sentence of a vLLM error without paths or addresses."""
+    from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+
+    text = str(error)
+    _, _, reason = text.rpartition("failed: ")
+    return str(sanitize_message(reason.strip() or type(error).__name__))
+
+
+def _invalid_body(error: pydantic.ValidationError) -> errors.InvalidRequestError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    return errors.InvalidRequestError(f"{param or 'body'}: {first['msg']}", param=param)
+
+
+def _error_response(answer: ErrorResponse) -> errors.CapoError:
+    return _wire_error(answer.error.model_dump())
+
+
+def _error_in_stream(chunk: str) -> errors.CapoError:
+    return _wire_error(json.loads(chunk.removeprefix("data: "))["error"])
+
+
+def _wire_error(error: Mapping[str, Any]) -> errors.CapoError:
+    """One of our errors for an error object that vLLM has already made."""
+    status, message, param = int(error["code"]), str(error["message"]), error.get("param")
+    if status == 404:
+        return errors.ModelNotFoundError(message, param="model")
+    if status == 503:
+        return errors.UnavailableError(message, code="queue_full", retry_after_seconds=1)
+    if 400 <= status < 500 or status == 501:
+        return errors.InvalidRequestError(message, param=param)
+    return errors.InternalError(message)
+
+
+def _use_fork_server() -> None:
+    """Have vLLM start its engine process from our preloaded fork server: 2 s instead of 14 s, at every restart.
+
+    vLLM offers fork and spawn; on the CPU its platform code even resets the environment variable to spawn, so the
+    function that picks the context is replaced where the engine's process manager looks it up.
+    """
+    import vllm.v1.engine.utils as engine_utils
+
+    engine_utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+
+
+__all__ = ["VllmEngine"]

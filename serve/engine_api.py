@@ -1,0 +1,136 @@
+"""The seam round the engine: what Capo needs from one, in Capo's own words.
+
+:class:`serve.engine.VllmEngine` is the real one. Tests inject faults through a second implementation that passes the
+same contract tests. Nothing on this side of the seam knows vLLM.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class Endpoint(StrEnum):
+    """Which OpenAI endpoint a call speaks."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAdapter:
+    """One adapter as the engine knows it.
+
+    ``engine_id`` is never used twice in a service's life, and ``name`` (a revision) and ``path`` never change their
+    content: vLLM keys weights by id and prefix-cache blocks by name and path.
+    """
+
+    name: str
+    engine_id: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the running engine can take; fixed when it starts."""
+
+    max_loras: int
+    """Adapter slots: how many adapters one step can mix, and so how many Capo keeps resident."""
+    max_lora_rank: int
+    max_model_len: int
+    """Prompt and completion tokens together."""
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class Call:
+    """One inference request on its way through the engine, and what was observed of it.
+
+    The engine fills the lower half while it works; times are ``time.monotonic()`` seconds.
+    """
+
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    """OpenAI's request body after the request policy; its ``model`` is not read."""
+    adapter: EngineAdapter | None
+    """``None``: the base model."""
+    answer_model: str
+    """The ``model`` that the answer names."""
+    request_id: str
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    on_tokens: Callable[[Call, int], None] | None = None
+    """Called on the event loop for each engine output with the number of new tokens in it."""
+
+    created_at: float = field(default_factory=time.monotonic)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    queued_seconds: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    """What ended the generation early, before any wire format hid it."""
+
+
+class Engine(ABC):
+    """An inference engine with one base model and hot-swappable adapters.
+
+    All coroutines run on one event loop. Methods raise :class:`registry.errors.CapoError` only.
+    """
+
+    @property
+    @abstractmethod
+    def limits(self) -> EngineLimits:
+        """Valid once :meth:`start` has returned."""
+
+    @property
+    @abstractmethod
+    def is_dead(self) -> bool:
+        """True once the engine can no longer answer, until it is started again."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Bring the engine up; returns when it can answer. Does not block the event loop."""
+
+    @abstractmethod
+    async def stop(self, timeout_seconds: float) -> None:
+        """End the engine and its processes. Requests still running end with an error."""
+
+    @abstractmethod
+    async def load_adapter(self, adapter: EngineAdapter) -> None:
+        """Make ``adapter`` usable. On failure nothing of it stays behind.
+
+        Raises:
+            InvalidArtifactError: the engine refuses these weights.
+        """
+
+    @abstractmethod
+    async def unload_adapter(self, adapter: EngineAdapter) -> None:
+        """Free the adapter's device and host memory. The caller has made sure that nobody uses it."""
+
+    @abstractmethod
+    async def loaded_engine_ids(self) -> frozenset[int]:
+        """The ids of the adapters that hold memory in the engine, as the engine itself counts them."""
+
+    @abstractmethod
+    async def complete(self, call: Call) -> bytes:
+        """Answer in one piece: OpenAI's response object as JSON bytes."""
+
+    @abstractmethod
+    def stream(self, call: Call) -> AsyncIterator[str]:
+        """Answer as server-sent events, each ``data: {...}`` with its blank line, the last ``data: [DONE]``.
+
+        Trouble is raised, never written into the stream: an abort or a crash cannot look like an end.
+        Closing the iterator aborts the request in the engine.
+        """
+
+    @abstractmethod
+    async def generate_greedy(
+        self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None
+    ) -> list[int]:
+        """The greedy continuation, token ids only. For probes."""

@@ -1,0 +1,88 @@
+"""The vLLM arguments that Capo chooses by itself, each with its reason. What the user passes wins.
+
+Knows nothing of vLLM but the names of its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_LORAS = 8
+MAX_LORA_RANK = 16
+
+_GIB = 1024**3
+_CPU_KV_SEQUENCES = 32
+_CPU_KV_LEAST_BYTES = 64 * 1024**2
+_CPU_KV_UNKNOWN_BYTES = 4 * _GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One argument, its value and why."""
+
+    argument: str
+    value: str | None
+    """``None``: a flag."""
+    reason: str
+
+    @property
+    def argv(self) -> list[str]:
+        return [self.argument] if self.value is None else [self.argument, self.value]
+
+
+def choose(model_path: Path, *, use_gpu: bool, user_arguments: list[str]) -> list[Choice]:
+    """Our choices for what the user left open. They go before the user's on the command line: the last one wins."""
+    config = _read_config(model_path)
+    max_loras = _user_value(user_arguments, "--max-loras") or str(MAX_LORAS)
+    choices = [
+        Choice("--enable-lora", None, "adapters are what Capo serves"),
+        Choice("--max-loras", max_loras, "adapter slots; each costs memory at the largest rank"),
+        Choice("--max-cpu-loras", max_loras, "Capo decides what is resident, so host copies equal slots"),
+        Choice(
+            "--max-lora-rank",
+            str(MAX_LORA_RANK),
+            "the default rank of a recipe; raise it for larger adapters",
+        ),
+    ]
+    if not use_gpu:
+        bytes_, why = _cpu_kv_cache_bytes(config)
+        choices.append(Choice("--kv-cache-memory-bytes", str(bytes_), why))
+        choices.append(Choice("--enforce-eager", None, "with LoRA on a CPU vLLM compiles nothing anyway"))
+    return [c for c in choices if _user_value(user_arguments, c.argument) is None or c.argument == "--enable-lora"]
+
+
+def _cpu_kv_cache_bytes(config: dict[str, Any]) -> tuple[int, str]:
+    """vLLM would take nine tenths of the machine's memory if nobody said a number."""
+    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    try:
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        per_token = 2 * config["num_hidden_layers"] * heads * head_dim * 2  # K and V, two bytes each
+        wanted = per_token * config["max_position_embeddings"] * _CPU_KV_SEQUENCES
+    except (KeyError, TypeError):
+        return min(_CPU_KV_UNKNOWN_BYTES, quarter), "unknown architecture: 4 GiB, at most a quarter of the memory"
+    bytes_ = max(_CPU_KV_LEAST_BYTES, min(wanted, quarter))
+    return bytes_, f"{_CPU_KV_SEQUENCES} sequences of full length, at most a quarter of the memory"
+
+
+def _read_config(model_path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((model_path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _user_value(arguments: list[str], name: str) -> str | None:
+    """The value the user gave for ``name`` (an empty text for a flag), ``None`` when they did not."""
+    for index, argument in enumerate(arguments):
+        key, separator, value = argument.partition("=")
+        if key.replace("_", "-") == name:
+            if separator:
+                return value
+            return arguments[index + 1] if index + 1 < len(arguments) else ""
+    return None

@@ -1,0 +1,42 @@
+"""The environment of the engine process, and the fork server that it starts from.
+
+Call :func:`prepare` first thing in a serving process: it sets what vLLM reads from the environment, and starts a
+fork server that imports the engine while this process still imports its own half. An engine then starts in about
+2 s instead of 14 s, and so does every restart.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+
+from serve.vllm_plugin import ENABLE_VARIABLE
+
+_PRELOAD = "serve.engine_preload"
+
+
+def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
+    """Set the engine's environment and start the fork server. Must run before vllm or torch is imported.
+
+    ``engine_threads``: threads of the CPU engine; ``None`` leaves the choice to us: one core less than there are.
+    With all cores taken the engine's OpenMP threads and the event loop starve each other (784 against 8,000 tokens/s
+    measured on 2 cores).
+    """
+    environment = {
+        ENABLE_VARIABLE: "1",
+        # We count nothing towards vLLM's usage statistics: a server must not call home by itself.
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    if not use_gpu:
+        threads = engine_threads if engine_threads is not None else max(1, (os.cpu_count() or 2) - 1)
+        environment |= {
+            # The engine core runs the model itself instead of in a third process: one hop less per token.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+        }
+    os.environ.update(environment)
+    multiprocessing.set_forkserver_preload([_PRELOAD])
+    multiprocessing.forkserver.ensure_running()

@@ -1,0 +1,330 @@
+"""Which adapters are in the engine, and who uses them.
+
+The pool keeps at most as many adapters resident as the engine has slots, so that vLLM never evicts, reloads from disk
+or shares a slot on its own (a reload inside its step kills the engine when the file is gone; vLLM 0.32). Loads happen
+on first use or ahead of it, out of band; unloading waits for the last user. When all slots are taken, the least
+recently used idle adapter goes; when none is idle, requests wait in order of arrival, and an adapter that has had its
+turn is drained for the next in line, so that a hot adapter cannot starve a cold one.
+
+Everything here runs on one event loop; there are no locks because no state changes across an ``await`` unguarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from registry import Artifact, errors
+from serve.engine_api import Engine, EngineAdapter
+from serve.gate import Gate
+from serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterState(StrEnum):
+    AVAILABLE = "available"
+    """In the registry; loads on first use."""
+    LOADING = "loading"
+    LOADED = "loaded"
+    DRAINING = "draining"
+    """Leaves the engine when its last user is done."""
+    REFUSED = "refused"
+    """Did not pass the gate; never reaches traffic."""
+
+
+@dataclass(slots=True)
+class Resident:
+    """One adapter on its way into, in, or on its way out of the engine."""
+
+    artifact: Artifact
+    adapter: EngineAdapter
+    state: AdapterState = AdapterState.LOADING
+    users: int = 0
+    """Requests that hold it, those still waiting for the load included."""
+    ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    loaded_at: float | None = None
+    last_used_at: float = 0.0
+    load_seconds: float | None = None
+    probe_agreement: float | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return self.users == 0 and self.state is not AdapterState.LOADING
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """What the admin API says about one revision."""
+
+    state: AdapterState
+    reason: errors.CapoError | None = None
+    resident: Resident | None = None
+
+
+class AdapterPool:
+    """Owner of every adapter in the engine.
+
+    ``max_wait_seconds`` bounds how long a request waits for a slot; ``turn_seconds`` is how long a busy adapter keeps
+    its slot while others wait.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        max_wait_seconds: float = 30.0,
+        turn_seconds: float = 1.0,
+    ) -> None:
+        self._engine = engine
+        self._gate = gate
+        self._metrics = metrics
+        self._max_wait_seconds = max_wait_seconds
+        self._turn_seconds = turn_seconds
+        self._residents: dict[str, Resident] = {}
+        self._leaving: list[Resident] = []
+        self._refused: dict[str, errors.CapoError] = {}
+        self._tickets: deque[asyncio.Future[None]] = deque()
+        self._slots_in_use = 0
+        self._engine_epoch = 0
+        self._engine_ids = itertools.count(1)
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        metrics.watch_pool(lambda: len(self._residents) + len(self._leaving))
+
+    # -- using -----------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def use(self, artifact: Artifact) -> AsyncIterator[EngineAdapter]:
+        """Hold ``artifact`` in the engine for the length of the block, loading it first where needed.
+
+        Raises:
+            InvalidArtifactError: the adapter was refused; the reason is its message and code.
+            UnavailableError: no slot became free in time.
+        """
+        resident = self._residents.get(artifact.revision)
+        if resident is None:
+            resident = self._begin_load(artifact)
+        resident.users += 1
+        resident.last_used_at = time.monotonic()
+        try:
+            if not resident.ready.done():
+                await self._wait_ready(resident)
+            resident.ready.result()
+            yield resident.adapter
+        finally:
+            resident.users -= 1
+            resident.last_used_at = time.monotonic()
+            if resident.users == 0 and (self._tickets or self._leaving):
+                self._wake.set()
+
+    async def preload(self, artifact: Artifact) -> None:
+        """Load ``artifact`` if a slot is free; never at the cost of another adapter. Refusals are kept, not raised."""
+        if artifact.revision in self._residents or self._slots_in_use >= self._engine.limits.max_loras:
+            return
+        with contextlib.suppress(errors.CapoError):
+            async with self.use(artifact):
+                pass
+
+    async def _wait_ready(self, resident: Resident) -> None:
+        try:
+            async with asyncio.timeout(self._max_wait_seconds):
+                await asyncio.shield(resident.ready)
+        except TimeoutError:
+            raise errors.UnavailableError(
+                f"No adapter slot became free for {resident.artifact.revision} in {self._max_wait_seconds:g} s: all "
+                f"{self._engine.limits.max_loras} are in use. Try again, or start the service with more (--max-loras).",
+                code="adapter_slots_busy",
+                retry_after_seconds=self._turn_seconds,
+            ) from None
+
+    # -- loading ---------------------------------------------------------------------------------------------
+
+    def _begin_load(self, artifact: Artifact) -> Resident:
+        if (refusal := self._refused.get(artifact.revision)) is not None:
+            raise refusal
+        adapter = EngineAdapter(artifact.revision, next(self._engine_ids), artifact.path)
+        resident = Resident(artifact, adapter)
+        self._residents[artifact.revision] = resident
+        self._spawn(self._load(resident))
+        return resident
+
+    async def _load(self, resident: Resident) -> None:
+        artifact = resident.artifact
+        started_at = time.monotonic()
+        epoch = self._engine_epoch
+        has_slot = False
+        try:
+            await self._gate.check(artifact, self._engine.limits)
+            await self._take_slot()
+            has_slot = True
+            slot_at = time.monotonic()
+            await self._engine.load_adapter(resident.adapter)
+            try:
+                resident.probe_agreement = await self._gate.probe(artifact, self._engine, resident.adapter)
+            except errors.CapoError:
+                with contextlib.suppress(errors.CapoError):
+                    await self._engine.unload_adapter(resident.adapter)
+                raise
+        except Exception as error:
+            if epoch == self._engine_epoch:
+                self._load_failed(resident, error, has_slot)
+            return
+        if epoch != self._engine_epoch:
+            return  # the engine that it was loaded into is gone
+        resident.load_seconds = time.monotonic() - slot_at
+        resident.loaded_at = time.monotonic()
+        resident.state = AdapterState.LOADED
+        resident.ready.set_result(None)
+        self._metrics.adapter_loaded(resident.load_seconds)
+        logger.info(
+            "loaded %s in %.3f s (waited %.3f s)",
+            artifact.revision,
+            resident.load_seconds,
+            slot_at - started_at,
+        )
+        self._wake.set()
+
+    def _load_failed(self, resident: Resident, error: Exception, has_slot: bool) -> None:
+        revision = resident.artifact.revision
+        if self._residents.get(revision) is resident:
+            del self._residents[revision]
+        if has_slot:
+            self._slots_in_use -= 1
+        if not isinstance(error, errors.CapoError):
+            logger.error("loading %s failed", revision, exc_info=error)
+            error = errors.InternalError(f"loading {revision} failed: {type(error).__name__}")
+        if isinstance(error, errors.InvalidArtifactError):
+            # The artifact never changes, so neither does the verdict.
+            self._refused[revision] = error
+            self._metrics.adapter_refused(error.code)
+            logger.warning("refused %s: %s", revision, error.message)
+        resident.ready.set_exception(error)
+        resident.ready.exception()  # mark as seen: a preload has no waiter
+        self._wake.set()
+
+    async def _take_slot(self) -> None:
+        ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tickets.append(ticket)
+        self._wake.set()
+        await ticket
+
+    # -- making room -----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Hand out slots in order of arrival, for ever; run as a task."""
+        while True:
+            self._wake.clear()
+            wait_seconds = await self._make_progress()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_seconds):
+                    await self._wake.wait()
+
+    async def _make_progress(self) -> float | None:
+        """Do all that can be done now; returns the seconds after which more may be possible, ``None`` for never."""
+        for resident in [r for r in self._leaving if r.is_idle]:
+            self._leaving.remove(resident)
+            await self._unload(resident)
+        while self._tickets:
+            if self._slots_in_use < self._engine.limits.max_loras:
+                self._slots_in_use += 1
+                ticket = self._tickets.popleft()
+                if not ticket.done():
+                    ticket.set_result(None)
+                continue
+            victim = min((r for r in self._residents.values() if r.is_idle), key=lambda r: r.last_used_at, default=None)
+            if victim is None:
+                return self._drain_next()
+            del self._residents[victim.artifact.revision]
+            self._metrics.adapter_evicted()
+            await self._unload(victim)
+        return None
+
+    def _drain_next(self) -> float | None:
+        """All slots are busy and somebody waits: let the adapter with the longest turn finish and leave.
+
+        Its next requests start a new residency at the end of the line. One at a time: the line moves with each.
+        """
+        if self._leaving:
+            return None
+        loaded = [r for r in self._residents.values() if r.state is AdapterState.LOADED and r.loaded_at is not None]
+        if not loaded:
+            return None
+        longest = min(loaded, key=lambda r: r.loaded_at or 0.0)
+        remaining = (longest.loaded_at or 0.0) + self._turn_seconds - time.monotonic()
+        if remaining > 0:
+            return remaining
+        self._retire(longest)
+        return None
+
+    def _retire(self, resident: Resident) -> None:
+        del self._residents[resident.artifact.revision]
+        resident.state = AdapterState.DRAINING
+        self._leaving.append(resident)
+
+    async def _unload(self, resident: Resident) -> None:
+        epoch = self._engine_epoch
+        try:
+            await self._engine.unload_adapter(resident.adapter)
+        except errors.CapoError as error:
+            # A dead engine holds nothing; the slot counts as free either way.
+            logger.warning("unloading %s: %s", resident.artifact.revision, error)
+        if epoch == self._engine_epoch:
+            self._slots_in_use -= 1
+
+    # -- following the registry --------------------------------------------------------------------------------
+
+    def withdraw(self, revision: str) -> None:
+        """The registry no longer has ``revision``: let its users finish, then unload it."""
+        self._refused.pop(revision, None)
+        resident = self._residents.get(revision)
+        if resident is not None and resident.state is AdapterState.LOADED:
+            self._retire(resident)
+            self._wake.set()
+
+    def forget_all(self) -> None:
+        """The engine has been replaced and holds nothing. Ids go on counting; users of the old one got errors."""
+        self._engine_epoch += 1
+        for resident in [*self._residents.values(), *self._leaving]:
+            if not resident.ready.done():
+                resident.ready.set_exception(
+                    errors.EngineDeadError("The engine was restarted. Try again.", retry_after_seconds=1)
+                )
+                resident.ready.exception()
+        self._residents.clear()
+        self._leaving.clear()
+        for ticket in self._tickets:
+            ticket.cancel()
+        self._tickets.clear()
+        self._slots_in_use = 0
+
+    # -- looking ---------------------------------------------------------------------------------------------
+
+    def status(self, revision: str) -> AdapterStatus:
+        if (refusal := self._refused.get(revision)) is not None:
+            return AdapterStatus(AdapterState.REFUSED, refusal)
+        if (resident := self._residents.get(revision)) is not None:
+            return AdapterStatus(resident.state, resident=resident)
+        for resident in self._leaving:
+            if resident.artifact.revision == revision:
+                return AdapterStatus(AdapterState.DRAINING, resident=resident)
+        return AdapterStatus(AdapterState.AVAILABLE)
+
+    def residents(self) -> Iterator[Resident]:
+        yield from self._residents.values()
+        yield from self._leaving
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,93 @@
+"""``/v1/adapters`` and ``/v1/aliases``: what the registry holds and what this service makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from registry import Alias, Artifact, errors
+from serve.pool import AdapterStatus
+from serve.service import ServingService
+
+
+def adapters_router(service: ServingService) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/adapters")
+    async def list_adapters() -> dict[str, Any]:
+        snapshot = service.catalog.snapshot
+        aliases_of: dict[str, list[str]] = {}
+        for alias in snapshot.aliases.values():
+            aliases_of.setdefault(alias.revision, []).append(alias.alias)
+        adapters = [
+            _adapter(artifact, service.pool.status(revision), sorted(aliases_of.get(revision, [])))
+            for revision, artifact in sorted(snapshot.artifacts.items())
+            if artifact.manifest.kind == "lora"
+        ]
+        return {"object": "list", "data": adapters}
+
+    @router.get("/v1/aliases")
+    async def list_aliases() -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [_alias(a) for _, a in sorted(service.catalog.snapshot.aliases.items())],
+        }
+
+    @router.put("/v1/aliases/{alias}")
+    async def set_alias(alias: str, request: Request) -> dict[str, Any]:
+        revision = _revision_in(await request.body())
+        record = await asyncio.to_thread(service.catalog.registry.set_alias, alias, revision)
+        # The caller may send its next request the moment we answer.
+        await service.catalog.refresh()
+        return _alias(record)
+
+    return router
+
+
+def _revision_in(raw: bytes) -> str:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise errors.InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    if not isinstance(body, dict) or set(body) != {"revision"} or not isinstance(body["revision"], str):
+        raise errors.InvalidRequestError(
+            'The body must be {"revision": "<name>@<digest>"} and nothing else. GET /v1/adapters lists revisions.',
+            param="revision",
+        )
+    return body["revision"]
+
+
+def _adapter(artifact: Artifact, status: AdapterStatus, aliases: list[str]) -> dict[str, Any]:
+    manifest = artifact.manifest
+    resident = status.resident
+    reason = None if status.reason is None else {"code": status.reason.code, "message": status.reason.message}
+    return {
+        "object": "adapter",
+        "name": artifact.name,
+        "revision": artifact.revision,
+        "digest": artifact.digest,
+        "state": status.state.value,
+        "reason": reason,
+        "aliases": aliases,
+        "base_model": manifest.base_model.id,
+        "rank": manifest.lora.rank if manifest.lora is not None else None,
+        "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "created_at": manifest.created_at,
+        "job_id": manifest.job_id,
+        "requests_in_flight": resident.users if resident is not None else 0,
+        "load_seconds": resident.load_seconds if resident is not None else None,
+        "probe_agreement": resident.probe_agreement if resident is not None else None,
+    }
+
+
+def _alias(alias: Alias) -> dict[str, Any]:
+    return {
+        "object": "alias",
+        "alias": alias.alias,
+        "revision": alias.revision,
+        "write_once": alias.write_once,
+        "updated_at": alias.updated_at,
+    }

@@ -1,0 +1,97 @@
+"""``/v1/chat/completions`` and ``/v1/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+
+from registry import errors
+from serve.engine_api import Endpoint
+from serve.request_policy import parse_body
+from serve.service import ServingService
+
+logger = logging.getLogger(__name__)
+
+_PROTOCOL = "http"
+_TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer; nobody is left to answer."""
+
+
+def inference_router(service: ServingService) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def create_chat_completion(request: Request) -> Response:
+        return await _answer(service, Endpoint.CHAT, request)
+
+    @router.post("/v1/completions")
+    async def create_completion(request: Request) -> Response:
+        return await _answer(service, Endpoint.COMPLETION, request)
+
+    return router
+
+
+async def _answer(service: ServingService, endpoint: Endpoint, request: Request) -> Response:
+    body = parse_body(await request.body(), endpoint)
+    arguments: dict[str, Any] = {
+        "protocol": _PROTOCOL,
+        "request_id": request.state.request_id,
+        "trace_headers": {name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
+    }
+    if not body.get("stream"):
+        answer = await _until_client_leaves(request, service.complete(endpoint, body, **arguments))
+        return Response(answer, media_type="application/json")
+    chunks = service.stream(endpoint, body, **arguments)
+    # The first event is awaited before the status goes out, so that what fails before it has a real status code.
+    first = await _until_client_leaves(request, anext(chunks))  # type: ignore[arg-type]
+    return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
+
+
+async def _events(first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The stream as sent. An error becomes the last event, and then ``[DONE]`` never comes."""
+    async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+        yield first
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except Exception as error:
+            if not isinstance(error, errors.CapoError):
+                logger.error("a stream failed", exc_info=error)
+            yield f"data: {json.dumps(errors.openai_error_body(error))}\n\n"
+
+
+async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """Run ``work``, cancelling it as soon as the client disconnects. The body must have been read.
+
+    Cancelling aborts the request in the engine, which frees its KV blocks within a step.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _disconnected(request: Request) -> None:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return

@@ -1,0 +1,44 @@
+"""``/v1/models``: every name that may stand in ``model`` and is meant to be called, as OpenAI's model objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from serve.service import ServingService
+
+
+def models_router(service: ServingService) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        snapshot = service.catalog.snapshot
+        models = [_model(service.catalog.base_model, created=0)]
+        for name, alias in sorted(snapshot.aliases.items()):
+            artifact = snapshot.artifacts.get(alias.revision)
+            if artifact is not None and artifact.manifest.kind == "lora":
+                models.append(_model(name, artifact.manifest.created_at, service.catalog.base_model, artifact.revision))
+        return {"object": "list", "data": models}
+
+    @router.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> dict[str, Any]:
+        target = await service.catalog.resolve(model)
+        if target.artifact is None:
+            return _model(model, created=0)
+        return _model(model, target.artifact.manifest.created_at, service.catalog.base_model, target.artifact.revision)
+
+    return router
+
+
+def _model(name: str, created: int, parent: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """OpenAI's model object (openai 3.52, types/model.py); ``parent`` and ``revision`` are Capo's additions."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "capo",
+        "parent": parent,
+        "revision": revision,
+    }

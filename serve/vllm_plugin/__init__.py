@@ -1,0 +1,63 @@
+"""Capo's vLLM plugin (entry point ``vllm.general_plugins``): repairs that stock vLLM 0.32 needs.
+
+vLLM calls :func:`register` in every process of an engine. It does nothing unless ``CAPO_ENGINE=1`` is in the
+environment, which ``capo serve`` sets for its own engine: another vLLM in the same installation stays stock.
+
+Repairs, each with a test that fails without it:
+
+- CPU LoRA kernels that keep base requests free of adapters and cost less (:mod:`serve.vllm_plugin.cpu_lora`);
+- freshly allocated KV blocks are zeroed, so that one adapter's NaN cannot reach later requests
+  (vllm-project/vllm#50283: a CPU attention kernel reads the unused tail of a block, and 0 * NaN is NaN);
+- the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+
+ENABLE_VARIABLE = "CAPO_ENGINE"
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def register() -> None:
+    """Apply the repairs to this process. Safe to call more than once, as vLLM does."""
+    if os.environ.get(ENABLE_VARIABLE) != "1":
+        return
+    _use_capo_cpu_lora()
+    _zero_new_kv_blocks()
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()
+
+
+def _use_capo_cpu_lora() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    # The platform names the class by its dotted path; the engine resolves it when it builds the LoRA layers.
+    CpuPlatform.get_punica_wrapper = classmethod(  # type: ignore[method-assign,unused-ignore]
+        lambda cls: "serve.vllm_plugin.cpu_lora.CapoPunicaWrapperCPU"
+    )
+
+
+def _zero_new_kv_blocks() -> None:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however the parent ends.
+
+    The parent of an engine is Capo's fork server, which itself ends as soon as the service is gone
+    (``multiprocessing.forkserver`` watches a pipe that only the service holds open).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    parent = multiprocessing.parent_process()
+    # The parent may have died before prctl took effect; then no signal will ever come.
+    if parent is not None and os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,112 @@
+"""An engine for fault injection: keeps adapters in a dict, answers with text that names what answered.
+
+It passes the same contract tests as the real one (tests/serve/test_engine_contract.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+from registry import errors
+from serve.engine_api import Call, Engine, EngineAdapter, EngineLimits
+
+
+class FakeEngine(Engine):
+    """``load_gate`` and ``answer_gate`` hold loads and answers until set; ``refuse`` names adapters it rejects."""
+
+    def __init__(self, *, max_loras: int = 2, num_tokens: int = 4) -> None:
+        self._limits = EngineLimits(max_loras=max_loras, max_lora_rank=16, max_model_len=1024, vocab_size=512)
+        self._num_tokens = num_tokens
+        self._started = False
+        self.loaded: dict[int, EngineAdapter] = {}
+        self.most_loaded = 0
+        self.loads: list[str] = []
+        self.unloads: list[str] = []
+        self.aborted = 0
+        self.refuse: set[str] = set()
+        self.load_gate = asyncio.Event()
+        self.load_gate.set()
+        self.answer_gate = asyncio.Event()
+        self.answer_gate.set()
+        self.fail_after_tokens: int | None = None
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self._limits
+
+    @property
+    def is_dead(self) -> bool:
+        return not self._started
+
+    async def start(self) -> None:
+        self._started = True
+
+    async def stop(self, timeout_seconds: float) -> None:
+        self._started = False
+        self.loaded.clear()
+
+    def die(self) -> None:
+        self._started = False
+        self.loaded.clear()
+
+    async def load_adapter(self, adapter: EngineAdapter) -> None:
+        await self.load_gate.wait()
+        self._require_life()
+        if adapter.name in self.refuse:
+            raise errors.InvalidArtifactError("the engine does not like it", code="engine_refused")
+        assert adapter.engine_id not in self.loaded, "an engine id was used twice"
+        self.loaded[adapter.engine_id] = adapter
+        self.most_loaded = max(self.most_loaded, len(self.loaded))
+        self.loads.append(adapter.name)
+
+    async def unload_adapter(self, adapter: EngineAdapter) -> None:
+        self._require_life()
+        del self.loaded[adapter.engine_id]
+        self.unloads.append(adapter.name)
+
+    async def loaded_engine_ids(self) -> frozenset[int]:
+        self._require_life()
+        return frozenset(self.loaded)
+
+    async def complete(self, call: Call) -> bytes:
+        pieces = [piece async for piece in self._tokens(call)]
+        message = {"role": "assistant", "content": "".join(pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return json.dumps({"object": "chat.completion", "model": call.answer_model, "choices": [choice]}).encode()
+
+    async def stream(self, call: Call) -> AsyncIterator[str]:
+        async for piece in self._tokens(call):
+            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+            chunk = {"object": "chat.completion.chunk", "model": call.answer_model, "choices": [choice]}
+            yield f"data: {json.dumps(chunk)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def generate_greedy(
+        self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None
+    ) -> list[int]:
+        self._require_life()
+        return [0] * max_tokens
+
+    async def _tokens(self, call: Call) -> AsyncIterator[str]:
+        """One word per token: the name of what answers, so that a mixed answer cannot hide."""
+        name = call.adapter.name if call.adapter is not None else "base"
+        try:
+            for number in range(self._num_tokens):
+                await self.answer_gate.wait()
+                if self.fail_after_tokens is not None and number >= self.fail_after_tokens:
+                    self.die()
+                self._require_life()
+                if call.adapter is not None:
+                    assert call.adapter.engine_id in self.loaded, "an adapter left under its user"
+                call.completion_tokens += 1
+                yield f"{name} "
+                await asyncio.sleep(0)
+        except GeneratorExit:
+            self.aborted += 1
+            raise
+
+    def _require_life(self) -> None:
+        if not self._started:
+            raise errors.EngineDeadError("the engine is dead", retry_after_seconds=1)

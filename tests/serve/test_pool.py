@@ -1,0 +1,219 @@
+"""The adapter pool: residency, eviction, fairness, refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from registry import errors
+from serve.metrics import Metrics
+from serve.pool import AdapterPool, AdapterState
+from tests.serve.fake_engine import FakeEngine
+
+
+@dataclass(frozen=True)
+class FakeArtifact:
+    """As much of an artifact as the pool reads."""
+
+    revision: str
+    path: Path = Path("nowhere")
+
+    @property
+    def name(self) -> str:
+        return self.revision.partition("@")[0]
+
+
+class OpenGate:
+    """A gate that refuses what it was told to."""
+
+    def __init__(self) -> None:
+        self.refuse: set[str] = set()
+        self.fail_probe: set[str] = set()
+
+    async def check(self, artifact: Any, limits: Any) -> None:
+        if artifact.revision in self.refuse:
+            raise errors.InvalidArtifactError("not this one", code="not_finite")
+
+    async def probe(self, artifact: Any, engine: Any, adapter: Any) -> float | None:
+        if artifact.revision in self.fail_probe:
+            raise errors.InvalidArtifactError("answers differ", code="probe_mismatch")
+        return None
+
+
+@contextlib.asynccontextmanager
+async def running_pool(
+    engine: FakeEngine, gate: OpenGate | None = None, **options: float
+) -> AsyncIterator[AdapterPool]:
+    await engine.start()
+    pool = AdapterPool(engine, gate or OpenGate(), Metrics(CollectorRegistry()), **options)  # type: ignore[arg-type]
+    task = asyncio.create_task(pool.run())
+    try:
+        yield pool
+    finally:
+        task.cancel()
+
+
+async def use_once(pool: AdapterPool, revision: str) -> int:
+    async with pool.use(FakeArtifact(revision)) as adapter:  # type: ignore[arg-type]
+        return adapter.engine_id
+
+
+async def hold(pool: AdapterPool, revision: str, until: asyncio.Event, holding: asyncio.Event) -> None:
+    async with pool.use(FakeArtifact(revision)):  # type: ignore[arg-type]
+        holding.set()
+        await until.wait()
+
+
+async def test_an_adapter_is_loaded_once_for_many_concurrent_users() -> None:
+    engine = FakeEngine()
+    engine.load_gate.clear()
+    async with running_pool(engine) as pool:
+        users = [asyncio.create_task(use_once(pool, "a@1")) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        engine.load_gate.set()
+        assert len(set(await asyncio.gather(*users))) == 1
+        assert engine.loads == ["a@1"]
+
+
+async def test_the_least_recently_used_idle_adapter_makes_room() -> None:
+    engine = FakeEngine(max_loras=2)
+    async with running_pool(engine) as pool:
+        for revision in ("a@1", "b@1", "a@1", "c@1"):
+            await use_once(pool, revision)
+        assert engine.unloads == ["b@1"]
+        assert {adapter.name for adapter in engine.loaded.values()} == {"a@1", "c@1"}
+
+
+async def test_the_engine_never_holds_more_adapters_than_it_has_slots() -> None:
+    engine = FakeEngine(max_loras=3)
+    async with running_pool(engine, turn_seconds=0.01) as pool:
+        await asyncio.gather(*(use_once(pool, f"a{n % 11}@1") for n in range(200)))
+        assert engine.most_loaded <= 3
+
+
+async def test_engine_ids_are_never_used_twice() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine) as pool:
+        ids = [await use_once(pool, revision) for revision in ("a@1", "b@1") * 10]
+        assert len(set(ids)) == 20
+
+
+async def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, turn_seconds=0.05) as pool:
+        stop = asyncio.Event()
+
+        async def hot_client() -> None:
+            while not stop.is_set():
+                async with pool.use(FakeArtifact("hot@1")):  # type: ignore[arg-type]
+                    await asyncio.sleep(0.01)
+
+        clients = [asyncio.create_task(hot_client()) for _ in range(8)]
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(0.5):
+            await use_once(pool, "cold@1")
+        stop.set()
+        await asyncio.gather(*clients)
+
+
+async def test_users_finish_on_a_draining_adapter_while_later_ones_wait_in_line() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, turn_seconds=0.0) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "hot@1", let_go, holding))
+        await holding.wait()
+        cold = asyncio.create_task(use_once(pool, "cold@1"))
+        await asyncio.sleep(0.02)
+        assert pool.status("hot@1").state is AdapterState.DRAINING
+        later = asyncio.create_task(use_once(pool, "hot@1"))
+        await asyncio.sleep(0.02)
+        assert not cold.done()
+        assert not later.done()
+        let_go.set()
+        await asyncio.gather(user, cold, later)
+        assert engine.loads == ["hot@1", "cold@1", "hot@1"]
+
+
+async def test_waiting_for_a_slot_ends_with_a_retryable_error() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, max_wait_seconds=0.05, turn_seconds=60) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "hot@1", let_go, holding))
+        await holding.wait()
+        with pytest.raises(errors.UnavailableError) as caught:
+            await use_once(pool, "cold@1")
+        assert caught.value.code == "adapter_slots_busy"
+        assert caught.value.retry_after_seconds is not None
+        let_go.set()
+        await user
+
+
+async def test_a_cancelled_waiter_leaves_the_slots_as_they_were() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, turn_seconds=60) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "a@1", let_go, holding))
+        await holding.wait()
+        waiter = asyncio.create_task(use_once(pool, "b@1"))
+        await asyncio.sleep(0.01)
+        waiter.cancel()
+        let_go.set()
+        await user
+        for revision in ("c@1", "d@1", "b@1"):
+            await use_once(pool, revision)
+        assert len(engine.loaded) == 1
+
+
+@pytest.mark.parametrize("stage", ["check", "engine", "probe"])
+async def test_a_refused_adapter_is_remembered_with_its_reason_and_holds_no_slot(stage: str) -> None:
+    engine, gate = FakeEngine(max_loras=1), OpenGate()
+    {"check": gate.refuse, "engine": engine.refuse, "probe": gate.fail_probe}[stage].add("bad@1")
+    async with running_pool(engine, gate) as pool:
+        for _ in range(3):
+            with pytest.raises(errors.InvalidArtifactError):
+                await use_once(pool, "bad@1")
+        status = pool.status("bad@1")
+        assert status.state is AdapterState.REFUSED
+        assert status.reason is not None
+        assert engine.loaded == {}
+        await use_once(pool, "good@1")
+
+
+async def test_a_withdrawn_adapter_leaves_when_its_last_user_is_done() -> None:
+    engine = FakeEngine()
+    async with running_pool(engine) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "a@1", let_go, holding))
+        await holding.wait()
+        pool.withdraw("a@1")
+        await asyncio.sleep(0.02)
+        assert len(engine.loaded) == 1
+        let_go.set()
+        await user
+        await asyncio.sleep(0.02)
+        assert engine.loaded == {}
+
+
+async def test_preloading_never_evicts_anybody() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine) as pool:
+        await use_once(pool, "a@1")
+        await pool.preload(FakeArtifact("b@1"))  # type: ignore[arg-type]
+        assert engine.loads == ["a@1"]
+
+
+async def test_after_an_engine_restart_adapters_load_again_under_fresh_ids() -> None:
+    engine = FakeEngine()
+    async with running_pool(engine) as pool:
+        first = await use_once(pool, "a@1")
+        engine.die()
+        pool.forget_all()
+        await engine.start()
+        assert await use_once(pool, "a@1") > first

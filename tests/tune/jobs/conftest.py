@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tests.tune.jobs.support import Place, client_of, open_place, serve
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    opened = open_place(tmp_path)
+    yield opened
+    opened.database.close()
+
+
+@pytest.fixture
+def url(place: Place) -> Iterator[str]:
+    with serve(place) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[OpenAI]:
+    with client_of(url) as opened:
+        yield opened

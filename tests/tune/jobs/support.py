@@ -1,0 +1,155 @@
+"""A running jobs API on a real loopback port, training files, and small looks at the disk."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from openai import OpenAI
+
+from registry import Registry
+from registry.errors import CapoError, openai_error_body, wire_kind
+from tune.jobs.database import Database, sqlite_url
+from tune.jobs.files import FileService, FileStorage
+from tune.jobs.records import FileRecord, Hyperparameters, JobRecord, NewJob
+from tune.jobs.routes import files_router, fine_tuning_router
+from tune.jobs.service import JobService
+from tune.jobs.settings import files_dir
+from tune.jobs.store import JobStore, new_id
+
+BASE = "capo-tiny"
+
+
+def chat_rows(count: int, *, first: int = 0) -> bytes:
+    rows = (
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {number} plus 1?"},
+                {"role": "assistant", "content": str(number + 1)},
+            ]
+        }
+        for number in range(first, first + count)
+    )
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Everything one test's Capo has on disk, and services on top of it."""
+
+    directory: Path
+    database: Database
+    store: JobStore
+    files: FileService
+    jobs: JobService
+    registry: Registry
+
+    @property
+    def database_url(self) -> str:
+        return sqlite_url(self.directory / "jobs.db")
+
+    @property
+    def data_dir(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def registry_dir(self) -> Path:
+        return self.directory / "registry"
+
+    def upload(self, content: bytes, filename: str = "rows.jsonl") -> FileRecord:
+        with self.files.storage.receive() as upload:
+            upload.write(content)
+            return self.files.finish_upload(upload, filename=filename, purpose="fine-tune")
+
+    def queue_job(self, training_file: str, **changes: Any) -> JobRecord:
+        return self.store.create_job(new_job(training_file, **changes))
+
+    def stored_files(self) -> list[str]:
+        """Names of all files that lie below the files directory."""
+        return sorted(path.name for path in files_dir(self.data_dir).rglob("*") if path.is_file())
+
+
+def open_place(directory: Path, *, max_file_bytes: int = 1024 * 1024) -> Place:
+    database = Database(sqlite_url(directory / "jobs.db"))
+    store = JobStore(database, organization="acme")
+    storage = FileStorage(files_dir(directory / "data"), max_file_bytes=max_file_bytes)
+    registry = Registry(directory / "registry")
+    jobs = JobService(store, registry, base_models={BASE: BASE, "Qwen/Qwen3-0.6B": "/bases/qwen"}, max_lora_rank=64)
+    return Place(directory, database, store, FileService(store, storage), jobs, registry)
+
+
+def new_job(training_file: str, **changes: Any) -> NewJob:
+    values: dict[str, Any] = {
+        "model": BASE,
+        "training_file": training_file,
+        "validation_file": None,
+        "suffix": None,
+        "seed": 7,
+        "hyperparameters": Hyperparameters(n_epochs=1, batch_size=2, learning_rate_multiplier=1.0),
+        "metadata": None,
+        "extensions": {},
+    }
+    return NewJob(**(values | changes))
+
+
+def add_file_row(store: JobStore, **changes: Any) -> str:
+    """A file that exists only in the store, for tests that never open it."""
+    values: dict[str, Any] = {
+        "id": new_id("file-"),
+        "filename": "rows.jsonl",
+        "purpose": "fine-tune",
+        "size_bytes": 1,
+        "sha256": new_id("", 64),
+        "rows": 20,
+        "created_at": 0,
+    }
+    record = FileRecord(**(values | changes))
+    store.add_file(record)
+    return record.id
+
+
+@contextmanager
+def serve(place: Place) -> Iterator[str]:
+    """The API on a free loopback port; yields its base URL."""
+    app = FastAPI()
+    app.include_router(files_router(place.files))
+    app.include_router(fine_tuning_router(place.jobs))
+
+    @app.exception_handler(CapoError)
+    async def answer(_request: Request, error: CapoError) -> JSONResponse:
+        headers = {"x-should-retry": "false"}
+        return JSONResponse(openai_error_body(error), wire_kind(error).http_status, headers)
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        wait_until(lambda: server.started, seconds=10)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def client_of(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, http_client=httpx.Client(trust_env=False))
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not true within {seconds} s"
+        time.sleep(0.01)

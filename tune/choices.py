@@ -1,0 +1,105 @@
+"""Values Capo chooses where a recipe leaves them open, each with the reason that is printed and recorded.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tune.recipe import FullMethod, LoraMethod, Stage
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[Value]):
+    """A value and why it was taken."""
+
+    value: Value
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+# Peak rates by (method, stage kind). Adapters want about ten times the rate of full training, almost independent of
+# the rank (LoRA Without Regret, thinkingmachines.ai, 2025; TRL's peft_integration guide gives the same values).
+_LEARNING_RATES: dict[tuple[str, str], float] = {
+    ("lora", "sft"): 2e-4,
+    ("lora", "cpt"): 1e-4,
+    ("full", "sft"): 2e-5,
+    ("full", "cpt"): 1e-5,
+}
+_LONGEST_DEFAULT_TOKENS = 2048
+_DEFAULT_EPOCHS = 3.0
+_FEWEST_STEPS = 100
+_LARGEST_BATCH = 16
+_SMALLEST_BATCH = 2
+_LARGEST_MICRO_BATCH = 8
+
+
+def choose_learning_rate(method: LoraMethod | FullMethod, stage: Stage) -> Choice[float]:
+    if stage.learning_rate is not None:
+        return Choice(stage.learning_rate, "given in the recipe")
+    rate = _LEARNING_RATES[method.kind, stage.kind]
+    return Choice(rate, f"the usual peak for {method.kind} {stage.kind}")
+
+
+def choose_packing(stage: Stage) -> Choice[bool]:
+    if stage.packing is not None:
+        return Choice(stage.packing, "given in the recipe")
+    if stage.kind == "cpt":
+        return Choice(True, "text rows vary in length; packing wastes no compute on padding")
+    return Choice(False, "a chat batch counts rows")
+
+
+def choose_max_length(stage: Stage, context_tokens: int | None) -> Choice[int]:
+    """``context_tokens`` is the base's own limit, ``None`` where its config names none."""
+    if stage.max_length is not None:
+        return Choice(stage.max_length, "given in the recipe")
+    if context_tokens is not None and context_tokens <= _LONGEST_DEFAULT_TOKENS:
+        return Choice(context_tokens, "the base's context length")
+    return Choice(_LONGEST_DEFAULT_TOKENS, "memory grows with length; longer rows need max_length")
+
+
+def choose_epochs(stage: Stage) -> Choice[float | None]:
+    if stage.max_steps is not None:
+        return Choice(None, f"max_steps={stage.max_steps} decides")
+    if stage.epochs is not None:
+        return Choice(stage.epochs, "given in the recipe")
+    if stage.kind == "cpt":
+        return Choice(1.0, "one pass over text; repeats teach less than new text")
+    return Choice(_DEFAULT_EPOCHS, "the default of TRL, LLaMA-Factory and Predibase for chat rows")
+
+
+def choose_batch(stage: Stage, num_sequences: int, epochs: float | None) -> Choice[BatchShape]:
+    """Pick what is open of the batch shape for ``num_sequences`` per epoch.
+
+    Adapters learn worse from large batches when data is small, and need about 100 steps (LoRA Without Regret;
+    tinker-cookbook's hyperparam_utils), so small data gets small batches.
+    """
+    micro, accumulation = stage.micro_batch_size, stage.gradient_accumulation_steps
+    if micro is not None and accumulation is not None:
+        return Choice(BatchShape(micro, accumulation), "given in the recipe")
+    total = num_sequences * epochs if epochs is not None else math.inf
+    batch = _LARGEST_BATCH
+    while batch > _SMALLEST_BATCH and total / batch < _FEWEST_STEPS:
+        batch //= 2
+    if micro is None:
+        micro = min(batch, _LARGEST_MICRO_BATCH) if accumulation is None else max(1, batch // accumulation)
+    if accumulation is None:
+        accumulation = max(1, batch // micro)
+    reason = (
+        f"{num_sequences} sequences an epoch; the largest batch up to 16 that still leaves about 100 steps"
+    )
+    return Choice(BatchShape(micro, accumulation), reason)

@@ -1,0 +1,229 @@
+"""Token ids and loss mask of a conversation, for any chat template.
+
+Most templates carry no markers for the assistant's text, so the trained spans are derived from rendered
+prefixes. For the assistant message *i*::
+
+    prompt = render(messages[:i], add_generation_prompt=True)     what serving tokenises before it answers
+    turn   = render(messages[:i + 1])                             prompt + answer + end of turn [+ separator]
+
+``turn`` must begin with ``prompt``, or training would see text that serving never sends: such a template is
+refused. The span is what ``turn`` adds, up to its last end-of-turn token; what follows (a newline, say) is
+never generated. A span without any end-of-turn token is refused too: such a model would never stop.
+
+The whole row is tokenised once and each prompt's ids must be its prefix. Where they are not (a token that
+straddles the border), or where the template rewrites earlier turns (Qwen3 removes their thinking), each
+trained turn becomes an example of its own, which again is exactly what serving sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+
+from registry.errors import InvalidDataError, InvalidRequestError
+from tune.data.rows import ChatRow, TextRow
+
+Tokenizer = Any
+"""A fast Hugging Face tokenizer; transformers ships no types for it that mypy could follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence to train on."""
+
+    token_ids: NDArray[np.int32]
+    """[T]"""
+    trained: NDArray[np.bool_]
+    """[T]; whether the token is predicted from those before it. Never true at 0."""
+    line: int
+    """Of its row in the file."""
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.trained.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A trained assistant message, rendered."""
+
+    index: int
+    prompt: str
+    text: str
+
+
+class ChatEncoder:
+    """Turns chat rows into examples with one tokenizer and its chat template.
+
+    ``stop_ids`` are token ids that may end a turn: the tokenizer's special tokens and end-of-sequence ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InvalidRequestError(
+                f"{type(tokenizer).__name__} gives no character offsets; the base needs a tokenizer.json (fast tokenizer)"
+            )
+        if not tokenizer.chat_template:
+            raise InvalidRequestError(
+                "the base has no chat template, so chat rows cannot be rendered; add chat_template.jinja to it or "
+                "train text rows (stage kind cpt)"
+            )
+        self._tokenizer = tokenizer
+        special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._stop_ids = special | (
+            {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+        )
+
+    def encode(self, row: ChatRow) -> list[Example]:
+        """One example, or one for each trained turn where a single one would differ from what serving sees.
+
+        Raises:
+            InvalidDataError: the template refuses the row, is not prefix-stable, or ends no turn.
+        """
+        turns = self._render_turns(row)
+        if self._is_chain(turns):
+            example = self._encode_chain(row, turns)
+            if example is not None:
+                return [example]
+        return [self._encode_alone(row, turn) for turn in turns]
+
+    def render_prompt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+    ) -> str:
+        """The text that serving tokenises (without adding special tokens) for these messages."""
+        return self._render(messages, tools, add_generation_prompt=True)
+
+    def _render_turns(self, row: ChatRow) -> list[_Turn]:
+        turns = []
+        for index, message in enumerate(row.messages):
+            if message["role"] != "assistant" or not row.trained[index]:
+                continue
+            try:
+                prompt = self._render(row.messages[:index], row.tools, add_generation_prompt=True)
+                text = self._render(row.messages[: index + 1], row.tools, add_generation_prompt=False)
+            except (TemplateError, TypeError, ValueError) as error:
+                reason = f"the chat template refuses messages[:{index + 1}]: {error}"
+                raise InvalidDataError(
+                    f"line {row.line}: {reason}", line=row.line, code="chat_template"
+                ) from error
+            if not text.startswith(prompt):
+                raise _not_prefix_stable(row.line, index, prompt, text)
+            if len(text) == len(prompt):
+                reason = f"the chat template renders nothing for messages[{index}]"
+                raise InvalidDataError(f"line {row.line}: {reason}", line=row.line, code="chat_template")
+            turns.append(_Turn(index, prompt, text))
+        return turns
+
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) if tools is not None else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+        return str(rendered)
+
+    @staticmethod
+    def _is_chain(turns: Sequence[_Turn]) -> bool:
+        """Whether each turn's text is a prefix of the next turn's prompt, so that one sequence holds all."""
+        return all(later.prompt.startswith(turn.text) for turn, later in zip(turns, turns[1:], strict=False))
+
+    def _encode_chain(self, row: ChatRow, turns: Sequence[_Turn]) -> Example | None:
+        """All turns in one sequence, or ``None`` where a prompt's ids are not a prefix of the whole."""
+        text = turns[-1].text
+        whole, *prompts = self._tokenize([text, *(turn.prompt for turn in turns)])
+        ids, offsets = whole
+        trained = np.zeros(len(ids), dtype=np.bool_)
+        for turn, (prompt_ids, _) in zip(turns, prompts, strict=True):
+            start = len(prompt_ids)
+            if ids[:start] != prompt_ids:
+                return None
+            end = len(ids)
+            if len(turn.text) < len(text):
+                end = next(i for i in range(start, len(ids)) if offsets[i][0] >= len(turn.text))
+            trained[start : self._end_of_turn(ids, start, end, row.line, turn.index)] = True
+        return _example(ids, trained, row.line)
+
+    def _encode_alone(self, row: ChatRow, turn: _Turn) -> Example:
+        """The prompt's own ids, then those of the answer: the border is exactly serving's."""
+        (prompt_ids, _), (answer_ids, _) = self._tokenize([turn.prompt, turn.text[len(turn.prompt) :]])
+        ids = prompt_ids + answer_ids
+        trained = np.zeros(len(ids), dtype=np.bool_)
+        trained[len(prompt_ids) : self._end_of_turn(ids, len(prompt_ids), len(ids), row.line, turn.index)] = (
+            True
+        )
+        return _example(ids, trained, row.line)
+
+    def _end_of_turn(self, ids: Sequence[int], start: int, end: int, line: int, index: int) -> int:
+        """One past the last token in ``ids[start:end]`` that can end a turn."""
+        for position in range(end - 1, start - 1, -1):
+            if ids[position] in self._stop_ids:
+                return position + 1
+        reason = (
+            f"the chat template writes no end-of-turn token after messages[{index}], so the model would never learn to "
+            "stop; use a template that writes the tokenizer's eos token or another special token there"
+        )
+        raise InvalidDataError(f"line {line}: {reason}", line=line, code="chat_template")
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def encode_text(tokenizer: Tokenizer, row: TextRow, max_length: int) -> list[Example]:
+    """A document as windows of at most ``max_length`` tokens that carry loss everywhere, ended by the eos token.
+
+    Special tokens at the start follow the tokenizer's own rule for running text, as in ``/v1/completions``.
+    """
+    ids: list[int] = list(tokenizer(row.text, return_attention_mask=False, verbose=False)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if eos is not None and (not ids or ids[-1] != eos):
+        ids.append(int(eos))
+    windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [
+        _example(window, np.ones(len(window), dtype=np.bool_), row.line)
+        for window in windows
+        if len(window) > 1
+    ]
+
+
+def decode_spans(tokenizer: Tokenizer, example: Example) -> list[str]:
+    """The trained text of an example, span by span, to show to a person."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], example.trained, [False])).astype(np.int8)))
+    return [
+        str(tokenizer.decode(example.token_ids[start:end].tolist())) for start, end in edges.reshape(-1, 2)
+    ]
+
+
+def _example(ids: Sequence[int], trained: NDArray[np.bool_], line: int) -> Example:
+    trained[0] = False  # nothing comes before it that could predict it
+    return Example(np.asarray(ids, dtype=np.int32), trained, line)
+
+
+def _not_prefix_stable(line: int, index: int, prompt: str, text: str) -> InvalidDataError:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text))
+    )
+    reason = (
+        f"the chat template is not prefix-stable: with its answer, messages[{index}] renders "
+        f"{text[same : same + 30]!r} where the prompt alone has {prompt[same : same + 30]!r}; serving would send other "
+        "text than training saw"
+    )
+    return InvalidDataError(f"line {line}: {reason}", line=line, code="chat_template")

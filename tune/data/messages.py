@@ -1,0 +1,260 @@
+"""What a conversation must look like before a template sees it. Knows lists and dicts, no files, no tokenizer.
+
+Shapes follow OpenAI's ChatCompletionRequestMessage types (openai.types.chat). Rules that go beyond them keep
+rows servable: a prompt must come before each assistant turn, and tool answers must belong to calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from registry.errors import InvalidDataError
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_KEYS_OF_ROLE = {
+    "system": ("role", "content", "name"),
+    "developer": ("role", "content", "name"),
+    "user": ("role", "content", "name"),
+    "assistant": ("role", "content", "name", "weight", "tool_calls"),
+    "tool": ("role", "content", "tool_call_id"),
+}
+_MAY_FOLLOW = {
+    None: ("system", "developer", "user"),
+    "system": ("user", "assistant"),
+    "developer": ("user", "assistant"),
+    "user": ("user", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+
+
+def unknown_key_reason(key: str, allowed: Iterable[str]) -> str:
+    known = tuple(allowed)
+    near = get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown key {key[:80]!r}; {hint}allowed: {', '.join(known)}"
+
+
+def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...], tuple[bool, ...]]:
+    """Check one row's ``messages``.
+
+    Returns:
+        The messages in template form (text parts joined, ``weight`` taken out), and for each whether it is trained.
+
+    Raises:
+        InvalidDataError: with ``line`` and a reason that names the message by its index.
+    """
+    if not isinstance(given, list):
+        _refuse(line, "messages", f"messages must be a list, got {_shown(given)}")
+    if not given:
+        _refuse(line, "messages", "messages is empty")
+    messages: list[dict[str, Any]] = []
+    trained: list[bool] = []
+    previous_role: str | None = None
+    open_calls: set[str] = set()
+    for index, message in enumerate(given):
+        where = f"messages[{index}]"
+        role = _check_role(message, previous_role, where, line)
+        cleaned, weight = _check_message(message, role, where, line)
+        if role == "tool":
+            call_id = cleaned["tool_call_id"]
+            if call_id not in open_calls:
+                _refuse(
+                    line, f"{where}.tool_call_id", f"{where} answers the call {call_id!r}, which is not open"
+                )
+            open_calls.remove(call_id)
+        elif open_calls:
+            _refuse(
+                line,
+                where,
+                f"{where}: the tool calls {sorted(open_calls)} have no answer before this message",
+            )
+        if "tool_calls" in cleaned:
+            open_calls = {call["id"] for call in cleaned["tool_calls"]}
+        messages.append(cleaned)
+        trained.append(role == "assistant" and weight == 1)
+        previous_role = role
+    _check_targets(messages, trained, line)
+    return tuple(messages), tuple(trained)
+
+
+def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
+    """Check one row's ``tools``; ``None`` where the row has none."""
+    if given is None:
+        return None
+    if not isinstance(given, list) or not given:
+        _refuse(line, "tools", f"tools must be a list with at least one tool, got {_shown(given)}")
+    for index, tool in enumerate(given):
+        where = f"tools[{index}]"
+        if (
+            not isinstance(tool, dict)
+            or tool.get("type") != "function"
+            or not isinstance(tool.get("function"), dict)
+        ):
+            _refuse(
+                line, where, f"{where} must be {{type: 'function', function: {{...}}}}, got {_shown(tool)}"
+            )
+        _check_keys(tool, ("type", "function"), where, line)
+        function = tool["function"]
+        _check_keys(function, ("name", "description", "parameters", "strict"), f"{where}.function", line)
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            _refuse(line, f"{where}.function.name", f"{where}.function.name must be a name")
+        if not isinstance(function.get("parameters", {}), dict):
+            _refuse(
+                line,
+                f"{where}.function.parameters",
+                f"{where}.function.parameters must be a JSON schema object",
+            )
+    return tuple(given)
+
+
+def _check_role(message: object, previous_role: str | None, where: str, line: int) -> str:
+    if not isinstance(message, dict):
+        _refuse(line, where, f"{where} must be an object with role and content, got {_shown(message)}")
+    if "role" not in message:
+        _refuse(line, f"{where}.role", f"{where} has no role; allowed: {', '.join(_ROLES)}")
+    role = message["role"]
+    if not isinstance(role, str) or role not in _ROLES:
+        _refuse(
+            line,
+            f"{where}.role",
+            f"{where} has the unknown role {_shown(role)}; allowed: {', '.join(_ROLES)}",
+        )
+    if role not in _MAY_FOLLOW[previous_role]:
+        place = "stand first" if previous_role is None else f"follow {previous_role!r}"
+        allowed = ", ".join(_MAY_FOLLOW[previous_role])
+        _refuse(line, f"{where}.role", f"{where}: {role!r} cannot {place}; allowed here: {allowed}")
+    return role
+
+
+def _check_message(message: dict[str, Any], role: str, where: str, line: int) -> tuple[dict[str, Any], int]:
+    """One message in template form, and its weight (1 for roles that carry none)."""
+    if "function_call" in message:
+        _refuse(
+            line, f"{where}.function_call", f"{where}.function_call is the old form; write tool_calls instead"
+        )
+    _check_keys(message, _KEYS_OF_ROLE[role], where, line)
+    cleaned: dict[str, Any] = {"role": role}
+    calls = message.get("tool_calls")
+    if calls is not None:
+        cleaned["tool_calls"] = _check_tool_calls(calls, f"{where}.tool_calls", line)
+    cleaned["content"] = _check_content(
+        message.get("content"), role, calls is not None, f"{where}.content", line
+    )
+    if role == "tool":
+        if not isinstance(message.get("tool_call_id"), str) or not message["tool_call_id"]:
+            _refuse(
+                line, f"{where}.tool_call_id", f"{where} (a tool's answer) needs the tool_call_id it answers"
+            )
+        cleaned["tool_call_id"] = message["tool_call_id"]
+    if "name" in message:
+        if not isinstance(message["name"], str) or not message["name"]:
+            _refuse(line, f"{where}.name", f"{where}.name must be a name, got {_shown(message['name'])}")
+        cleaned["name"] = message["name"]
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        _refuse(line, f"{where}.weight", f"{where}.weight must be 0 or 1, got {_shown(weight)}")
+    return cleaned, int(weight)
+
+
+def _check_content(content: object, role: str, has_calls: bool, where: str, line: int) -> str | None:
+    if isinstance(content, list):
+        content = _joined_parts(content, where, line)
+    if content is None and has_calls:
+        return None
+    if not isinstance(content, str):
+        _refuse(line, where, f"{where} must be a string or a list of text parts, got {_shown(content)}")
+    if not content.strip() and role != "tool" and not has_calls:
+        _refuse(line, where, f"{where} is empty")
+    return content
+
+
+def _joined_parts(parts: Sequence[object], where: str, line: int) -> str:
+    texts = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            reason = f"{where}[{index}] must be {{type: 'text', text: '...'}}, got {_shown(part)}; only text is trained"
+            _refuse(line, f"{where}[{index}]", reason)
+        _check_keys(part, ("type", "text"), f"{where}[{index}]", line)
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, Any]]:
+    """Arguments come as a JSON text (OpenAI) and leave as an object, as templates and vLLM take them."""
+    if not isinstance(calls, list) or not calls:
+        _refuse(line, where, f"{where} must be a list with at least one call, got {_shown(calls)}")
+    cleaned = []
+    for index, call in enumerate(calls):
+        place = f"{where}[{index}]"
+        if (
+            not isinstance(call, dict)
+            or call.get("type") != "function"
+            or not isinstance(call.get("function"), dict)
+        ):
+            _refuse(line, place, f"{place} must be {{id, type: 'function', function: {{name, arguments}}}}")
+        _check_keys(call, ("id", "type", "function"), place, line)
+        _check_keys(call["function"], ("name", "arguments"), f"{place}.function", line)
+        if not isinstance(call.get("id"), str) or not call["id"]:
+            _refuse(line, f"{place}.id", f"{place}.id must be a text that the tool's answer repeats")
+        name = call["function"].get("name")
+        if not isinstance(name, str) or not name:
+            _refuse(line, f"{place}.function.name", f"{place}.function.name must be a name")
+        arguments = _decoded_arguments(call["function"].get("arguments"), f"{place}.function.arguments", line)
+        cleaned.append(
+            {"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}}
+        )
+    ids = [call["id"] for call in cleaned]
+    if len(set(ids)) != len(ids):
+        _refuse(line, where, f"{where}: two calls have the same id")
+    return cleaned
+
+
+def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, Any]:
+    if not isinstance(arguments, str):
+        _refuse(line, where, f"{where} must be a JSON object written as a string, got {_shown(arguments)}")
+    try:
+        decoded = json.loads(arguments, parse_constant=_refuse_constant)
+        json.dumps(decoded, ensure_ascii=False).encode("utf-8")  # half a surrogate pair fails here
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(
+            f"line {line}: {where} is not valid JSON: {error}", line=line, param=where
+        ) from error
+    if not isinstance(decoded, dict):
+        _refuse(line, where, f"{where} must hold a JSON object, got {_shown(decoded)}")
+    return decoded
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _check_targets(messages: Sequence[dict[str, Any]], trained: Sequence[bool], line: int) -> None:
+    if not any(message["role"] == "assistant" for message in messages):
+        _refuse(line, "messages", "there is no assistant message, so there is nothing to learn")
+    if messages[-1]["role"] != "assistant":
+        _refuse(line, "messages", f"the last message must be the assistant's, got {messages[-1]['role']!r}")
+    if not any(trained):
+        _refuse(line, "messages", "every assistant message has weight 0, so there is nothing to learn")
+
+
+def _check_keys(given: dict[str, Any], allowed: Sequence[str], where: str, line: int) -> None:
+    for key in given:
+        if key not in allowed:
+            _refuse(line, f"{where}.{key[:80]}", f"{where}: {unknown_key_reason(key, allowed)}")
+
+
+def _shown(value: object) -> str:
+    """A value as it stands in a message: short, and safe to print."""
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse(line: int, param: str, reason: str) -> NoReturn:
+    raise InvalidDataError(f"line {line}: {reason}", line=line, param=param)

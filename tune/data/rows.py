@@ -1,0 +1,263 @@
+"""Training files as people write them: JSONL read as bytes, checked row by row, every fault with its line.
+
+Chat rows follow OpenAI's fine-tuning format (openai.types.fine_tuning; platform guide "Supervised
+fine-tuning"): ``messages``, ``tools``, ``parallel_tool_calls``. Text rows are ``{"text": ...}``. Files are
+streamed; memory does not grow with them. Neither torch nor transformers is imported, so that the files API
+can use this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
+
+from registry.errors import InvalidDataError, NotFoundError
+from tune.data.messages import check_messages, check_tools, unknown_key_reason
+
+JsonObject: TypeAlias = dict[str, Any]
+RowKind: TypeAlias = Literal["chat", "text"]
+Row = TypeVar("Row")
+
+MAX_LINE_BYTES = 10_000_000
+"""A longer line is refused: about 2.5 million tokens, more than any context, and mostly a file without newlines."""
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+_CHAT_KEYS = ("messages", "tools", "parallel_tool_calls")
+_REFUSED_CHAT_KEYS = {
+    "functions": "is the old form; write tools: [{type: function, function: {...}}] instead",
+    "input": "belongs to preference rows (DPO); supervised rows hold messages",
+    "text": "belongs to text rows, which stages of kind cpt read; supervised rows hold messages",
+    "prompt": "is the old completion format; write messages with a user and an assistant turn instead",
+    "completion": "is the old completion format; write messages with a user and an assistant turn instead",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRow:
+    """One conversation, in the form chat templates take."""
+
+    line: int
+    messages: tuple[JsonObject, ...]
+    """``content`` is a string or ``None`` (only beside tool calls); ``weight`` is taken out."""
+    trained: tuple[bool, ...]
+    """Per message: an assistant message whose ``weight`` is not 0."""
+    tools: tuple[JsonObject, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """One document of running text."""
+
+    line: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """What a check found. ``errors`` stops at the limit; ``rows`` counts the good rows up to there."""
+
+    rows: int
+    errors: tuple[RowError, ...]
+
+
+def read_chat_rows(path: Path) -> Iterator[ChatRow]:
+    """Yield every row of a chat file.
+
+    Raises:
+        InvalidDataError: at the first fault, with its 1-based ``line``.
+        NotFoundError: there is no such file.
+    """
+    return _read(path, parse_chat_row)
+
+
+def read_text_rows(path: Path) -> Iterator[TextRow]:
+    """Yield every row of a text file; raises as :func:`read_chat_rows`."""
+    return _read(path, parse_text_row)
+
+
+def check_chat_file(path: Path, limit_errors: int = 10) -> FileReport:
+    """Read the whole file and report the first ``limit_errors`` faults instead of raising them."""
+    return _check(path, parse_chat_row, limit_errors)
+
+
+def check_text_file(path: Path, limit_errors: int = 10) -> FileReport:
+    """As :func:`check_chat_file`, for text rows."""
+    return _check(path, parse_text_row, limit_errors)
+
+
+def parse_chat_row(raw: bytes, line: int) -> ChatRow:
+    """One line of a chat file, without its newline, to a row."""
+    row = _decode_object(raw, line)
+    for key in row:
+        if key in _REFUSED_CHAT_KEYS:
+            raise InvalidDataError(f"line {line}: {key!r} {_REFUSED_CHAT_KEYS[key]}", line=line, param=key)
+        if key not in _CHAT_KEYS:
+            raise InvalidDataError(
+                f"line {line}: {unknown_key_reason(key, _CHAT_KEYS)}", line=line, param=key
+            )
+    if "messages" not in row:
+        raise InvalidDataError(f"line {line}: the row has no messages", line=line, param="messages")
+    tools = check_tools(row.get("tools"), line)
+    messages, trained = check_messages(row["messages"], line)
+    _check_parallel_tool_calls(row, messages, line)
+    return ChatRow(line=line, messages=messages, trained=trained, tools=tools)
+
+
+def parse_text_row(raw: bytes, line: int) -> TextRow:
+    """One line of a text file, without its newline, to a row."""
+    row = _decode_object(raw, line)
+    for key in row:
+        if key != "text":
+            raise InvalidDataError(f"line {line}: {unknown_key_reason(key, ('text',))}", line=line, param=key)
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise InvalidDataError(
+            f"line {line}: text must be a string, got {type(text).__name__}", line=line, param="text"
+        )
+    if not text.strip():
+        raise InvalidDataError(f"line {line}: text is empty", line=line, param="text")
+    return TextRow(line=line, text=text)
+
+
+def _read(path: Path, parse: Callable[[bytes, int], Row]) -> Iterator[Row]:
+    rows = 0
+    with _open(path) as file:
+        for line, raw in _lines(file):
+            if isinstance(raw, InvalidDataError):
+                raise raw
+            yield parse(raw, line)
+            rows += 1
+    if rows == 0:
+        raise _no_rows()
+
+
+def _check(path: Path, parse: Callable[[bytes, int], Row], limit_errors: int) -> FileReport:
+    rows = 0
+    errors: list[RowError] = []
+    with _open(path) as file:
+        for line, raw in _lines(file):
+            try:
+                if isinstance(raw, InvalidDataError):
+                    raise raw
+                parse(raw, line)
+                rows += 1
+            except InvalidDataError as error:
+                errors.append(RowError(line, error.message))
+                if len(errors) >= limit_errors:
+                    break
+    if rows == 0 and not errors:
+        errors.append(RowError(1, _no_rows().message))
+    return FileReport(rows=rows, errors=tuple(errors))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise NotFoundError(f"there is no data file at {path}", param="path") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | InvalidDataError]]:
+    """Lines without their newline. Only ``\\n`` ends a line: U+2028 and friends are legal inside JSON strings."""
+    line = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        line += 1
+        if line == 1 and raw.startswith(_UTF8_BOM):
+            raw = raw[len(_UTF8_BOM) :]
+        if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            _skip_rest_of_line(file)
+            reason = f"line {line}: longer than {MAX_LINE_BYTES} bytes; JSONL holds one row on each line"
+            yield line, InvalidDataError(reason, line=line)
+            continue
+        if raw:
+            yield line, raw.rstrip(b"\r\n")
+
+
+def _skip_rest_of_line(file: BinaryIO) -> None:
+    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        continue
+
+
+def _no_rows() -> InvalidDataError:
+    return InvalidDataError(
+        "line 1: the file holds no rows; JSONL needs one JSON object on each line", line=1
+    )
+
+
+def _decode_object(raw: bytes, line: int) -> JsonObject:
+    """Strict JSON: no NaN, no key given twice, nothing that cannot be written back as UTF-8."""
+    if not raw.strip():
+        raise InvalidDataError(f"line {line}: the line is blank; remove it", line=line)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
+        raise InvalidDataError(f"line {line}: {reason}", line=line) from error
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise InvalidDataError(f"line {line}: nested too deeply", line=line) from error
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON: {error.msg} at character {error.pos + 1}"
+        raise InvalidDataError(f"line {line}: {reason}", line=line) from error
+    except ValueError as error:  # of the two hooks, and of integers beyond Python's digit limit
+        raise InvalidDataError(f"line {line}: not valid JSON: {error}", line=line) from error
+    if not isinstance(value, dict):
+        raise InvalidDataError(
+            f"line {line}: each line must be a JSON object, got {_json_type(value)}", line=line
+        )
+    if "\\u" in text:  # only an escape can smuggle in half a surrogate pair, which no tokenizer can encode
+        _refuse_lone_surrogates(value, line)
+    return value
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return row
+
+
+def _refuse_lone_surrogates(value: JsonObject, line: int) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidDataError(
+            f"line {line}: holds half a surrogate pair (\\ud800 to \\udfff)", line=line
+        ) from error
+    except RecursionError as error:
+        raise InvalidDataError(f"line {line}: nested too deeply", line=line) from error
+
+
+def _check_parallel_tool_calls(row: JsonObject, messages: tuple[JsonObject, ...], line: int) -> None:
+    """The key changes no token; it states something about the row, and that statement is held to."""
+    if "parallel_tool_calls" not in row:
+        return
+    allowed = row["parallel_tool_calls"]
+    if not isinstance(allowed, bool):
+        reason = f"parallel_tool_calls must be true or false, got {_json_type(allowed)}"
+        raise InvalidDataError(f"line {line}: {reason}", line=line, param="parallel_tool_calls")
+    for index, message in enumerate(messages):
+        if not allowed and len(message.get("tool_calls", ())) > 1:
+            reason = f"parallel_tool_calls is false, but messages[{index}] makes {len(message['tool_calls'])} calls"
+            raise InvalidDataError(f"line {line}: {reason}", line=line, param="parallel_tool_calls")
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,80 @@
+"""Trained weights as files that other tools load: a PEFT adapter, or a whole model directory.
+
+An adapter is stored in the dtype it computes in: float32 recipes keep float32, because engines round once when
+they load and rounding twice gains nothing; bfloat16 recipes store bfloat16, exactly what the engine will hold.
+``tune.model.round_weights`` runs before the last validation, so figures and probes belong to the stored bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from registry.manifest import LoraShape
+from tune.choices import Choice
+from tune.model import DtypeName, Trainable
+from tune.recipe import LoraMethod, Recipe
+
+# What a model directory needs beside weights and config.json to render, tokenise and stop as its base does.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def choose_save_dtype(recipe: Recipe, dtype: DtypeName) -> Choice[DtypeName]:
+    if recipe.save_dtype != "auto":
+        return Choice(recipe.save_dtype, "given in the recipe")
+    if recipe.method.kind == "full":
+        return Choice("bfloat16", "engines serve whole models in it, and it halves the file")
+    return Choice(dtype, "an adapter keeps the dtype it was trained in")
+
+
+def export_adapter(
+    trainable: Trainable, method: LoraMethod, directory: Path, *, base_id: str, save_dtype: DtypeName
+) -> LoraShape:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format.
+
+    Tokenizer and template stay with the base; the manifest's digests tie the adapter to them.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = trainable.model.peft_config["default"]
+    config.base_model_name_or_path = base_id  # the id, not the directory it happened to be loaded from
+    config.inference_mode = True
+    weights = get_peft_model_state_dict(trainable.model, save_embedding_layers=False)
+    stored = {name: _stored(weight, save_dtype) for name, weight in weights.items()}
+    save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
+    return LoraShape(
+        rank=method.rank,
+        alpha=method.scaled_alpha,
+        target_modules=list(trainable.target_modules),
+        use_rslora=method.use_rslora,
+    )
+
+
+def export_model(trainable: Trainable, base_dir: Path, directory: Path, *, save_dtype: DtypeName) -> None:
+    """Write a model directory that transformers and vLLM load. Casts the model in place: it is used up."""
+    model = trainable.model.to(torch.bfloat16 if save_dtype == "bfloat16" else torch.float32)
+    model.config.use_cache = True  # switched off for training only
+    model.save_pretrained(directory, safe_serialization=True)
+    for name in _TOKENIZER_FILES:
+        if (base_dir / name).is_file():
+            shutil.copyfile(base_dir / name, directory / name)
+
+
+def _stored(weight: torch.Tensor, save_dtype: Literal["float32", "bfloat16"]) -> torch.Tensor:
+    dtype = torch.bfloat16 if save_dtype == "bfloat16" else torch.float32
+    return weight.detach().to("cpu", dtype).contiguous()

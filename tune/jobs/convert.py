@@ -1,0 +1,123 @@
+"""From OpenAI's three hyper-parameters to a recipe, in one place and in one direction.
+
+What ``"auto"`` becomes is decided by :mod:`tune.choices`, like every open value of a recipe, when the job is
+created; the job shows the numbers from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tune.choices import choose_batch, choose_epochs, choose_learning_rate
+from tune.jobs.records import Hyperparameters, JobRecord, NewJob
+from tune.jobs.requests import CapoBody, HyperparametersBody
+from tune.recipe import DataSource, LoraMethod, Recipe, Stage, Validation, parse_recipe
+
+HELD_OUT_SHARE = 0.1
+FEWEST_ROWS_TO_HOLD_OUT = 50
+"""A tenth of the rows is held out when there is no validation file and at least this many rows.
+
+Unlike OpenAI's, Capo's artifacts say how much better than the base they are, and a figure measured on
+training rows would only show memory. Below 50 rows a tenth is fewer than five, which measures nothing, so
+all rows are trained on. ``capo.validation_share: 0`` trains on all rows at any size.
+"""
+CHECKPOINT_EVERY_STEPS = 100
+"""A killed job repeats at most this many steps. An adapter's checkpoint is small."""
+_LARGEST_MICRO_BATCH = 8
+
+
+def resolve_hyperparameters(
+    given: HyperparametersBody, extension: CapoBody, *, rows: int, has_validation_file: bool
+) -> Hyperparameters:
+    """Turn each ``"auto"`` into a number, for a training file of ``rows`` rows."""
+    open_stage = Stage(kind="sft", data=(DataSource(path=Path("training.jsonl")),))
+    share = held_out_share(extension, rows=rows, has_validation_file=has_validation_file)
+    trained_rows = max(1, rows - round(rows * share))
+    if given.n_epochs == "auto":
+        epochs = choose_epochs(open_stage).value
+        n_epochs = 1 if epochs is None else max(1, round(epochs))
+    else:
+        n_epochs = given.n_epochs
+    if given.batch_size == "auto":
+        batch_size = choose_batch(open_stage, trained_rows, float(n_epochs)).value.sequences_per_step
+    else:
+        batch_size = given.batch_size
+    multiplier = given.learning_rate_multiplier
+    return Hyperparameters(
+        n_epochs=n_epochs,
+        batch_size=batch_size,
+        learning_rate_multiplier=1.0 if multiplier == "auto" else float(multiplier),
+    )
+
+
+def held_out_share(extension: CapoBody, *, rows: int, has_validation_file: bool) -> float:
+    """Which share of the training rows is kept for validation; 0 = none."""
+    if has_validation_file:
+        return 0.0
+    if extension.validation_share is not None:
+        return extension.validation_share
+    return HELD_OUT_SHARE if rows >= FEWEST_ROWS_TO_HOLD_OUT else 0.0
+
+
+def job_recipe(
+    job: JobRecord | NewJob,
+    *,
+    artifact_name: str,
+    base_model: str,
+    training_path: Path,
+    training_rows: int,
+    validation_path: Path | None,
+) -> Recipe:
+    """The recipe of a job. ``base_model`` is what the recipe's field of that name takes.
+
+    Raises:
+        InvalidRequestError: the job asks for something no recipe can say.
+    """
+    extension = parse_extension(job.extensions)
+    method = extension.lora or LoraMethod()
+    open_stage = Stage(kind="sft", data=(DataSource(path=training_path),))
+    rate = choose_learning_rate(method, open_stage).value * job.hyperparameters.learning_rate_multiplier
+    micro_batch_size = _largest_divisor(job.hyperparameters.batch_size, _LARGEST_MICRO_BATCH)
+    share = held_out_share(extension, rows=training_rows, has_validation_file=validation_path is not None)
+    validation: Validation | None = None
+    if validation_path is not None:
+        validation = Validation(path=validation_path)
+    elif share > 0:
+        validation = Validation(share=share)
+    stage: dict[str, Any] = {
+        "kind": "sft",
+        "data": open_stage.data,
+        "validation": validation,
+        "epochs": float(job.hyperparameters.n_epochs),
+        "micro_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": job.hyperparameters.batch_size // micro_batch_size,
+        "learning_rate": rate,
+    }
+    given: tuple[Literal["max_length", "over_length", "evaluate_every_steps"], ...] = (
+        "max_length",
+        "over_length",
+        "evaluate_every_steps",
+    )
+    stage |= {name: value for name in given if (value := getattr(extension, name)) is not None}
+    return parse_recipe(
+        {
+            "name": artifact_name,
+            "base_model": base_model,
+            "method": method,
+            "stages": (stage,),
+            "seed": job.seed,
+            "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,
+        }
+    )
+
+
+def parse_extension(stored: Mapping[str, Any]) -> CapoBody:
+    """The ``capo`` object as the store keeps it (JSON) back to its record."""
+    return CapoBody.model_validate(dict(stored), strict=True)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """So that micro batch times accumulation is exactly the batch that was asked for."""
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)

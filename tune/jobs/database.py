@@ -1,0 +1,163 @@
+"""Opening the job store's database, and its two kinds of transaction.
+
+Any SQLAlchemy URL is taken. A SQLite file is opened for several processes at once: write-ahead log,
+``synchronous=FULL`` so that a commit survives a power cut, and ``BEGIN IMMEDIATE`` for writes so that two
+writers wait for each other instead of failing half-way (https://sqlite.org/lang_transaction.html). The
+write-ahead log needs all processes on one host (https://sqlite.org/wal.html); more hosts need PostgreSQL.
+
+Calls block; on an event loop they belong in a thread. After a fork the child opens a new
+:class:`Database`, and the parent calls :meth:`Database.close` before the fork, because neither a SQLite
+connection nor a socket may cross it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event, insert, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+
+from registry.errors import CapoError, InvalidRequestError, StorageError, UnavailableError
+from tune.jobs import schema
+
+BUSY_TIMEOUT_SECONDS = 30.0
+"""How long a writer waits for another. Writes take milliseconds, so this is reached only by a stuck disk."""
+
+_DISK_ERRORS = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+}
+_WRITE = "capo_write"
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file, for :class:`Database`."""
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+class Database:
+    """One process's access to the job store; safe to use from many threads.
+
+    Raises:
+        InvalidRequestError: the URL cannot be used, or the store was written by a newer Capo.
+        StorageError: the file cannot be opened or written.
+        UnavailableError: the database server does not answer.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise InvalidRequestError(
+                "the job store's URL cannot be read; write sqlite:////absolute/path/jobs.db or "
+                "postgresql+psycopg://user:password@host/database",
+                param="database_url",
+            ) from error
+        self._is_sqlite = parsed.get_backend_name() == "sqlite"
+        arguments: dict[str, Any] = {}
+        if self._is_sqlite:
+            _prepare_sqlite_file(parsed)
+            arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
+        self._engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._is_sqlite)
+        if self._is_sqlite:
+            event.listen(self._engine, "connect", _on_sqlite_connect)
+            event.listen(self._engine, "begin", _on_sqlite_begin)
+        with self.write() as connection:
+            schema.metadata.create_all(connection)
+            _check_version(connection)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads and sees one moment of the store."""
+        with _translated(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may write; committed at the end, rolled back on any error."""
+        with (
+            _translated(),
+            self._engine.connect().execution_options(**{_WRITE: True}) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def close(self) -> None:
+        """Close every idle connection; the next transaction opens a fresh one."""
+        self._engine.dispose()
+
+
+def _prepare_sqlite_file(url: URL) -> None:
+    if url.database in (None, "", ":memory:"):
+        raise InvalidRequestError(
+            "the job store cannot live in memory: the workers are other processes; "
+            "give a file, as in sqlite:////absolute/path/jobs.db",
+            param="database_url",
+        )
+    path = Path(str(url.database))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Training data's names and metadata are private; SQLite gives its log files the same mode.
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise StorageError(f"the job store {path} cannot be opened: {error.strerror}") from error
+
+
+def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
+    # None: the driver opens no transactions of its own; _on_sqlite_begin does.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITE, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _check_version(connection: Connection) -> None:
+    found = connection.execute(select(schema.schema_info.c.version)).scalar_one_or_none()
+    if found is None:
+        connection.execute(insert(schema.schema_info).values(version=schema.SCHEMA_VERSION))
+    elif found > schema.SCHEMA_VERSION:
+        raise InvalidRequestError(
+            f"the job store has schema version {found}, this Capo knows {schema.SCHEMA_VERSION}; "
+            "start the newer Capo that wrote it",
+            code="store_too_new",
+        )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn the driver's errors into Capo's: a bad disk is 507, a busy or absent server 503."""
+    try:
+        yield
+    except DBAPIError as error:
+        translated = _capo_error(error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _capo_error(error: DBAPIError) -> CapoError | None:
+    cause = error.orig
+    if isinstance(cause, sqlite3.Error):
+        # The low byte is the primary code: https://sqlite.org/rescode.html
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        if code in _DISK_ERRORS:
+            return StorageError(f"the job store cannot be used ({cause}); free space or repair the disk")
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return UnavailableError("the job store is busy; try again", retry_after_seconds=1.0)
+    elif isinstance(error, OperationalError) or error.connection_invalidated:
+        return UnavailableError("the job store does not answer; try again", retry_after_seconds=5.0)
+    return None

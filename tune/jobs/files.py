@@ -1,0 +1,243 @@
+"""Uploaded files: bytes on disk under ids the server made, checked before anybody can see them.
+
+An upload is written to ``incoming/``, checked, flushed to the disk, and only then renamed to its id and
+entered in the store; whatever goes wrong before that removes it. The client's file name is a label.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from registry.errors import InvalidDataError, InvalidRequestError, StorageError, TooLargeError
+from tune.data.rows import check_chat_file
+from tune.jobs.records import FilePurpose, FileRecord, Page
+from tune.jobs.store import JobStore, Order, new_id
+
+MAX_FILE_BYTES = 512 * 1024 * 1024
+"""OpenAI's limit for one file (openai/resources/files.py, ``create``)."""
+MAX_FILENAME_CHARACTERS = 255
+REPORTED_ERRORS = 10
+_STALE_SECONDS = 3600.0
+
+
+class FileStorage:
+    """A directory of immutable files named by id. Safe for several processes at once."""
+
+    def __init__(self, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        self.max_file_bytes = max_file_bytes
+        self._directory = directory
+        self._incoming = directory / "incoming"
+        with _disk(f"create {self._incoming}"):
+            self._incoming.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes of a file are. ``file_id`` is one that the store knows, never a client's text."""
+        return self._directory / file_id
+
+    def receive(self) -> Upload:
+        """Start a new file."""
+        return Upload(self._incoming / new_id("upload-"), self._directory, self.max_file_bytes)
+
+    def remove(self, file_id: str) -> None:
+        with _disk(f"remove {file_id}"):
+            self.path(file_id).unlink(missing_ok=True)
+
+    def sweep(self, known: set[str]) -> list[str]:
+        """Remove what a killed process left: uploads nobody writes any more, and files without a row.
+
+        Young ones stay, because their row may be about to be written. Returns the removed names.
+        """
+        removed = []
+        for path in (*self._incoming.iterdir(), *self._directory.iterdir()):
+            if path.is_dir() or path.name in known:
+                continue
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS and not _is_locked(path):
+                path.unlink(missing_ok=True)
+                removed.append(path.name)
+        return removed
+
+
+class Upload:
+    """One file being written. Leaving the ``with`` block without :meth:`keep` removes every byte.
+
+    with storage.receive() as upload:
+        upload.write(b"...")
+        upload.keep("file-1")
+    """
+
+    def __init__(self, path: Path, directory: Path, max_bytes: int) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._hash = hashlib.sha256()
+        with _disk("start an upload"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._file = os.fdopen(descriptor, "wb")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells a sweep that somebody is at it
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        finally:
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises :class:`TooLargeError` before the byte that would pass the limit is written."""
+        self.size_bytes += len(data)
+        if self.size_bytes > self._max_bytes:
+            raise TooLargeError(
+                f"the file is larger than {self._max_bytes} bytes; split it or leave rows out",
+                code="file_too_large",
+                param="file",
+            )
+        self._hash.update(data)
+        with _disk("write the upload"):
+            self._file.write(data)
+
+    def flush(self) -> None:
+        """Make what was written visible to readers of :attr:`path`."""
+        with _disk("write the upload"):
+            self._file.flush()
+
+    def keep(self, file_id: str) -> None:
+        """Flush to the disk and give the file its lasting name."""
+        with _disk("store the upload"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.path.rename(self._directory / file_id)
+            directory = os.open(self._directory, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+
+class FileService:
+    """The files API without HTTP. Methods block."""
+
+    def __init__(self, store: JobStore, storage: FileStorage) -> None:
+        self.storage = storage
+        self._store = store
+
+    def finish_upload(self, upload: Upload, *, filename: str, purpose: str) -> FileRecord:
+        """Check what was received and make it a file.
+
+        Raises:
+            InvalidRequestError: a purpose or a name that cannot be.
+            InvalidDataError: a row is wrong; ``line`` is the first one's, the message lists up to ten.
+            StorageError: the disk refused.
+        """
+        if purpose != "fine-tune":
+            raise InvalidRequestError(
+                f"purpose {purpose!r} is not offered; the one purpose of an upload is 'fine-tune'",
+                code="invalid_purpose",
+                param="purpose",
+            )
+        _check_filename(filename)
+        upload.flush()
+        rows = _checked_rows(upload.path)
+        return self._keep(upload, filename=filename, purpose="fine-tune", rows=rows)
+
+    def file(self, file_id: str) -> FileRecord:
+        return self._store.file(file_id)
+
+    def files(self, *, after: str | None, limit: int, order: Order, purpose: str | None) -> Page[FileRecord]:
+        return self._store.files(after=after, limit=limit, order=order, purpose=purpose)
+
+    def content_path(self, file_id: str) -> Path:
+        """Where the content of a file the store knows lies. Raises :class:`NotFoundError`."""
+        return self.storage.path(self._store.file(file_id).id)
+
+    def delete(self, file_id: str) -> None:
+        """Remove the file. Raises :class:`ConflictError` while an open job needs it."""
+        self._store.delete_file(file_id)
+        self.storage.remove(file_id)
+
+    def sweep(self) -> list[str]:
+        """Clean up after killed processes; for the start of a server."""
+        return self.storage.sweep(self._store.live_file_ids())
+
+    def _keep(self, upload: Upload, *, filename: str, purpose: FilePurpose, rows: int | None) -> FileRecord:
+        record = FileRecord(
+            id=new_id("file-"),
+            filename=filename,
+            purpose=purpose,
+            size_bytes=upload.size_bytes,
+            sha256=upload.sha256,
+            rows=rows,
+            created_at=int(time.time()),
+        )
+        upload.keep(record.id)
+        try:
+            self._store.add_file(record)
+        except Exception:
+            self.storage.remove(record.id)
+            raise
+        return record
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked_rows(path: Path) -> int:
+    report = check_chat_file(path, limit_errors=REPORTED_ERRORS)
+    if not report.errors:
+        return report.rows
+    first = report.errors[0]
+    reasons = "; ".join(error.reason for error in report.errors)
+    raise InvalidDataError(
+        f"the file cannot be used for fine-tuning: {reasons}",
+        code="invalid_training_file",
+        param="file",
+        line=first.line,
+    )
+
+
+def _check_filename(filename: str) -> None:
+    if not filename or len(filename) > MAX_FILENAME_CHARACTERS or not filename.isprintable():
+        raise InvalidRequestError(
+            f"the file's name must have 1 to {MAX_FILENAME_CHARACTERS} printable characters, "
+            f"got {filename[:40]!r}",
+            code="invalid_filename",
+            param="file",
+        )
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+@contextmanager
+def _disk(action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"could not {action}: {error.strerror or error}; free space or repair the disk"
+        ) from error

@@ -1,0 +1,167 @@
+"""What a client may send to create a job: OpenAI's body plus one extension object, ``capo``.
+
+Bodies are parsed here and not by FastAPI, so that a mistake is answered in OpenAI's error shape, with the
+field in ``param``, and so that nothing is coerced: ``"3"`` is not a number. A field that is not known is
+refused with the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from registry.errors import InvalidRequestError
+from tune.recipe import LoraMethod
+
+MAX_BODY_BYTES = 1024 * 1024
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+_REPORTED = 5
+
+Model = TypeVar("Model", bound="Body")
+
+
+class Body(BaseModel):
+    """Base of all request bodies: frozen, strict, and honest about keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_fields(cls, given: Any) -> Any:
+        for key in given if isinstance(given, dict) else ():
+            if key not in cls.model_fields:
+                near = get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                text = f"unknown field; {hint}allowed: {', '.join(cls.model_fields)}"
+                raise PydanticCustomError("unknown_field", "{text}", {"text": text, "key": key})
+        return given
+
+
+def _auto_or(kind: Literal["integer", "number"], low: float, high: float) -> BeforeValidator:
+    """``"auto"`` or a number from ``low`` to ``high``, said in one sentence, not one per union member."""
+
+    def check(value: Any) -> Any:
+        types = (int,) if kind == "integer" else (int, float)
+        if value == "auto" or (type(value) in types and low <= value <= high):
+            return value
+        text = f'must be "auto" or {"an" if kind == "integer" else "a"} {kind} from {low:g} to {high:g}'
+        raise PydanticCustomError("auto_or_number", "{text}", {"text": text})
+
+    return BeforeValidator(check)
+
+
+class HyperparametersBody(Body):
+    """Ranges of the first two are OpenAI's (openapi spec of POST /fine_tuning/jobs)."""
+
+    n_epochs: Annotated[Literal["auto"] | int, _auto_or("integer", 1, 50)] = "auto"
+    batch_size: Annotated[Literal["auto"] | int, _auto_or("integer", 1, 256)] = "auto"
+    learning_rate_multiplier: Annotated[Literal["auto"] | float, _auto_or("number", 0.001, 100)] = "auto"
+
+
+class SupervisedBody(Body):
+    hyperparameters: HyperparametersBody | None = None
+
+
+class MethodBody(Body):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: SupervisedBody | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+def _lists_as_tuples(value: Any) -> Any:
+    """JSON has no tuples, and strict validation of a decoded body takes no list for one."""
+    if not isinstance(value, dict):
+        return value
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+class CapoBody(Body):
+    """What OpenAI's body cannot say; the SDK sends it with ``extra_body={"capo": {...}}``.
+
+    The fields are those of :class:`tune.recipe.Recipe` and its stage, and mean the same.
+    """
+
+    lora: Annotated[LoraMethod, BeforeValidator(_lists_as_tuples)] | None = None
+    alias: str | None = None
+    """Name that points to the result as soon as it is published."""
+    validation_share: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
+    """Share of the training rows to hold out; 0 = train on all of them. Not beside a validation file."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    over_length: Literal["truncate", "drop", "refuse"] | None = None
+    evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
+
+
+class CreateJobBody(Body):
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    metadata: dict[str, str] | None = None
+    hyperparameters: HyperparametersBody | None = None
+    method: MethodBody | None = None
+    integrations: list[Any] | None = None
+    capo: CapoBody | None = None
+
+
+def parse_body(raw: bytes, model: type[Model]) -> Model:
+    """Decode and check a JSON body.
+
+    Raises:
+        InvalidRequestError: with the first field at fault in ``param``; the message lists up to five.
+    """
+    try:
+        return model.model_validate(_decode(raw), strict=True)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True)
+        faults = [_fault(detail) for detail in details]
+        text = "; ".join(
+            dict.fromkeys(f"{path}: {reason}" if path else reason for path, reason in faults[:_REPORTED])
+        )
+        param = faults[0][0] or None
+        code = "unknown_field" if details[0]["type"] == "unknown_field" else "invalid_request"
+        raise InvalidRequestError(text, code=code, param=param) from error
+
+
+def _fault(detail: Any) -> tuple[str, str]:
+    location = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
+    reason = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "unknown_field":
+        location.append(detail["ctx"]["key"])
+    elif detail["type"] != "missing" and not isinstance(detail["input"], (dict, list)):
+        reason = f"{reason}, got {_shortened(detail['input'])}"
+    return ".".join(str(part) for part in location), reason
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _decode(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from error
+    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, and those of the two hooks
+        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found

@@ -1,0 +1,107 @@
+"""Tables of the job store, in SQL that SQLite and PostgreSQL both take.
+
+Order never comes from a clock: rows carry a growing ``position`` (jobs, files) or ``sequence`` (events).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+SCHEMA_VERSION = 1
+"""Raise with each change of the tables; a store of a newer version is refused, not guessed at."""
+
+metadata = MetaData()
+
+# SQLite grows a key by itself only when its type is exactly INTEGER.
+_position = BigInteger().with_variant(Integer, "sqlite")
+
+schema_info = Table("schema_info", metadata, Column("version", Integer, primary_key=True))
+
+files = Table(
+    "files",
+    metadata,
+    Column("position", _position, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("rows", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    # A deleted file keeps its row: jobs point to it, and a list's cursor may stand on it.
+    Column("deleted_at", BigInteger),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("position", _position, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("status", String(32), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("organization_id", Text, nullable=False),
+    Column("training_file", String(64), ForeignKey("files.id"), nullable=False),
+    Column("validation_file", String(64), ForeignKey("files.id")),
+    Column("suffix", String(64)),
+    Column("seed", BigInteger, nullable=False),
+    Column("hyperparameters", JSON, nullable=False),
+    Column("metadata", JSON(none_as_null=True)),
+    Column("extensions", JSON, nullable=False),
+    Column("reserved_name", Text, nullable=False, unique=True),
+    Column("fine_tuned_model", Text),
+    Column("revision", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("started_at", BigInteger),
+    Column("finished_at", BigInteger),
+    Column("estimated_finish", BigInteger),
+    Column("trained_tokens", BigInteger),
+    Column("result_files", JSON, nullable=False),
+    Column("error_code", Text),
+    Column("error_message", Text),
+    Column("error_param", Text),
+    Column("owner", Text),
+    Column("epoch", BigInteger, nullable=False, default=0),
+    Column("heartbeats", BigInteger, nullable=False, default=0),
+    Column("heartbeat_at", Float),
+    Column("lease_seconds", Float, nullable=False, default=0.0),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("not_before", Float, nullable=False, default=0.0),
+    Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("last_event", BigInteger, nullable=False, default=0),
+    Index("jobs_by_status", "status", "position"),
+)
+
+job_metadata = Table(
+    "job_metadata",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id"), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(512), nullable=False),
+    Index("job_metadata_by_pair", "key", "value"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id"), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("level", String(8), nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", JSON(none_as_null=True)),
+    Column("created_at", BigInteger, nullable=False),
+)

@@ -1,0 +1,306 @@
+"""Fine-tuning jobs without HTTP: create, look at, cancel. Everything that can be refused is refused here,
+at creation, so that a job that is accepted can only fail over its training.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from registry import Registry
+from registry.errors import InvalidNameError, InvalidRequestError, NotFoundError
+from registry.names import alias_file_stem, check_name, parse_alias
+from tune.jobs.convert import held_out_share, job_recipe, resolve_hyperparameters
+from tune.jobs.records import EventRecord, FileRecord, JobRecord, NewEvent, NewJob, Page
+from tune.jobs.requests import (
+    MAX_METADATA_KEY,
+    MAX_METADATA_PAIRS,
+    MAX_METADATA_VALUE,
+    CapoBody,
+    CreateJobBody,
+    HyperparametersBody,
+)
+from tune.jobs.store import JobStore, fine_tuned_name
+
+FEWEST_ROWS = 10
+"""OpenAI's minimum for a training file (platform guide "Supervised fine-tuning")."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    training: FileRecord
+    validation: FileRecord | None
+
+
+class JobService:
+    """The fine-tuning API's behaviour. Methods block.
+
+    ``base_models`` maps each served base's id to what a recipe's ``base_model`` takes; a callable is asked
+    anew for each job. ``max_lora_rank`` is the serving engine's limit, ``None`` = not known.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        registry: Registry,
+        *,
+        base_models: Mapping[str, str] | Callable[[], Mapping[str, str]],
+        max_lora_rank: int | None = None,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._base_models = base_models
+        self._max_lora_rank = max_lora_rank
+
+    def create(self, body: CreateJobBody) -> JobRecord:
+        """Check the request as a whole and queue the job.
+
+        Raises:
+            InvalidRequestError: with every fault in the message and the first one's field in ``param``.
+        """
+        faults: list[InvalidRequestError] = []
+        checks: tuple[Callable[[], object], ...] = (
+            lambda: self._check_model(body.model),
+            lambda: self._check_suffix(body),
+            lambda: _check_metadata(body.metadata),
+            lambda: _check_method(body),
+            lambda: _check_integrations(body.integrations),
+            lambda: self._check_extension(body),
+        )
+        for check in checks:
+            _collect(faults, check)
+        files = _collect(faults, lambda: self._files(body))
+        if faults or files is None:
+            raise _as_one(faults)
+        new = _new_job(body, files)
+        # The worker will build this same recipe; one that cannot be built must fail now.
+        job_recipe(
+            new,
+            artifact_name=body.suffix or "job",
+            base_model=self._bases()[body.model],
+            training_path=Path("training.jsonl"),
+            training_rows=files.training.rows or 0,
+            validation_path=None if files.validation is None else Path("validation.jsonl"),
+        )
+        return self._store.create_job(new, _first_events(body, files))
+
+    def job(self, job_id: str) -> JobRecord:
+        return self._store.job(job_id)
+
+    def jobs(
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        metadata: Mapping[str, str] | None = None,
+        without_metadata: bool = False,
+    ) -> Page[JobRecord]:
+        return self._store.jobs(
+            after=after, limit=limit, metadata=metadata, without_metadata=without_metadata
+        )
+
+    def cancel(self, job_id: str) -> JobRecord:
+        return self._store.cancel(job_id)
+
+    def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRecord]:
+        return self._store.events(job_id, after=after, limit=limit)
+
+    def _bases(self) -> Mapping[str, str]:
+        return self._base_models() if callable(self._base_models) else self._base_models
+
+    def _check_model(self, model: str) -> None:
+        bases = self._bases()
+        if model in bases:
+            return
+        offered = ", ".join(sorted(bases)) or "none"
+        try:
+            self._registry.resolve(model)
+        except (NotFoundError, InvalidRequestError):
+            reason = "is not a base model of this server"
+        else:
+            reason = "is itself a fine-tuned model, and training on top of one is not offered"
+        raise InvalidRequestError(
+            f"model {model[:120]!r} {reason}; base models: {offered}",
+            code="model_not_available",
+            param="model",
+        )
+
+    def _check_suffix(self, body: CreateJobBody) -> None:
+        self._check_name("suffix", body.suffix)
+        if body.model not in self._bases():
+            return
+        try:
+            alias_file_stem(parse_alias(fine_tuned_name(body.model, self._store.organization, body.suffix)))
+        except InvalidNameError as error:
+            raise InvalidRequestError(
+                f"suffix: {error.message}", code="invalid_suffix", param="suffix"
+            ) from error
+
+    def _check_name(self, param: str, name: str | None) -> None:
+        if name is None:
+            return
+        try:
+            check_name(name, reserved=self._bases())
+        except InvalidNameError as error:
+            raise InvalidRequestError(
+                f"{param}: {error.message}", code=f"invalid_{param.rpartition('.')[2]}", param=param
+            ) from error
+
+    def _check_extension(self, body: CreateJobBody) -> None:
+        extension = body.capo or CapoBody()
+        self._check_name("capo.alias", extension.alias)
+        if extension.validation_share is not None and body.validation_file is not None:
+            raise InvalidRequestError(
+                f"validation_file={body.validation_file!r} and capo.validation_share="
+                f"{extension.validation_share} exclude each other; give one",
+                param="capo.validation_share",
+            )
+        rank = None if extension.lora is None else extension.lora.rank
+        if rank is not None and self._max_lora_rank is not None and rank > self._max_lora_rank:
+            raise InvalidRequestError(
+                f"capo.lora.rank={rank} is above {self._max_lora_rank}, the largest that this server serves",
+                param="capo.lora.rank",
+            )
+
+    def _files(self, body: CreateJobBody) -> _Files:
+        training = self._fine_tune_file("training_file", body.training_file)
+        if training.rows is None or training.rows < FEWEST_ROWS:
+            raise InvalidRequestError(
+                f"training_file {training.id} has {training.rows or 0} rows; {FEWEST_ROWS} are the minimum",
+                code="too_few_rows",
+                param="training_file",
+            )
+        if body.validation_file is None:
+            return _Files(training, None)
+        validation = self._fine_tune_file("validation_file", body.validation_file)
+        if validation.sha256 == training.sha256:
+            raise InvalidRequestError(
+                "validation_file has the same content as training_file, so it would measure only memory; "
+                "upload rows that are not trained on",
+                param="validation_file",
+            )
+        return _Files(training, validation)
+
+    def _fine_tune_file(self, param: str, file_id: str) -> FileRecord:
+        try:
+            record = self._store.file(file_id)
+        except NotFoundError as error:
+            raise InvalidRequestError(
+                f"{param}: there is no file {file_id[:80]!r}; upload it with purpose 'fine-tune'",
+                code="file_not_found",
+                param=param,
+            ) from error
+        if record.purpose != "fine-tune":
+            raise InvalidRequestError(
+                f"{param}: {file_id} has the purpose {record.purpose!r}, 'fine-tune' is needed",
+                code="wrong_purpose",
+                param=param,
+            )
+        return record
+
+
+def _new_job(body: CreateJobBody, files: _Files) -> NewJob:
+    extension = body.capo or CapoBody()
+    return NewJob(
+        model=body.model,
+        training_file=files.training.id,
+        validation_file=None if files.validation is None else files.validation.id,
+        suffix=body.suffix,
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        hyperparameters=resolve_hyperparameters(
+            _hyperparameters(body),
+            extension,
+            rows=files.training.rows or 0,
+            has_validation_file=files.validation is not None,
+        ),
+        metadata=body.metadata,
+        extensions=extension.model_dump(mode="json", exclude_unset=True),
+    )
+
+
+def _first_events(body: CreateJobBody, files: _Files) -> list[NewEvent]:
+    rows = files.training.rows or 0
+    share = held_out_share(
+        body.capo or CapoBody(), rows=rows, has_validation_file=files.validation is not None
+    )
+    events = [NewEvent(f"Files validated: {rows} training rows", data={"rows": rows})]
+    if share > 0:
+        text = f"{share:.0%} of the rows are held out for validation; capo.validation_share: 0 turns this off"
+        events.append(NewEvent(text, data={"validation_share": share}))
+    return [*events, NewEvent("Job is queued")]
+
+
+def _hyperparameters(body: CreateJobBody) -> HyperparametersBody:
+    supervised = None if body.method is None else body.method.supervised
+    inner = None if supervised is None else supervised.hyperparameters
+    return body.hyperparameters or inner or HyperparametersBody()
+
+
+def _check_method(body: CreateJobBody) -> None:
+    method = body.method
+    if method is None:
+        return
+    if method.type != "supervised":
+        raise InvalidRequestError(
+            f"method.type {method.type!r} is not offered yet; 'supervised' is",
+            code="method_not_offered",
+            param="method.type",
+        )
+    for name in ("dpo", "reinforcement"):
+        if getattr(method, name) is not None:
+            raise InvalidRequestError(
+                f"method.{name} does not belong to method.type 'supervised'", param=f"method.{name}"
+            )
+    inner = None if method.supervised is None else method.supervised.hyperparameters
+    if inner is not None and body.hyperparameters is not None:
+        raise InvalidRequestError(
+            "hyperparameters and method.supervised.hyperparameters are both given; "
+            "keep the latter, the former is OpenAI's old place for it",
+            param="hyperparameters",
+        )
+
+
+def _check_metadata(metadata: Mapping[str, str] | None) -> None:
+    pairs = metadata or {}
+    if len(pairs) > MAX_METADATA_PAIRS:
+        raise InvalidRequestError(
+            f"metadata has {len(pairs)} pairs; at most {MAX_METADATA_PAIRS} are allowed", param="metadata"
+        )
+    for key, value in pairs.items():
+        if not 1 <= len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
+            raise InvalidRequestError(
+                f"metadata[{key[:80]!r}]: keys have 1 to {MAX_METADATA_KEY} characters and values up to "
+                f"{MAX_METADATA_VALUE}, got {len(key)} and {len(value)}",
+                param="metadata",
+            )
+        if "\0" in key + value:
+            raise InvalidRequestError(
+                f"metadata[{key[:80]!r}]: the character NUL is not allowed", param="metadata"
+            )
+
+
+def _check_integrations(integrations: list[Any] | None) -> None:
+    if integrations:
+        raise InvalidRequestError(
+            "integrations are not offered: Capo sends no data to other services; "
+            "the metrics are in the job's events and in its result file",
+            code="integrations_not_offered",
+            param="integrations",
+        )
+
+
+def _collect(faults: list[InvalidRequestError], check: Callable[[], Any]) -> Any:
+    try:
+        return check()
+    except InvalidRequestError as error:
+        faults.append(error)
+        return None
+
+
+def _as_one(faults: list[InvalidRequestError]) -> InvalidRequestError:
+    first = faults[0]
+    text = "; ".join(fault.message for fault in faults)
+    return InvalidRequestError(text, code=first.code, param=first.param)

@@ -1,0 +1,48 @@
+"""What a worker process must be told; plain values only, because they cross a process border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    database_url: str
+    data_dir: Path
+    """Holds ``files/`` (shared with the API) and ``jobs/`` (checkpoints)."""
+    registry_dir: Path
+    base_models: Mapping[str, str]
+    """Served base model id -> what a recipe's ``base_model`` takes."""
+    num_threads: int | None = None
+    """For arithmetic on the CPU. ``None`` = all cores but one: the rest of Capo needs to breathe."""
+    parent_pid: int | None = None
+    """End when this parent ends. ``None`` = run on alone. See :func:`tune.jobs.process.die_with_parent`."""
+    lease_seconds: float = 30.0
+    """Silence after which another worker may take the job."""
+    heartbeat_seconds: float = 5.0
+    poll_seconds: float = 0.1
+    """Between two looks at the queue; each is one indexed query."""
+    stop_grace_seconds: float = 8.0
+    """Between asking the training process to stop and killing it; a cancel must end within 10 s."""
+    max_attempts: int = 3
+    retry_delay_seconds: float = 2.0
+    """Before the second attempt; doubled before each further one."""
+
+    @property
+    def files_dir(self) -> Path:
+        return files_dir(self.data_dir)
+
+    @property
+    def jobs_dir(self) -> Path:
+        return self.data_dir / "jobs"
+
+    def work_dir(self, job_id: str) -> Path:
+        """Private to the job's training process; removed when the job has ended."""
+        return self.jobs_dir / job_id
+
+
+def files_dir(data_dir: Path) -> Path:
+    """Where the bytes of uploaded files are, for the API and the workers alike."""
+    return data_dir / "files"

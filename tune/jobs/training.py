@@ -1,0 +1,298 @@
+"""One job, worked inside the forked child: train, publish, and write how it ended.
+
+Exactly one publication: the result's ``ft:`` name is reserved with the job and write-once in the registry.
+An attempt that finds it already bound to an artifact of its own job does not train again; it only writes
+``succeeded``. That closes the window between publishing and writing, in which a worker may be killed. The
+window left open: a worker that lost its lease after its last check may still publish, before its successor
+does. Then the successor's publication is refused by the registry, and it adopts the artifact that is there;
+clients see one name, one artifact, one final state.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from registry import Artifact, Registry
+from registry.errors import (
+    CapoError,
+    ConflictError,
+    InternalError,
+    InvalidDataError,
+    InvalidRequestError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
+from tune.jobs.convert import job_recipe, parse_extension
+from tune.jobs.files import FileStorage, file_sha256
+from tune.jobs.observer import JobObserver
+from tune.jobs.queue import LEASE_LOST, Outcome, WorkQueue
+from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
+from tune.jobs.settings import WorkerSettings
+from tune.jobs.store import JobStore, new_id
+from tune.progress import Observer, StopRequested
+from tune.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+_WORTH_ANOTHER_ATTEMPT = (StorageError, UnavailableError)
+"""Errors of the machine. The same job would meet any other error again."""
+_STOP_CHECK_SECONDS = 1.0
+_RESULT_COLUMNS = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "train_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+"""The first five are the columns of OpenAI's result files, the others its newer checkpoint metrics."""
+
+
+class TrainedModel(Protocol):
+    """What a run gives back; :class:`tune.session.TrainingResult` is one."""
+
+    @property
+    def artifact(self) -> Artifact: ...
+
+    @property
+    def trained_tokens(self) -> int: ...
+
+
+class TrainFunction(Protocol):
+    """:func:`tune.session.run`, as far as a worker uses it."""
+
+    def __call__(
+        self,
+        recipe: Recipe,
+        *,
+        registry: Registry,
+        work_dir: Path,
+        observer: Observer,
+        should_stop: Callable[[], str | None],
+        job_id: str | None,
+        fine_tuned_name: str | None,
+        alias: str | None,
+    ) -> TrainedModel: ...
+
+
+class JobRun:
+    """One attempt at one job by one process."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        job: JobRecord,
+        queue: WorkQueue,
+        store: JobStore,
+        stop_asked: Callable[[], bool],
+    ) -> None:
+        self._settings = settings
+        self._job = job
+        self._queue = queue
+        self._store = store
+        self._stop_asked = stop_asked
+        self._storage = FileStorage(settings.files_dir)
+        self._registry = Registry(settings.registry_dir)
+        self._checked_at = time.monotonic()
+
+    def run(self, train: TrainFunction) -> None:
+        """Bring the job to an end, or back to the queue. Losing the lease ends the run without a trace."""
+        try:
+            self._attempt(train)
+        except ConflictError as error:
+            if error.code != LEASE_LOST:
+                raise
+            log.warning("%s", error)
+
+    def _attempt(self, train: TrainFunction) -> None:
+        try:
+            if not self.adopt():
+                self._announce()
+                self._train(train)
+        except StopRequested as stop:
+            log.info("%s: stopped: %s", self._job.id, stop.reason)
+            self.settle_stop()
+        except CapoError as error:
+            if error.code == LEASE_LOST:
+                raise
+            if not self.adopt():
+                self._settle_error(error)
+        except Exception:
+            # Nothing that a library raises by accident may leave the job without an end.
+            log.exception("%s: the training failed", self._job.id)
+            self.settle_crash("an unexpected error; the worker's log has it under the job's id")
+
+    def adopt(self) -> bool:
+        """Write ``succeeded`` if the job's artifact is already published; say whether it was."""
+        try:
+            artifact = self._registry.resolve(self._job.reserved_name)
+        except NotFoundError:
+            return False
+        if artifact.manifest.job_id != self._job.id:
+            return False
+        tokens = artifact.manifest.metrics.get("trained_tokens")
+        self._succeed(artifact, None if tokens is None else int(tokens))
+        return True
+
+    def settle_stop(self) -> None:
+        """The process was asked to stop: by a cancel, or because the worker is going away."""
+        if self._queue.is_cancel_requested(self._job):
+            if not self.adopt():
+                self._queue.end_cancelled(self._job)
+        else:
+            self._queue.requeue(
+                self._job, "The worker is shutting down; the job is queued again", counts=False
+            )
+
+    def settle_crash(self, cause: str) -> None:
+        """The training process was lost: another attempt, or the end."""
+        if self.adopt():
+            return
+        if self._queue.is_cancel_requested(self._job):
+            self._queue.end_cancelled(self._job)
+            return
+        allowed = self._settings.max_attempts
+        attempts = min(self._job.attempts, allowed)  # a job taken over after its last attempt counts one more
+        if attempts == allowed:
+            message = f"The training process failed {attempts} times; the last cause: {cause}."
+            self._queue.fail(self._job, JobError("training_process_failed", message))
+            return
+        self._queue.requeue(
+            self._job,
+            f"The training process failed, attempt {attempts} of {allowed}: {cause}; the job is queued again",
+            delay_seconds=self._settings.retry_delay_seconds * 2 ** (attempts - 1),
+        )
+
+    def _settle_error(self, error: CapoError) -> None:
+        log.warning("%s: %s", self._job.id, error)
+        if isinstance(error, InternalError):
+            self.settle_crash("an internal error; the worker's log has it under the job's id")
+        elif isinstance(error, _WORTH_ANOTHER_ATTEMPT) and self._job.attempts < self._settings.max_attempts:
+            self.settle_crash(error.message)
+        else:
+            param = error.param or ("training_file" if isinstance(error, InvalidDataError) else None)
+            self._queue.fail(self._job, JobError(error.code, error.message, param))
+
+    def _announce(self) -> None:
+        attempts = self._job.attempts
+        text = "Fine-tuning job started" + (f", attempt {attempts}" if attempts > 1 else "")
+        self._queue.add_events(self._job, [NewEvent(text)])
+
+    def _train(self, train: TrainFunction) -> None:
+        job = self._job
+        self._settings.work_dir(job.id).mkdir(mode=0o700, parents=True, exist_ok=True)
+        observer = JobObserver(self._queue, job)
+        try:
+            result = train(
+                self._recipe(),
+                registry=self._registry,
+                work_dir=self._settings.work_dir(job.id),
+                observer=observer,
+                should_stop=self._should_stop,
+                job_id=job.id,
+                fine_tuned_name=job.reserved_name,
+                alias=parse_extension(job.extensions).alias,
+            )
+        finally:
+            observer.close()
+        self._succeed(result.artifact, result.trained_tokens)
+
+    def _succeed(self, artifact: Artifact, trained_tokens: int | None) -> None:
+        outcome = Outcome(artifact.revision, trained_tokens, self._result_file())
+        self._queue.succeed(self._job, outcome)
+
+    def _recipe(self) -> Recipe:
+        job = self._job
+        base_model = self._settings.base_models.get(job.model)
+        if base_model is None:
+            offered = ", ".join(sorted(self._settings.base_models)) or "none"
+            raise InvalidRequestError(
+                f"this worker has no base model {job.model!r}; it has: {offered}",
+                code="model_not_available",
+                param="model",
+            )
+        training = self._unchanged("training_file", job.training_file)
+        validation = None
+        if job.validation_file is not None:
+            validation = self._storage.path(self._unchanged("validation_file", job.validation_file).id)
+        return job_recipe(
+            job,
+            artifact_name=job.suffix or job.id.removeprefix("ftjob-"),
+            base_model=base_model,
+            training_path=self._storage.path(training.id),
+            training_rows=training.rows or 0,
+            validation_path=validation,
+        )
+
+    def _unchanged(self, param: str, file_id: str) -> FileRecord:
+        """The file's record, once its bytes are proven to be those that were checked at upload."""
+        record = self._store.file(file_id)
+        try:
+            digest = file_sha256(self._storage.path(file_id))
+        except FileNotFoundError as error:
+            raise NotFoundError(f"the content of {file_id} is missing on this worker", param=param) from error
+        if digest != record.sha256:
+            raise InvalidDataError(
+                f"the content of {file_id} has changed since its upload; upload it again",
+                code="file_changed",
+                param=param,
+            )
+        return record
+
+    def _should_stop(self) -> str | None:
+        if self._stop_asked():
+            return "the worker asked for it"
+        now = time.monotonic()
+        if now - self._checked_at < _STOP_CHECK_SECONDS:
+            return None
+        self._checked_at = now
+        return "the job was cancelled" if self._queue.is_cancel_requested(self._job) else None
+
+    def _result_file(self) -> FileRecord | None:
+        """The metrics as CSV, in the store once the job has succeeded; ``None`` if there are none."""
+        table = self._metrics_table()
+        if not table:
+            return None
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        with self._storage.receive() as upload:
+            upload.write(text.getvalue().encode())
+            record = FileRecord(
+                id=new_id("file-"),
+                filename=f"{self._job.id}-metrics.csv",
+                purpose="fine-tune-results",
+                size_bytes=upload.size_bytes,
+                sha256=upload.sha256,
+                rows=None,
+                created_at=int(time.time()),
+            )
+            upload.keep(record.id)
+        return record
+
+    def _metrics_table(self) -> list[dict[str, Any]]:
+        """One line per step; of a step that was repeated after a crash the last counts."""
+        by_step: dict[int, dict[str, Any]] = {}
+        sequence = 0
+        while events := self._store.events_since(self._job.id, sequence):
+            sequence = events[-1].sequence
+            for event in events:
+                if event.kind == "metrics" and event.data is not None:
+                    by_step[int(event.data["step"])] = _result_row(event.data)
+        return [by_step[step] for step in sorted(by_step)]
+
+
+def _result_row(data: Any) -> dict[str, Any]:
+    row = {column: data.get(column) for column in _RESULT_COLUMNS}
+    return row | {"train_accuracy": data.get("train_mean_token_accuracy")}
