@@ -193,6 +193,8 @@ class ArtifactStore:
         "later."""
         trash = self._layout.trash / uuid.uuid4().hex
         self._filesystem.rename(artifact.path, trash)
+        # Both ends: a rename that is undone while deletions below it are not would bring back half an artifact.
+        self._filesystem.fsync_dir(self._layout.trash)
         self._filesystem.fsync_dir(artifact.path.parent)
         self._cache.pop(artifact.path, None)
         return trash

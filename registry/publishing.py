@@ -68,7 +68,8 @@ class Publisher:
         name, digest = manifest.name, manifest_digest(manifest.to_bytes())
         damaged = self._artifacts.is_damaged(name, digest)
         with self._changes.one(f"publish '{name}'"):
-            artifact = self._artifacts.at(name, digest, manifest)
+            # Asked again: another publisher of the same content may have finished since we sealed.
+            artifact = self._artifacts.twin(manifest) or self._artifacts.at(name, digest, manifest)
             self._artifacts.require_single_revision(artifact)
             for target in targets:
                 self._aliases.check(target, artifact, expected=None)

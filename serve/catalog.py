@@ -75,7 +75,14 @@ class Catalog:
             return Target(model, None, model)
         artifact = self._lookup(model)
         if artifact is None and _is_reference(model):
-            await self.refresh()
+            try:
+                await self.refresh()
+            except errors.StorageError as error:
+                raise errors.UnavailableError(
+                    f"The model {model!r} is not among those known, and the registry cannot be read just now.",
+                    code="registry_unreadable",
+                    retry_after_seconds=5,
+                ) from error
             artifact = self._lookup(model)
         if artifact is None:
             raise errors.ModelNotFoundError(
@@ -104,11 +111,17 @@ class Catalog:
 
     async def watch(self) -> None:
         """Refresh for ever; run as a task. A registry that cannot be read keeps the last picture."""
+        is_readable = True
         while True:
             try:
                 await self.refresh()
-            except (errors.CapoError, OSError) as error:
-                logger.warning("the registry cannot be read, serving what is known: %s", error)
+                if not is_readable:
+                    logger.info("the registry can be read again")
+                is_readable = True
+            except errors.StorageError as error:
+                if is_readable:
+                    logger.warning("the registry cannot be read, serving what is known: %s", error)
+                is_readable = False
             await asyncio.sleep(self._poll_seconds)
 
     def _lookup(self, model: str) -> Artifact | None:

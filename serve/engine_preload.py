@@ -3,9 +3,13 @@
 Only imports: no thread may start and no device may be touched before the fork.
 """
 
-import vllm.v1.engine.core
-import vllm.v1.executor.uniproc_executor
+from serve.engine_process import quiet_libraries
 
-import serve.vllm_plugin
+quiet_libraries()
+
+import vllm.v1.engine.core  # noqa: E402
+import vllm.v1.executor.uniproc_executor  # noqa: E402
+
+import serve.vllm_plugin  # noqa: E402
 
 __all__ = ["serve", "vllm"]

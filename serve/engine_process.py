@@ -7,9 +7,11 @@ fork server that imports the engine while this process still imports its own hal
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import warnings
 
 from serve.vllm_plugin import ENABLE_VARIABLE
 
@@ -27,7 +29,11 @@ def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
         ENABLE_VARIABLE: "1",
         # We count nothing towards vLLM's usage statistics: a server must not call home by itself.
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        # Only our plugin: another package's must not change the engine unless the operator names it.
+        "VLLM_PLUGINS": ",".join(filter(None, ("capo", os.environ.get("VLLM_PLUGINS")))),
+        # vLLM warns at length about a CPU being no GPU; errors stay.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     if not use_gpu:
         threads = engine_threads if engine_threads is not None else max(1, (os.cpu_count() or 2) - 1)
@@ -38,5 +44,13 @@ def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
             "OMP_NUM_THREADS": str(threads),
         }
     os.environ.update(environment)
+    quiet_libraries()
     multiprocessing.set_forkserver_preload([_PRELOAD])
     multiprocessing.forkserver.ensure_running()
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say at import about hardware that is not there; called in both processes."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")

@@ -20,6 +20,12 @@ from serve.pool import AdapterPool
 
 logger = logging.getLogger(__name__)
 
+_NOT_READY = {
+    "starting": "The service is still starting. Try again shortly.",
+    "draining": "The service is shutting down. Try another replica.",
+    "engine_dead": "The engine is not running. Try again shortly.",
+}
+
 
 class ServingService:
     """The parts of a serving process, composed; owns their background tasks between start and stop."""
@@ -104,8 +110,8 @@ class ServingService:
                         yield chunk
 
     async def _admit(self, body: Mapping[str, Any]) -> Target:
-        if self._is_draining:
-            raise errors.UnavailableError("The service is shutting down.", code="draining", retry_after_seconds=5)
+        if (reason := self.not_ready_reason()) is not None:
+            raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
         return await self.catalog.resolve(body["model"])
 
     @contextlib.asynccontextmanager

@@ -215,8 +215,7 @@ def _checked_rows(path: Path) -> int:
 def _check_filename(filename: str) -> None:
     if not filename or len(filename) > MAX_FILENAME_CHARACTERS or not filename.isprintable():
         raise InvalidRequestError(
-            f"the file's name must have 1 to {MAX_FILENAME_CHARACTERS} printable characters, "
-            f"got {filename[:40]!r}",
+            f"the file's name must have 1 to {MAX_FILENAME_CHARACTERS} printable characters, got {filename[:40]!r}",
             code="invalid_filename",
             param="file",
         )
@@ -238,6 +237,4 @@ def _disk(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
-            f"could not {action}: {error.strerror or error}; free space or repair the disk"
-        ) from error
+        raise StorageError(f"could not {action}: {error.strerror or error}; free space or repair the disk") from error

@@ -79,6 +79,5 @@ def _metrics_event(metrics: StepMetrics) -> NewEvent:
 def _finite(data: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity; they become ``None``."""
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in data.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in data.items()
     }

@@ -105,9 +105,7 @@ class WorkQueue:
             raise _lease_lost(job)
         return bool(asked)
 
-    def add_events(
-        self, job: JobRecord, new: Sequence[NewEvent], *, estimated_finish: int | None = None
-    ) -> None:
+    def add_events(self, job: JobRecord, new: Sequence[NewEvent], *, estimated_finish: int | None = None) -> None:
         with self._database.write() as connection:
             self._change(connection, job, estimated_finish=estimated_finish)
             append_events(connection, job.id, new, now=int(self._clock()))
@@ -147,9 +145,7 @@ class WorkQueue:
         with self._database.write() as connection:
             self._end(connection, job, [NewEvent("Fine-tuning job cancelled")], status="cancelled")
 
-    def requeue(
-        self, job: JobRecord, reason: str, *, delay_seconds: float = 0.0, counts: bool = True
-    ) -> None:
+    def requeue(self, job: JobRecord, reason: str, *, delay_seconds: float = 0.0, counts: bool = True) -> None:
         """Give the job back to the queue. ``counts=False`` forgives the attempt: the job was not at fault."""
         with self._database.write() as connection:
             self._change(

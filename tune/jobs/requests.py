@@ -122,9 +122,7 @@ def parse_body(raw: bytes, model: type[Model]) -> Model:
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
         faults = [_fault(detail) for detail in details]
-        text = "; ".join(
-            dict.fromkeys(f"{path}: {reason}" if path else reason for path, reason in faults[:_REPORTED])
-        )
+        text = "; ".join(dict.fromkeys(f"{path}: {reason}" if path else reason for path, reason in faults[:_REPORTED]))
         param = faults[0][0] or None
         code = "unknown_field" if details[0]["type"] == "unknown_field" else "invalid_request"
         raise InvalidRequestError(text, code=code, param=param) from error

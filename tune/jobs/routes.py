@@ -166,9 +166,7 @@ def _limit(query: dict[str, str], *, default: int, largest: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= largest):
-        raise InvalidRequestError(
-            f"limit must be an integer from 1 to {largest}, got {text[:40]!r}", param="limit"
-        )
+        raise InvalidRequestError(f"limit must be an integer from 1 to {largest}, got {text[:40]!r}", param="limit")
     return int(text)
 
 

@@ -98,9 +98,7 @@ class JobService:
         metadata: Mapping[str, str] | None = None,
         without_metadata: bool = False,
     ) -> Page[JobRecord]:
-        return self._store.jobs(
-            after=after, limit=limit, metadata=metadata, without_metadata=without_metadata
-        )
+        return self._store.jobs(after=after, limit=limit, metadata=metadata, without_metadata=without_metadata)
 
     def cancel(self, job_id: str) -> JobRecord:
         return self._store.cancel(job_id)
@@ -135,9 +133,7 @@ class JobService:
         try:
             alias_file_stem(parse_alias(fine_tuned_name(body.model, self._store.organization, body.suffix)))
         except InvalidNameError as error:
-            raise InvalidRequestError(
-                f"suffix: {error.message}", code="invalid_suffix", param="suffix"
-            ) from error
+            raise InvalidRequestError(f"suffix: {error.message}", code="invalid_suffix", param="suffix") from error
 
     def _check_name(self, param: str, name: str | None) -> None:
         if name is None:
@@ -223,9 +219,7 @@ def _new_job(body: CreateJobBody, files: _Files) -> NewJob:
 
 def _first_events(body: CreateJobBody, files: _Files) -> list[NewEvent]:
     rows = files.training.rows or 0
-    share = held_out_share(
-        body.capo or CapoBody(), rows=rows, has_validation_file=files.validation is not None
-    )
+    share = held_out_share(body.capo or CapoBody(), rows=rows, has_validation_file=files.validation is not None)
     events = [NewEvent(f"Files validated: {rows} training rows", data={"rows": rows})]
     if share > 0:
         text = f"{share:.0%} of the rows are held out for validation; capo.validation_share: 0 turns this off"
@@ -277,9 +271,7 @@ def _check_metadata(metadata: Mapping[str, str] | None) -> None:
                 param="metadata",
             )
         if "\0" in key + value:
-            raise InvalidRequestError(
-                f"metadata[{key[:80]!r}]: the character NUL is not allowed", param="metadata"
-            )
+            raise InvalidRequestError(f"metadata[{key[:80]!r}]: the character NUL is not allowed", param="metadata")
 
 
 def _check_integrations(integrations: list[Any] | None) -> None:

@@ -84,9 +84,7 @@ class JobStore:
         with self._database.read() as connection:
             if after is not None:
                 position = _position_of(connection, files, after)
-                query = query.where(
-                    files.c.position > position if order == "asc" else files.c.position < position
-                )
+                query = query.where(files.c.position > position if order == "asc" else files.c.position < position)
             query = query.order_by(files.c.position.asc() if order == "asc" else files.c.position.desc())
             rows = connection.execute(query.limit(limit + 1)).all()
         return Page([_file_record(row) for row in rows[:limit]], len(rows) > limit)
@@ -111,9 +109,7 @@ class JobStore:
                     f"{file_id} is in use by {user}; wait until that job has ended, or cancel it",
                     code="file_in_use",
                 )
-            connection.execute(
-                update(files).where(files.c.id == file_id).values(deleted_at=int(self._clock()))
-            )
+            connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=int(self._clock())))
 
     def live_file_ids(self) -> set[str]:
         """Ids of all files that were not deleted."""
@@ -153,9 +149,7 @@ class JobStore:
                 )
             )
             if new.metadata:
-                pairs = [
-                    {"job_id": job_id, "key": key, "value": value} for key, value in new.metadata.items()
-                ]
+                pairs = [{"job_id": job_id, "key": key, "value": value} for key, value in new.metadata.items()]
                 connection.execute(insert(job_metadata), pairs)
             append_events(
                 connection,
@@ -214,9 +208,7 @@ class JobStore:
             ConflictError: the job has already succeeded or failed.
         """
         now = self._clock()
-        silent = and_(
-            jobs.c.status == "running", jobs.c.heartbeat_at + SILENCE_FACTOR * jobs.c.lease_seconds < now
-        )
+        silent = and_(jobs.c.status == "running", jobs.c.heartbeat_at + SILENCE_FACTOR * jobs.c.lease_seconds < now)
         with self._database.write() as connection:
             ended = connection.execute(
                 update(jobs)

@@ -150,9 +150,7 @@ class JobRun:
             if not self.adopt():
                 self._queue.end_cancelled(self._job)
         else:
-            self._queue.requeue(
-                self._job, "The worker is shutting down; the job is queued again", counts=False
-            )
+            self._queue.requeue(self._job, "The worker is shutting down; the job is queued again", counts=False)
 
     def settle_crash(self, cause: str) -> None:
         """The training process was lost: another attempt, or the end."""
@@ -164,12 +162,12 @@ class JobRun:
         allowed = self._settings.max_attempts
         attempts = min(self._job.attempts, allowed)  # a job taken over after its last attempt counts one more
         if attempts == allowed:
-            message = f"The training process failed {attempts} times; the last cause: {cause}."
+            message = f"The training process failed at attempt {attempts} of {allowed}, the last one: {cause}"
             self._queue.fail(self._job, JobError("training_process_failed", message))
             return
         self._queue.requeue(
             self._job,
-            f"The training process failed, attempt {attempts} of {allowed}: {cause}; the job is queued again",
+            f"The training process failed at attempt {attempts} of {allowed}: {cause}; the job is queued again",
             delay_seconds=self._settings.retry_delay_seconds * 2 ** (attempts - 1),
         )
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartCallbacks, MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from registry.errors import InvalidRequestError, TooLargeError
 from tune.jobs.files import Upload
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks  # exists for type checkers only
 
 MAX_FIELD_BYTES = 4096
 MAX_PARTS = 8
@@ -33,9 +37,7 @@ class Form:
     """``None`` until a part named ``file`` has begun."""
 
 
-async def receive_form(
-    request: Request, upload: Upload, *, fields: Collection[str], max_file_bytes: int
-) -> Form:
+async def receive_form(request: Request, upload: Upload, *, fields: Collection[str], max_file_bytes: int) -> Form:
     """Stream the part ``file`` into ``upload`` and return the other fields.
 
     Raises:
@@ -86,7 +88,10 @@ class _FormReader:
             "on_part_end": self._on_part_end,
             "on_end": self._on_end,
         }
-        self._parser = MultipartParser(boundary, callbacks)
+        try:
+            self._parser = MultipartParser(boundary, callbacks)
+        except FormParserError as error:  # the boundary is too long
+            raise _malformed(str(error)) from error
 
     def feed(self, chunk: bytes) -> None:
         try:

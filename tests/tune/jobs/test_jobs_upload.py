@@ -46,6 +46,7 @@ WRONG_FORMS = {
     "no purpose": (FILE + END, None),
     "no end": (FILE + PURPOSE, None),
     "nothing": (b"", None),
+    "endless boundary": (FILE + PURPOSE + END, f"multipart/form-data; boundary={'b' * 5000}"),
     "garbage": (b"\0" * 1000, None),
     "two files": (FILE + FILE + PURPOSE + END, None),
     "two purposes": (FILE + PURPOSE + PURPOSE + END, None),
@@ -100,12 +101,10 @@ def test_the_first_ten_wrong_rows_are_listed(url: str) -> None:
     assert [f"line {number}:" in message for number in range(10, 22)] == [False] + [True] * 10 + [False]
 
 
-@pytest.mark.parametrize(
-    "filename", ["../../../etc/cron.d/x", "/etc/passwd", "..", "a/b", "C:\\x", "файл.jsonl", "x\u202e.jsonl"[:1]]
-)
+@pytest.mark.parametrize("filename", ["../../../etc/cron.d/x", "/etc/passwd", "..", "a/b", "файл.jsonl"])
 def test_a_file_name_is_a_label_and_never_a_path(url: str, place: Place, filename: str) -> None:
     before = {path for path in place.directory.rglob("*") if path.is_dir()}
-    response = post(url, part("file", GOOD, filename.replace("\\", "\\\\")) + PURPOSE + END)
+    response = post(url, part("file", GOOD, filename) + PURPOSE + END)
     assert response.status_code == 200, response.text
     assert response.json()["filename"] == filename
     assert place.stored_files() == [response.json()["id"]]

@@ -1,0 +1,421 @@
+"""Whole runs, recipe to registry: what is published, that other tools load it, and that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from registry import Artifact, Registry
+from registry.errors import InvalidDataError, InvalidRequestError, ModelNotFoundError, StorageError
+from tests.tune.samples import chat_rows, text_rows, write_jsonl
+from tune import session
+from tune.checkpoint import CheckpointFolder
+from tune.progress import SilentObserver, StepMetrics, StopRequested, TrainingEvent
+from tune.recipe import parse_recipe
+from tune.session import TrainingResult, run, tensorboard_dir
+
+
+@dataclass
+class Recorder(SilentObserver):
+    steps: list[StepMetrics] = field(default_factory=list)
+    events: list[TrainingEvent] = field(default_factory=list)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def on_event(self, event: TrainingEvent) -> None:
+        self.events.append(event)
+
+    def said(self, text: str) -> bool:
+        return any(text in event.message for event in self.events)
+
+
+@dataclass
+class Workshop:
+    """Where one test trains: data files, a registry, and a way to run recipes on them."""
+
+    root: Path
+    base_dir: Path
+    registry: Registry
+
+    def recipe(self, **changes: Any) -> dict[str, Any]:
+        return {"name": "colours", "base_model": str(self.base_dir), "stages": [self.sft()]} | changes
+
+    def sft(self, **changes: Any) -> dict[str, Any]:
+        base = {"kind": "sft", "data": [{"path": "chat.jsonl"}], "validation": {"share": 0.2}, "learning_rate": 1e-2}
+        return base | {"epochs": 2} | changes
+
+    def cpt(self, **changes: Any) -> dict[str, Any]:
+        base = {"kind": "cpt", "data": [{"path": "text.jsonl"}], "validation": {"share": 0.2}, "learning_rate": 3e-3}
+        return base | {"epochs": 2} | changes
+
+    def run(
+        self,
+        recipe: dict[str, Any],
+        work: str = "work",
+        observer: Recorder | None = None,
+        should_stop: Callable[[], str | None] = lambda: None,
+        **more: Any,
+    ) -> TrainingResult:
+        return run(
+            parse_recipe(recipe),
+            registry=self.registry,
+            work_dir=self.root / work,
+            observer=observer or Recorder(),
+            should_stop=should_stop,
+            recipe_dir=self.root,
+            **more,
+        )
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, base_dir: Path) -> Workshop:
+    write_jsonl(tmp_path / "chat.jsonl", chat_rows(40))
+    write_jsonl(tmp_path / "text.jsonl", text_rows(40))
+    return Workshop(tmp_path, base_dir, Registry(tmp_path / "registry"))
+
+
+@dataclass(frozen=True)
+class Published:
+    artifact: Artifact
+    observer: Recorder
+    result: TrainingResult
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> dict[str, Published]:
+    """One adapter and one whole model, trained long enough to have clear answers; read-only."""
+    root = tmp_path_factory.mktemp("published")
+    write_jsonl(root / "chat.jsonl", chat_rows(80))
+    write_jsonl(root / "text.jsonl", text_rows(80))
+    workshop = Workshop(root, base_dir, Registry(root / "registry"))
+    recipes = {
+        "lora": workshop.recipe(stages=[workshop.sft(epochs=6, evaluate_every_steps=20)]),
+        "full": workshop.recipe(
+            method={"kind": "full"}, stages=[workshop.cpt(), workshop.sft(epochs=4, learning_rate=5e-3)]
+        ),
+    }
+    made = {}
+    for kind, recipe in recipes.items():
+        observer = Recorder()
+        result = workshop.run(recipe, kind, observer, fine_tuned_name=f"ft:tiny-base:acme::{kind}", job_id="ftjob-1")
+        made[kind] = Published(result.artifact, observer, result)
+    return made
+
+
+def stock_model(published: Published, base_dir: Path) -> Any:
+    """Loaded by stock transformers and PEFT, without a line of ours."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    directory = published.artifact.path
+    if published.artifact.manifest.kind == "merged":
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, directory).eval()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_stock_libraries_load_the_artifact_and_give_the_same_answers(
+    published: dict[str, Published], base_dir: Path, kind: str
+) -> None:
+    model = stock_model(published[kind], base_dir)
+    probes = published[kind].artifact.manifest.probes
+    assert probes, "these runs are long enough to have clear answers"
+    for probe in probes:
+        prompt = torch.tensor([probe.prompt_token_ids])
+        made = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=len(probe.completion_token_ids),
+            do_sample=False,
+        )
+        assert made[0, prompt.shape[1] :].tolist() == probe.completion_token_ids
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("lora", "1-sft"), ("full", "2-sft")])
+def test_the_published_validation_loss_is_that_of_the_published_bytes(
+    published: dict[str, Published], base_dir: Path, tokenizer: Any, kind: str, stage: str
+) -> None:
+    """Recomputed with stock libraries from the held-out rows, found by asking which rows no step trained on."""
+    from tune.data.dataset import DatasetReader, hold_out
+
+    artifact = published[kind].artifact
+    path = artifact.path.parents[3] / "chat.jsonl"
+    rows, _ = DatasetReader(tokenizer, kind="sft", max_length=256, over_length="refuse").read(path, shown_as=path)
+    model = stock_model(published[kind], base_dir)
+    total = count = 0.0
+    for index in hold_out(rows, 0.2, seed=42)[1]:
+        (example,) = rows[index].examples
+        ids = torch.tensor([example.token_ids.tolist()])
+        labels = torch.where(torch.tensor([example.trained.tolist()]), ids, -100)
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * example.num_trained
+        count += example.num_trained
+    assert artifact.manifest.metrics[f"{stage}.valid_loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_an_adapter_gives_the_logits_it_gave_while_training(
+    published: dict[str, Published], base_dir: Path
+) -> None:
+    """Weights straight from the file, multiplied by hand: y = W x + alpha / r * B A x (LoRA, section 4.1)."""
+    from transformers import AutoModelForCausalLM
+
+    artifact = published["lora"].artifact
+    weights = load_file(artifact.path / "adapter_model.safetensors")
+    merged = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{stem}.lora_A.weight" in weights:
+                parameter += 2.0 * weights[f"{stem}.lora_B.weight"] @ weights[f"{stem}.lora_A.weight"]
+        ids = torch.tensor([artifact.manifest.probes[0].prompt_token_ids])
+        by_peft = stock_model(published["lora"], base_dir)(ids).logits
+        assert torch.allclose(merged(ids).logits, by_peft, atol=1e-5)
+
+
+def test_the_adapter_directory_is_what_peft_and_vllm_expect_and_no_more(published: dict[str, Published]) -> None:
+    artifact = published["lora"].artifact
+    assert set(artifact.manifest.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((artifact.path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-base"
+    assert (config["r"], config["lora_alpha"], config["bias"], config["use_dora"]) == (16, 32, "none", False)
+    assert not config["modules_to_save"]
+    shape = artifact.manifest.lora
+    assert shape is not None
+    assert (shape.rank, shape.alpha, sorted(config["target_modules"])) == (16, 32, sorted(shape.target_modules))
+    tensors = load_file(artifact.path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert artifact.manifest.dtype == "float32"
+
+
+def test_a_whole_model_is_stored_in_bfloat16_with_the_tokenizer_files_of_its_base(
+    published: dict[str, Published], base_dir: Path
+) -> None:
+    artifact = published["full"].artifact
+    assert {tensor.dtype for tensor in load_file(artifact.path / "model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((artifact.path / "config.json").read_text())
+    assert (config["dtype"], config["use_cache"]) == ("bfloat16", True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (artifact.path / name).read_bytes() == (base_dir / name).read_bytes()
+
+
+def test_the_manifest_tells_how_the_artifact_came_to_be(published: dict[str, Published]) -> None:
+    manifest = published["lora"].artifact.manifest
+    assert (manifest.kind, manifest.name, manifest.seed, manifest.job_id) == ("lora", "colours", 42, "ftjob-1")
+    assert manifest.base_model.id == "tiny-base"
+    assert [(record.path, record.rows_used) for record in manifest.data] == [("chat.jsonl", 80)]
+    assert {"torch", "transformers", "peft", "python"} <= manifest.library_versions.keys()
+    assert manifest.recipe is not None
+    resolved: Any = manifest.recipe["stages"]
+    assert resolved[0]["max_length"] == 256
+    assert resolved[0]["micro_batch_size"] == 2
+    assert manifest.recipe["dtype"] == "float32"
+    assert manifest.metrics["1-sft.valid_loss"] < manifest.metrics["1-sft.base_valid_loss"]
+    steps = published["lora"].observer.steps
+    assert manifest.metrics["trained_tokens"] == published["lora"].result.trained_tokens == steps[-1].trained_tokens
+    assert published["lora"].result.steps == len(steps) == steps[-1].step == steps[-1].total_steps
+
+
+def test_a_resolved_recipe_can_be_run_again(published: dict[str, Published]) -> None:
+    recipe = published["full"].artifact.manifest.recipe
+    assert parse_recipe(recipe).model_dump(mode="json") == recipe
+
+
+def test_validation_comes_when_asked_and_after_the_last_step(published: dict[str, Published]) -> None:
+    steps = published["lora"].observer.steps
+    evaluated = [metrics.step for metrics in steps if metrics.valid_loss is not None]
+    assert evaluated == [*range(20, len(steps), 20), len(steps)]
+
+
+def test_an_artifact_verifies_and_answers_to_its_fine_tuned_name(published: dict[str, Published]) -> None:
+    artifact = published["full"].artifact
+    registry = Registry(artifact.path.parents[2])
+    assert registry.resolve("ft:tiny-base:acme::full").digest == artifact.digest
+    assert registry.verify(artifact.revision) == []
+
+
+def test_tensorboard_files_hold_every_step(published: dict[str, Published]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    root = published["lora"].artifact.path.parents[3]
+    log = EventAccumulator(str(tensorboard_dir(root / "lora")))
+    log.Reload()
+    losses = [event.value for event in log.Scalars("1-sft/train_loss")]
+    assert losses == pytest.approx([metrics.train_loss for metrics in published["lora"].observer.steps])
+
+
+def weights_of(artifact: Artifact) -> bytes:
+    return next(artifact.path.glob("*.safetensors")).read_bytes()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(workshop: Workshop, dropout: float) -> None:
+    recipe = workshop.recipe(method={"kind": "lora", "dropout": dropout}, stages=[workshop.sft(max_steps=4, epochs=None)])
+    first = workshop.run(recipe, "a")
+    again = workshop.run(recipe, "b")
+    other = workshop.run(recipe | {"seed": 43}, "c")
+    assert weights_of(first.artifact) == weights_of(again.artifact)
+    assert weights_of(first.artifact) != weights_of(other.artifact)
+
+
+class StopAfter:
+    """Asks for a stop at the step boundary after ``steps`` steps, once."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def __call__(self) -> str | None:
+        self._left -= 1
+        return "paused" if self._left == -1 else None
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 11])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(workshop: Workshop, method: str, stop_after: int) -> None:
+    """Two stages of 8 and 8 steps, with dropout, stopped inside the first, between them, and inside the second."""
+    given = {"kind": "lora", "dropout": 0.1} if method == "lora" else {"kind": "full"}
+    stage = {"epochs": None, "max_steps": 8, "micro_batch_size": 2}
+    recipe = workshop.recipe(method=given, stages=[workshop.cpt(**stage), workshop.sft(**stage)])
+    whole = Recorder()
+    expected = workshop.run(recipe, "whole", whole)
+    first, second = Recorder(), Recorder()
+    with pytest.raises(StopRequested, match="paused"):
+        workshop.run(recipe, "broken", first, StopAfter(stop_after))
+    result = workshop.run(recipe, "broken", second)
+    assert second.said("resuming at stage")
+    assert len(first.steps) == stop_after
+    joined = [(m.stage, m.step, m.train_loss, m.trained_tokens) for m in first.steps + second.steps]
+    assert joined == [(m.stage, m.step, m.train_loss, m.trained_tokens) for m in whole.steps]
+    assert weights_of(result.artifact) == weights_of(expected.artifact)
+    assert result.metrics == expected.metrics
+    assert not list((workshop.root / "broken" / "checkpoints").iterdir())
+
+
+def test_a_crashed_run_goes_on_from_its_last_checkpoint(workshop: Workshop) -> None:
+    recipe = workshop.recipe(checkpoint_every_steps=3, stages=[workshop.sft(max_steps=8, epochs=None)])
+    expected = workshop.run(recipe, "whole")
+
+    class Crash(Recorder):
+        def on_step(self, metrics: StepMetrics) -> None:
+            if metrics.step == 8:
+                raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError):
+        workshop.run(recipe, "broken", Crash())
+    observer = Recorder()
+    result = workshop.run(recipe, "broken", observer)
+    assert [metrics.step for metrics in observer.steps] == [7, 8]
+    assert weights_of(result.artifact) == weights_of(expected.artifact)
+
+
+def test_a_half_written_checkpoint_is_not_used(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = workshop.recipe(checkpoint_every_steps=2, stages=[workshop.sft(max_steps=6, epochs=None)])
+    saved = []
+    save = torch.save
+
+    def full_disk(*arguments: Any) -> None:
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(StorageError, match="cannot write the checkpoint.*free some space"):
+        workshop.run(recipe)
+    observer = Recorder()
+    workshop.run(recipe, observer=observer)
+    assert [metrics.step for metrics in observer.steps] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("change", ["recipe", "data"])
+def test_a_checkpoint_of_another_run_is_not_continued(workshop: Workshop, change: str) -> None:
+    recipe = workshop.recipe()
+    with pytest.raises(StopRequested):
+        workshop.run(recipe, should_stop=StopAfter(2))
+    if change == "recipe":
+        recipe["seed"] = 7
+    else:
+        write_jsonl(workshop.root / "chat.jsonl", chat_rows(48))
+    observer = Recorder()
+    workshop.run(recipe, observer=observer)
+    assert observer.said("held a checkpoint of another recipe or other data")
+    assert observer.steps[0].step == 1
+
+
+def test_a_checkpoint_folder_keeps_the_newest_only(workshop: Workshop) -> None:
+    recipe = workshop.recipe(checkpoint_every_steps=1)
+    with pytest.raises(StopRequested):
+        workshop.run(recipe, should_stop=StopAfter(5))
+    (kept,) = (workshop.root / "work" / "checkpoints").iterdir()
+    assert kept.name == "checkpoint-00-00000005"
+    assert CheckpointFolder(kept.parent, "another").latest() is None
+
+
+def test_an_adapter_of_a_bfloat16_recipe_is_stored_in_bfloat16(workshop: Workshop) -> None:
+    stages = [workshop.sft(max_steps=3, epochs=None)]
+    artifact = workshop.run(workshop.recipe(dtype="bfloat16", stages=stages)).artifact
+    tensors = load_file(artifact.path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert artifact.manifest.dtype == "bfloat16"
+
+
+def test_a_published_model_is_a_base_for_the_next_run_and_becomes_its_parent(workshop: Workshop) -> None:
+    stages = [workshop.sft(max_steps=2, epochs=None)]
+    base = workshop.run(workshop.recipe(name="little", method={"kind": "full"}, stages=stages)).artifact
+    child = workshop.run(workshop.recipe(base_model=base.revision, stages=stages)).artifact
+    assert child.manifest.base_model.id == base.revision
+    assert child.manifest.parents == [base.revision]
+
+
+def test_the_alias_points_to_the_result(workshop: Workshop) -> None:
+    stages = [workshop.sft(max_steps=1, epochs=None)]
+    artifact = workshop.run(workshop.recipe(promote_alias="live", stages=stages)).artifact
+    assert workshop.registry.resolve("live").revision == artifact.revision
+    with pytest.raises(InvalidRequestError, match="alias='other' and the recipe's promote_alias='live' differ"):
+        workshop.run(workshop.recipe(promote_alias="live", stages=stages), alias="other")
+
+
+def test_validation_rows_that_are_training_rows_are_reported(workshop: Workshop) -> None:
+    write_jsonl(workshop.root / "held.jsonl", chat_rows(42)[38:])
+    observer = Recorder()
+    stages = [workshop.sft(validation={"path": "held.jsonl"}, max_steps=1, epochs=None)]
+    artifact = workshop.run(workshop.recipe(stages=stages), observer=observer).artifact
+    assert observer.said("2 of 4 validation rows are also training rows")
+    assert [record.path for record in artifact.manifest.data] == ["chat.jsonl", "held.jsonl"]
+
+
+def test_a_faulty_row_stops_the_run_before_training_and_names_file_and_line(workshop: Workshop) -> None:
+    write_jsonl(workshop.root / "text.jsonl", [*text_rows(3), {"txt": "x"}])
+    observer = Recorder()
+    with pytest.raises(InvalidDataError, match=r"^text.jsonl: line 4: unknown key 'txt'") as caught:
+        workshop.run(workshop.recipe(stages=[workshop.sft(), workshop.cpt()]), observer=observer)
+    assert caught.value.line == 4
+    assert not observer.steps
+    assert workshop.registry.artifacts() == []
+
+
+def test_an_unknown_base_is_refused(workshop: Workshop) -> None:
+    with pytest.raises(ModelNotFoundError):
+        workshop.run(workshop.recipe(base_model="nobody@0123456789abcdef"))
+
+
+def test_broken_epochs_and_many_epochs_count_as_they_say(workshop: Workshop) -> None:
+    stage = {"validation": None, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    for epochs, steps in ((1.0, 10), (0.5, 5), (2.25, 22)):
+        observer = Recorder()
+        recipe = workshop.recipe(stages=[workshop.sft(epochs=epochs, **stage)])
+        with pytest.raises(StopRequested):
+            workshop.run(recipe, f"{epochs}", observer, StopAfter(1))
+        assert observer.steps[0].total_steps == steps
+
+
+def test_the_module_names_what_a_run_can_raise() -> None:
+    assert "StopRequested" in str(session.run.__doc__)
