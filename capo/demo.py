@@ -30,7 +30,7 @@ TASKS = ("support", "numbers")
 NUM_QUESTIONS = 24
 LEAST_ADAPTER_SHARE = 0.9
 MOST_BASE_SHARE = 0.1
-_EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"
 _START_SECONDS = 180.0
 _JOB_SECONDS = 600.0
 _READY = re.compile(r"Capo is ready at (http://\S+) after ([0-9.]+) s")
@@ -69,8 +69,8 @@ def run_demo() -> int:
     Raises:
         NotFoundError: the example data is not there (an installed wheel does not carry it; use a checkout).
     """
-    if not _EXAMPLES.is_dir():
-        raise errors.NotFoundError(f"The demo needs the example data in {_EXAMPLES}; run it from a checkout.")
+    if not EXAMPLES.is_dir():
+        raise errors.NotFoundError(f"The demo needs the example data in {EXAMPLES}; run it from a checkout.")
     report = Report()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="capo-demo-") as folder:
@@ -133,7 +133,7 @@ def _tune(client: openai.OpenAI, report: Report) -> dict[str, str]:
     jobs: dict[str, str] = {}
     created_at = time.monotonic()
     for task in TASKS:
-        uploaded = client.files.create(file=_EXAMPLES / task / "train.jsonl", purpose="fine-tune")
+        uploaded = client.files.create(file=EXAMPLES / task / "train.jsonl", purpose="fine-tune")
         job = client.fine_tuning.jobs.create(model="capo-tiny", training_file=uploaded.id, suffix=task, seed=7)
         console.print(f"  {task}: file {uploaded.id} ({uploaded.bytes:,} bytes) -> job {job.id}", highlight=False)
         jobs[task] = job.id
@@ -177,7 +177,7 @@ def _compare(client: openai.OpenAI, models: dict[str, str]) -> bool:
     everybody = {"capo-tiny": "capo-tiny", **models}
     learned = True
     for task in TASKS:
-        questions = read_questions(_EXAMPLES / task / "held_out.jsonl", NUM_QUESTIONS)
+        questions = read_questions(EXAMPLES / task / "held_out.jsonl", NUM_QUESTIONS)
         answers = {name: [_ask(client, model, q) for q in questions] for name, model in everybody.items()}
         _print_side_by_side(task, questions, answers)
         right = {

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,16 @@ from capo.settings import Settings
 from capo.workers import LocalWorkers
 from registry import BaseModel, Registry, errors, locate_base_model
 from serve.catalog import Catalog
-from serve.engine_arguments import Choice
+from serve.engine_arguments import Choice, max_lora_rank
 from serve.engine_arguments import choose as choose_engine_arguments
 from serve.gate import Gate
+from serve.grpc import GrpcServer
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router
 from serve.service import ServingService
 from tune.jobs.database import Database
+from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
 from tune.jobs.routes import files_router, fine_tuning_router
 from tune.jobs.service import JobService
@@ -48,8 +51,17 @@ class StartupReport:
     """What the operator is told once the service is ready."""
 
     url: str
+    grpc_address: str
     start_seconds: float
     choices: list[Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class _Faces:
+    http: asyncio.Task[None]
+    url: str
+    grpc: GrpcServer
+    grpc_address: str
 
 
 class CapoServer:
@@ -68,7 +80,7 @@ class CapoServer:
     ) -> None:
         self._settings = settings
         self._started_at = started_at
-        self._clean_environment = clean_environment
+        self._vllm_arguments = vllm_arguments
         self._is_stopping = asyncio.Event()
         self.registry = Registry(settings.registry_path)
         self.base_model = locate_base_model(settings.model, self.registry)
@@ -79,7 +91,6 @@ class CapoServer:
         )
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._database = Database(settings.job_store_url)
-        self._job_store = JobStore(self._database, organization=settings.organization)
         self._workers = LocalWorkers(settings, clean_environment)
 
     def _build_serving(self, base_model: BaseModel, arguments: list[str]) -> ServingService:
@@ -96,40 +107,66 @@ class CapoServer:
         return ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics)
 
     def _routers(self) -> list[APIRouter]:
+        files = FileStore(self._database)
         storage = FileStorage(files_dir(self._settings.data_dir))
-        jobs = JobService(self._job_store, self.registry, base_models={self.base_model.id: self._settings.model})
+        jobs = JobService(
+            JobStore(self._database, organization=self._settings.organization),
+            files,
+            self.registry,
+            base_models={self.base_model.id: self._settings.model},
+            max_lora_rank=max_lora_rank(self._vllm_arguments),
+        )
         return [
             inference_router(self.serving),
             models_router(self.serving),
             adapters_router(self.serving),
-            files_router(FileService(self._job_store, storage)),
+            files_router(FileService(files, storage)),
             fine_tuning_router(jobs),
         ]
 
-    async def run(self, on_ready: object = None) -> None:
+    async def run(self, on_ready: Callable[[StartupReport], None]) -> None:
         """Serve until SIGTERM or SIGINT; a second one ends at once. Returns after a drain."""
         self._install_signal_handlers()
+        async with self._faces() as faces:
+            stopping = asyncio.create_task(self._is_stopping.wait(), name="stop-signal")
+            start = asyncio.create_task(self.serving.start(), name="serving-start")
+            watch: asyncio.Task[None] | None = None
+            try:
+                await asyncio.wait((start, stopping, faces.http), return_when=asyncio.FIRST_COMPLETED)
+                if start.done():
+                    start.result()
+                    await faces.grpc.set_serving(True)
+                    self._workers.start()
+                    watch = asyncio.create_task(self._workers.watch(), name="workers")
+                    start_seconds = time.monotonic() - self._started_at
+                    on_ready(StartupReport(faces.url, faces.grpc_address, start_seconds, self._choices))
+                    await asyncio.wait((stopping, faces.http), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if watch is not None:
+                    watch.cancel()
+                await self._drain(faces.grpc, start)
+
+    @contextlib.asynccontextmanager
+    async def _faces(self) -> AsyncIterator[_Faces]:
+        """HTTP and gRPC, listening. Both end when the block does, so the block must drain first."""
+        settings = self._settings
         app = build_app(self._routers(), self.serving.not_ready_reason)
-        listener = _listen(self._settings.host, self._settings.port)
+        listener = _listen(settings.host, settings.port)
+        grpc_server = GrpcServer(self.serving)
+        grpc_port = await grpc_server.start(settings.host, settings.grpc_port)
         server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30))
         http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-        stopping = asyncio.create_task(self._is_stopping.wait(), name="stop-signal")
-        start = asyncio.create_task(self.serving.start(), name="serving-start")
+        url = f"http://{settings.host}:{listener.getsockname()[1]}"
         try:
-            await asyncio.wait((start, stopping, http), return_when=asyncio.FIRST_COMPLETED)
-            if start.done():
-                start.result()
-                self._workers.start()
-                if callable(on_ready):
-                    url = f"http://{self._settings.host}:{listener.getsockname()[1]}"
-                    on_ready(StartupReport(url, time.monotonic() - self._started_at, self._choices))
-                watch = asyncio.create_task(self._workers.watch(), name="workers")
-                await asyncio.wait((stopping, http), return_when=asyncio.FIRST_COMPLETED)
-                watch.cancel()
+            yield _Faces(http=http, url=url, grpc=grpc_server, grpc_address=f"{settings.host}:{grpc_port}")
         finally:
-            await self._shut_down(server, http, start)
+            await grpc_server.stop()
+            server.should_exit = True
+            await http
 
-    async def _shut_down(self, server: uvicorn.Server, http: asyncio.Task[None], start: asyncio.Task[None]) -> None:
+    async def _drain(self, grpc_server: GrpcServer, start: asyncio.Task[None]) -> None:
+        # Load balancers must hear of it before the first refusal.
+        await grpc_server.set_serving(False)
         left = await self.serving.drain(self._settings.drain_seconds)
         if left:
             logger.warning("%d requests were still running at the drain deadline", left)
@@ -140,8 +177,7 @@ class CapoServer:
                 await start
         # Stopping the engine ends what is left with an error event, so that no cut stream looks complete.
         await self.serving.stop()
-        server.should_exit = True
-        await http
+        self._database.close()
 
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()

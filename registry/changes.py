@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from registry.durable import TEMPORARY_PREFIX, Filesystem, storage_errors, write_temporary
+from registry.durable import TEMPORARY_PREFIX, Filesystem, replace_file, storage_errors
 from registry.errors import UnavailableError
 from registry.layout import Layout
 
@@ -69,9 +69,7 @@ class Changes:
 
     def _announce(self) -> None:
         # Not durable on purpose: after a crash nobody holds a token of before.
-        data = uuid.uuid4().hex.encode()
-        temporary = write_temporary(self._filesystem, self._layout.root, data, durable=False)
-        self._filesystem.rename(temporary, self._layout.generation)
+        replace_file(self._filesystem, self._layout.generation, uuid.uuid4().hex.encode(), durable=False)
 
 
 _State = tuple[str, int, int, int]

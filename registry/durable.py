@@ -121,20 +121,17 @@ class Filesystem:
             time.sleep(_LOCK_POLL_SECONDS)
 
 
-def replace_file(filesystem: Filesystem, path: Path, data: bytes) -> None:
+def replace_file(filesystem: Filesystem, path: Path, data: bytes, *, durable: bool = True) -> None:
     """Put ``data`` at ``path`` so that a reader, now or after a crash, sees the old bytes or the new ones.
 
     The caller keeps other writers of ``path`` away. If the last fsync fails, the old bytes are put back for
-    readers of this boot; what a power cut would leave is then unknown, and the caller gets the error.
+    readers of this boot; what a power cut would leave is then unknown, and the caller gets the error. With
+    ``durable`` false nothing is synced: after a crash the file may be old, new or empty.
     """
     previous = path.read_bytes() if path.exists() else None
-    temporary = write_temporary(filesystem, path.parent, data, durable=True)
-    try:
-        filesystem.rename(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            filesystem.remove_file(temporary)
-        raise
+    _swap_in(filesystem, path, data, durable=durable)
+    if not durable:
+        return
     try:
         filesystem.fsync_dir(path.parent)
     except OSError:
@@ -142,22 +139,22 @@ def replace_file(filesystem: Filesystem, path: Path, data: bytes) -> None:
             if previous is None:
                 filesystem.remove_file(path)
             else:
-                filesystem.rename(write_temporary(filesystem, path.parent, previous, durable=False), path)
+                _swap_in(filesystem, path, previous, durable=False)
         raise
 
 
-def write_temporary(filesystem: Filesystem, directory: Path, data: bytes, *, durable: bool) -> Path:
-    """A new file in ``directory`` with these bytes, ready to be renamed; removed again if writing fails."""
-    temporary = directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+def _swap_in(filesystem: Filesystem, path: Path, data: bytes, *, durable: bool) -> None:
+    """Write a new file beside ``path`` and rename it there; removed again if that fails."""
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
         filesystem.write_file(temporary, data)
         if durable:
             filesystem.fsync(temporary)
+        filesystem.rename(temporary, path)
     except OSError:
         with suppress(OSError):
             filesystem.remove_file(temporary)
         raise
-    return temporary
 
 
 @contextmanager

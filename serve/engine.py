@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +28,12 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.renderers.inputs.preprocess import extract_prompt_len
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -40,7 +42,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
-from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits
+from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class _ObservedAsyncLLM(AsyncLLM):
     the real exception before a wire format turns it into text.
     """
 
-    async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[RequestOutput]:
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         call = _current_call.get()
         if call is None:
             async for output in super().generate(*args, **kwargs):
@@ -194,7 +196,7 @@ class VllmEngine(Engine):
     # -- adapters --------------------------------------------------------------------------------------------
 
     async def load_adapter(self, adapter: EngineAdapter) -> None:
-        request = LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
+        request = _lora_request(adapter)
         try:
             await self._live().add_lora(request)
         except Exception as error:
@@ -266,14 +268,90 @@ class VllmEngine(Engine):
         finally:
             await chunks.aclose()
 
-    async def _create(self, call: Call) -> Any:
-        """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
+    async def pieces(self, call: Call) -> AsyncIterator[Piece]:
+        try:
+            prompts, parameters = await self._render(call)
+        except Exception as error:
+            raise self._translate(error) from error
+        lora = None if call.adapter is None else _lora_request(call.adapter)
+        for number, prompt in enumerate(prompts):
+            async with contextlib.aclosing(self._generate(call, prompt, parameters, lora, number)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _generate(
+        self, call: Call, prompt: Any, parameters: SamplingParams, lora: LoRARequest | None, number: int
+    ) -> AsyncGenerator[Piece, None]:
+        """The answers to one prompt; their indices go on where the previous prompt's ended, as OpenAI counts."""
+        first_index = number * parameters.n
+        token = _current_call.set(call)
+        outputs = self._live().generate(
+            prompt,
+            parameters,
+            f"{call.request_id}-{number}",
+            lora_request=lora,
+            trace_headers=call.trace_headers or None,
+        )
+        _current_call.reset(token)
+        try:
+            while True:
+                token = _current_call.set(call)
+                try:
+                    output = await anext(outputs, None)
+                finally:
+                    _current_call.reset(token)
+                if output is None:
+                    return
+                for completion in output.outputs:
+                    if completion.finish_reason in ("abort", "error"):
+                        raise self._aborted(call)
+                    yield Piece(
+                        first_index + completion.index, completion.text, completion.token_ids, completion.finish_reason
+                    )
+        except Exception as error:
+            raise self._translate(error) from error
+        finally:
+            await outputs.aclose()
+
+    async def _render(self, call: Call) -> tuple[list[Any], SamplingParams]:
+        """The prompts in the engine's form and how to sample, exactly as the serving classes make them."""
+        request = self._request(call)
+        self._live()
+        if call.endpoint is Endpoint.CHAT:
+            serving = self._state.openai_serving_chat
+            rendered = await serving.render_chat_request(request)
+            prompts = rendered if isinstance(rendered, ErrorResponse) else rendered[1]
+            max_tokens = request.max_completion_tokens
+            max_tokens = request.max_tokens if max_tokens is None else max_tokens
+        else:
+            serving = self._state.openai_serving_completion
+            prompts = await serving.render_completion_request(request)
+            max_tokens = request.max_tokens
+        if isinstance(prompts, ErrorResponse):
+            raise _error_response(prompts)
+        longest = max(extract_prompt_len(self._live().model_config, prompt) for prompt in prompts)
+        max_tokens = get_max_tokens(
+            self.limits.max_model_len,
+            max_tokens,
+            longest,
+            serving.default_sampling_params,
+            serving.override_max_tokens,
+            truncate_prompt_tokens=request.truncate_prompt_tokens,
+        )
+        return prompts, request.to_sampling_params(max_tokens, serving.default_sampling_params)
+
+    def _request(self, call: Call) -> Any:
+        """The body as vLLM's request model, naming the adapter as the engine knows it."""
         model = call.adapter.name if call.adapter is not None else self._base_model
         request_type = ChatCompletionRequest if call.endpoint is Endpoint.CHAT else CompletionRequest
         try:
-            request = request_type.model_validate({**call.body, "model": model})
+            return request_type.model_validate({**call.body, "model": model})
         except pydantic.ValidationError as error:
             raise _invalid_body(error) from error
+
+    async def _create(self, call: Call) -> Any:
+        """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
+        request = self._request(call)
         raw_request = _EngineRequest({"X-Request-Id": call.request_id, **call.trace_headers})
         self._live()
         if call.endpoint is Endpoint.CHAT:
@@ -290,7 +368,7 @@ class VllmEngine(Engine):
         self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None
     ) -> list[int]:
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
-        lora = None if adapter is None else LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
+        lora = None if adapter is None else _lora_request(adapter)
         request_id = f"probe-{id(parameters):x}"
         token_ids: list[int] = []
         try:
@@ -349,6 +427,10 @@ def _answer_model(lora_request: LoRARequest | None = None) -> str:
     call = _current_call.get()
     assert call is not None, "vLLM formats an answer outside of a call"
     return call.answer_model
+
+
+def _lora_request(adapter: EngineAdapter) -> LoRARequest:
+    return LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
 
 
 def _engine_dead() -> errors.EngineDeadError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +77,16 @@ class Call:
     """What ended the generation early, before any wire format hid it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of one of the n answers, without any wire format."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: str | None
+
+
 class Engine(ABC):
     """An inference engine with one base model and hot-swappable adapters.
 
@@ -127,6 +137,13 @@ class Engine(ABC):
 
         Trouble is raised, never written into the stream: an abort or a crash cannot look like an end.
         Closing the iterator aborts the request in the engine.
+        """
+
+    @abstractmethod
+    def pieces(self, call: Call) -> AsyncIterator[Piece]:
+        """Answer as bare text and tokens: the same rendering, sampling and limits as :meth:`stream`, no JSON.
+
+        With ``body["stream"]`` as they come, else one piece for each answer. Raises and aborts like :meth:`stream`.
         """
 
     @abstractmethod

@@ -55,6 +55,12 @@ def choose(model_path: Path, *, use_gpu: bool, user_arguments: list[str]) -> lis
     return [c for c in choices if _user_value(user_arguments, c.argument) is None or c.argument == "--enable-lora"]
 
 
+def max_lora_rank(user_arguments: list[str]) -> int:
+    """The largest rank that an engine started with these arguments holds; asked before the engine is up."""
+    given = _user_value(user_arguments, "--max-lora-rank")
+    return int(given) if given is not None and given.isdigit() else MAX_LORA_RANK
+
+
 def _cpu_kv_cache_bytes(config: dict[str, Any]) -> tuple[int, str]:
     """vLLM would take nine tenths of the machine's memory if nobody said a number."""
     quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -91,7 +91,7 @@ class Gate:
         )
         if agreeing < total:
             raise errors.InvalidArtifactError(
-                f"{artifact.revision} answers {total - agreeing} of {total} probe tokens differently from its training. "
+                f"{artifact.revision} answers {total - agreeing} of {total} probe tokens unlike its training did. "
                 "Check that the base model and its dtype are those it was trained with.",
                 code="probe_mismatch",
             )

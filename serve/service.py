@@ -10,13 +10,14 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from registry import errors
+from registry import Alias, Artifact, errors
 from serve.catalog import Catalog, Snapshot, Target
-from serve.engine_api import Call, Endpoint, Engine, EngineAdapter
+from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, Piece
 from serve.metrics import Metrics
-from serve.pool import AdapterPool
+from serve.pool import AdapterPool, AdapterStatus
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,15 @@ _NOT_READY = {
     "draining": "The service is shutting down. Try another replica.",
     "engine_dead": "The engine is not running. Try again shortly.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    """One adapter as the admin API shows it."""
+
+    artifact: Artifact
+    status: AdapterStatus
+    aliases: list[str]
 
 
 class ServingService:
@@ -109,6 +119,24 @@ class ServingService:
                     async for chunk in chunks:
                         yield chunk
 
+    async def pieces(
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        *,
+        protocol: str,
+        request_id: str,
+        trace_headers: Mapping[str, str],
+    ) -> AsyncIterator[tuple[Call, Piece]]:
+        """Answer as bare pieces, each with the call, whose counts are final after the last piece."""
+        target = await self._admit(body)
+        async with self._hold(target) as adapter:
+            call = self._call(endpoint, body, target, adapter, protocol, request_id, trace_headers)
+            with self._measure(call, target, protocol):
+                async with contextlib.aclosing(self.engine.pieces(call)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        yield call, piece
+
     async def _admit(self, body: Mapping[str, Any]) -> Target:
         if (reason := self.not_ready_reason()) is not None:
             raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
@@ -175,6 +203,26 @@ class ServingService:
 
     def _label(self, target: Target) -> str:
         return self.metrics.adapter_label(target.artifact.name if target.artifact is not None else None)
+
+    # -- adapters and aliases ----------------------------------------------------------------------------------
+
+    def adapters(self) -> list[AdapterView]:
+        """Every adapter of the registry with its state here, by revision."""
+        snapshot = self.catalog.snapshot
+        aliases_of: dict[str, list[str]] = {}
+        for name in sorted(snapshot.aliases):
+            aliases_of.setdefault(snapshot.aliases[name].revision, []).append(name)
+        return [
+            AdapterView(artifact, self.pool.status(revision), aliases_of.get(revision, []))
+            for revision, artifact in sorted(snapshot.artifacts.items())
+            if artifact.manifest.kind == "lora"
+        ]
+
+    async def set_alias(self, alias: str, revision: str) -> Alias:
+        """Point ``alias`` to ``revision``; requests that come after the return see it."""
+        record = await asyncio.to_thread(self.catalog.registry.set_alias, alias, revision)
+        await self.catalog.refresh()
+        return record
 
     # -- following the registry --------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -34,8 +35,9 @@ def tune_recipe(
 
     ``work_dir`` is ``runs/<name>`` when not given; the same directory resumes a stopped run.
     """
-    prepare_environment()
     recipe = load_recipe(recipe_path)
+    prepare_environment()
+    _hush_optional_libraries()
     from tune.session import (
         run,
         tensorboard_dir,
@@ -79,6 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return _EXIT_INVALID
     return 0
+
+
+def _hush_optional_libraries() -> None:
+    """peft imports these to ask whether they are in use; what they say about themselves would hide the bar."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _StopOnInterrupt:

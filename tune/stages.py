@@ -5,7 +5,7 @@ Everything here is a pure function of recipe, files and tokenizer, so that a res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from registry.errors import InvalidDataError
 from tune.choices import choose_batch, choose_epochs, choose_learning_rate, choose_max_length, choose_packing
 from tune.data.batches import Pack, StepPlan, plan_epoch, plan_steps
 from tune.data.dataset import DatasetReader, EncodedRow, RowAccount, count_overlap, hold_out
-from tune.data.mask import Example
 from tune.progress import TrainingEvent
 from tune.recipe import DataSource, Recipe, Stage
 from tune.train import StageData
@@ -153,15 +152,17 @@ def _overlap_warning(label: str, read: _Rows) -> list[TrainingEvent]:
 
 
 def _plan(
-    stage: Stage, per_step: int, first_epoch: list[Pack], sequences_of: Any, lengths: Sequence[int]
+    stage: Stage, per_step: int, first_epoch: list[Pack], sequences_of: Callable[[int], list[Pack]], lengths: Sequence[int]
 ) -> list[StepPlan]:
     """Steps for ``max_steps``, or for ``epochs`` whole and broken ones."""
     assert stage.micro_batch_size is not None, stage
     assert stage.gradient_accumulation_steps is not None, stage
     epochs = [first_epoch]
     if stage.max_steps is not None:
-        while sum(-(-len(sequences) // per_step) for sequences in epochs) < stage.max_steps:
+        num_steps = _num_steps(first_epoch, per_step)
+        while num_steps < stage.max_steps:
             epochs.append(sequences_of(len(epochs)))
+            num_steps += _num_steps(epochs[-1], per_step)
     else:
         assert stage.epochs is not None, stage
         whole = int(stage.epochs)
@@ -177,3 +178,7 @@ def _plan(
         lengths=lengths,
     )
     return steps[: stage.max_steps]
+
+
+def _num_steps(sequences: Sequence[Pack], per_step: int) -> int:
+    return -(-len(sequences) // per_step)

@@ -32,6 +32,7 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where Capo writes; default ./capo-data.")] = None,
     host: Annotated[str | None, typer.Option(help="Default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Default 50051; 0 takes a free one.")] = None,
     workers: Annotated[int | None, typer.Option(help="Local training workers; default 1.")] = None,
     engine_threads: Annotated[int | None, typer.Option(help="Threads of a CPU engine.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
@@ -50,6 +51,7 @@ def serve(
         data_dir=data_dir,
         host=host,
         port=port,
+        grpc_port=grpc_port,
         workers=workers,
         engine_threads=engine_threads,
         log_level=log_level,
@@ -96,7 +98,7 @@ def _announce(report: StartupReport, settings: Settings) -> None:
     base = report.url
     lines = [
         f"Capo is ready at {base} after {report.start_seconds:.1f} s (base model {settings.model}, "
-        f"registry {settings.registry_path})",
+        f"registry {settings.registry_path}, gRPC {report.grpc_address})",
         *(f"  {' '.join(choice.argv)}: {choice.reason}" for choice in report.choices),
         "",
         "Try it:",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from registry import Alias, Artifact, errors
-from serve.pool import AdapterStatus
-from serve.service import ServingService
+from registry import Alias, errors
+from serve.service import AdapterView, ServingService
 
 
 def adapters_router(service: ServingService) -> APIRouter:
@@ -18,15 +16,7 @@ def adapters_router(service: ServingService) -> APIRouter:
 
     @router.get("/v1/adapters")
     async def list_adapters() -> dict[str, Any]:
-        snapshot = service.catalog.snapshot
-        aliases_of: dict[str, list[str]] = {}
-        for alias in snapshot.aliases.values():
-            aliases_of.setdefault(alias.revision, []).append(alias.alias)
-        adapters = [
-            _adapter(artifact, service.pool.status(revision), sorted(aliases_of.get(revision, [])))
-            for revision, artifact in sorted(snapshot.artifacts.items())
-            if artifact.manifest.kind == "lora"
-        ]
+        adapters = [_adapter(view) for view in service.adapters()]
         return {"object": "list", "data": adapters}
 
     @router.get("/v1/aliases")
@@ -39,10 +29,7 @@ def adapters_router(service: ServingService) -> APIRouter:
     @router.put("/v1/aliases/{alias}")
     async def set_alias(alias: str, request: Request) -> dict[str, Any]:
         revision = _revision_in(await request.body())
-        record = await asyncio.to_thread(service.catalog.registry.set_alias, alias, revision)
-        # The caller may send its next request the moment we answer.
-        await service.catalog.refresh()
-        return _alias(record)
+        return _alias(await service.set_alias(alias, revision))
 
     return router
 
@@ -60,7 +47,8 @@ def _revision_in(raw: bytes) -> str:
     return body["revision"]
 
 
-def _adapter(artifact: Artifact, status: AdapterStatus, aliases: list[str]) -> dict[str, Any]:
+def _adapter(view: AdapterView) -> dict[str, Any]:
+    artifact, status = view.artifact, view.status
     manifest = artifact.manifest
     resident = status.resident
     reason = None if status.reason is None else {"code": status.reason.code, "message": status.reason.message}
@@ -71,7 +59,7 @@ def _adapter(artifact: Artifact, status: AdapterStatus, aliases: list[str]) -> d
         "digest": artifact.digest,
         "state": status.state.value,
         "reason": reason,
-        "aliases": aliases,
+        "aliases": view.aliases,
         "base_model": manifest.base_model.id,
         "rank": manifest.lora.rank if manifest.lora is not None else None,
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),

@@ -1,8 +1,8 @@
 """Which states of the disk may a power cut leave? Record the operations of a run, then play every crash they allow.
 
-The model is stricter than any file system in use. Directories and files are inodes. Until a file's fsync its bytes may
-be all there, missing, torn or zero. Until a directory's fsync each change of its entries may be undone, in any combination;
-a rename counts as one change, made durable by the fsync of the directory that it moves into.
+The model is stricter than any file system in use. Directories and files are inodes. Until a file's fsync its bytes
+may be all there, missing, torn or zero. Until a directory's fsync each change of its entries may be undone, in any
+combination; a rename counts as one change, made durable by the fsync of the directory that it moves into.
 """
 
 from __future__ import annotations

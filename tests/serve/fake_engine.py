@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator
 
 from registry import errors
-from serve.engine_api import Call, Engine, EngineAdapter, EngineLimits
+from serve.engine_api import Call, Engine, EngineAdapter, EngineLimits, Piece
 
 
 class FakeEngine(Engine):
@@ -74,7 +74,9 @@ class FakeEngine(Engine):
         pieces = [piece async for piece in self._tokens(call)]
         message = {"role": "assistant", "content": "".join(pieces)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return json.dumps({"object": "chat.completion", "model": call.answer_model, "choices": [choice]}).encode()
+        usage = {"prompt_tokens": 1, "completion_tokens": len(pieces), "total_tokens": 1 + len(pieces)}
+        answer = {"id": call.request_id, "object": "chat.completion", "model": call.answer_model}
+        return json.dumps({**answer, "choices": [choice], "usage": usage}).encode()
 
     async def stream(self, call: Call) -> AsyncIterator[str]:
         async for piece in self._tokens(call):
@@ -82,6 +84,15 @@ class FakeEngine(Engine):
             chunk = {"object": "chat.completion.chunk", "model": call.answer_model, "choices": [choice]}
             yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
+
+    async def pieces(self, call: Call) -> AsyncIterator[Piece]:
+        words = [word async for word in self._tokens(call)] if not call.body.get("stream") else []
+        if words:
+            yield Piece(0, "".join(words), range(len(words)), "stop")
+            return
+        async for word in self._tokens(call):
+            yield Piece(0, word, [0], None)
+        yield Piece(0, "", [], "stop")
 
     async def generate_greedy(
         self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None

@@ -66,24 +66,25 @@ def job_recipe(
     *,
     artifact_name: str,
     base_model: str,
-    training_path: Path,
     training_rows: int,
-    validation_path: Path | None,
 ) -> Recipe:
     """The recipe of a job. ``base_model`` is what the recipe's field of that name takes.
+
+    Data paths are file ids, relative to the files directory: no event or manifest shows a path of the server,
+    and a job goes on from its checkpoint wherever that directory is mounted.
 
     Raises:
         InvalidRequestError: the job asks for something no recipe can say.
     """
     extension = parse_extension(job.extensions)
     method = extension.lora or LoraMethod()
-    open_stage = Stage(kind="sft", data=(DataSource(path=training_path),))
+    open_stage = Stage(kind="sft", data=(DataSource(path=Path(job.training_file)),))
     rate = choose_learning_rate(method, open_stage).value * job.hyperparameters.learning_rate_multiplier
     micro_batch_size = _largest_divisor(job.hyperparameters.batch_size, _LARGEST_MICRO_BATCH)
-    share = held_out_share(extension, rows=training_rows, has_validation_file=validation_path is not None)
+    share = held_out_share(extension, rows=training_rows, has_validation_file=job.validation_file is not None)
     validation: Validation | None = None
-    if validation_path is not None:
-        validation = Validation(path=validation_path)
+    if job.validation_file is not None:
+        validation = Validation(path=Path(job.validation_file))
     elif share > 0:
         validation = Validation(share=share)
     stage: dict[str, Any] = {

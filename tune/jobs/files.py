@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 
 from registry.errors import InvalidDataError, InvalidRequestError, StorageError, TooLargeError
-from tune.data.rows import check_chat_file
+from tune.jobs.check_file import check_training_file
+from tune.jobs.file_store import FileStore, Order
 from tune.jobs.records import FilePurpose, FileRecord, Page
-from tune.jobs.store import JobStore, Order, new_id
+from tune.jobs.rows import new_id
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """OpenAI's limit for one file (openai/resources/files.py, ``create``)."""
 MAX_FILENAME_CHARACTERS = 255
-REPORTED_ERRORS = 10
 _STALE_SECONDS = 3600.0
 
 
@@ -132,7 +132,7 @@ class Upload:
 class FileService:
     """The files API without HTTP. Methods block."""
 
-    def __init__(self, store: JobStore, storage: FileStorage) -> None:
+    def __init__(self, store: FileStore, storage: FileStorage) -> None:
         self.storage = storage
         self._store = store
 
@@ -156,23 +156,23 @@ class FileService:
         return self._keep(upload, filename=filename, purpose="fine-tune", rows=rows)
 
     def file(self, file_id: str) -> FileRecord:
-        return self._store.file(file_id)
+        return self._store.get(file_id)
 
     def files(self, *, after: str | None, limit: int, order: Order, purpose: str | None) -> Page[FileRecord]:
-        return self._store.files(after=after, limit=limit, order=order, purpose=purpose)
+        return self._store.page(after=after, limit=limit, order=order, purpose=purpose)
 
     def content_path(self, file_id: str) -> Path:
         """Where the content of a file the store knows lies. Raises :class:`NotFoundError`."""
-        return self.storage.path(self._store.file(file_id).id)
+        return self.storage.path(self._store.get(file_id).id)
 
     def delete(self, file_id: str) -> None:
         """Remove the file. Raises :class:`ConflictError` while an open job needs it."""
-        self._store.delete_file(file_id)
+        self._store.delete(file_id)
         self.storage.remove(file_id)
 
     def sweep(self) -> list[str]:
         """Clean up after killed processes; for the start of a server."""
-        return self.storage.sweep(self._store.live_file_ids())
+        return self.storage.sweep(self._store.ids())
 
     def _keep(self, upload: Upload, *, filename: str, purpose: FilePurpose, rows: int | None) -> FileRecord:
         record = FileRecord(
@@ -186,7 +186,7 @@ class FileService:
         )
         upload.keep(record.id)
         try:
-            self._store.add_file(record)
+            self._store.add(record)
         except Exception:
             self.storage.remove(record.id)
             raise
@@ -199,7 +199,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _checked_rows(path: Path) -> int:
-    report = check_chat_file(path, limit_errors=REPORTED_ERRORS)
+    report = check_training_file(path)
     if not report.errors:
         return report.rows
     first = report.errors[0]

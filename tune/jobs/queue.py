@@ -18,8 +18,8 @@ from sqlalchemy import Connection, insert, or_, select, update
 from registry.errors import ConflictError
 from tune.jobs.database import Database
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
+from tune.jobs.rows import append_events, job_record, load_job
 from tune.jobs.schema import files, jobs
-from tune.jobs.store import append_events, job_record, load_job
 
 LEASE_LOST = "lease_lost"
 MAX_RETRY_DELAY_SECONDS = 300.0

@@ -15,12 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from registry.errors import InvalidRequestError
+from registry.strict_json import parse_strict_json
 from tune.recipe import LoraMethod
 
 MAX_BODY_BYTES = 1024 * 1024
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
 _REPORTED = 5
 
 Model = TypeVar("Model", bound="Body")
@@ -143,23 +141,11 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _decode(raw: bytes) -> Any:
+def _decode(raw: bytes) -> object:
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from error
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, and those of the two hooks
+        value = parse_strict_json(raw)
+        if b"\\u" in raw:  # only an escape can smuggle in half a surrogate pair, which no store can keep
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return found
+    return value

@@ -5,24 +5,17 @@ at creation, so that a job that is accepted can only fail over its training.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from registry import Registry
 from registry.errors import InvalidNameError, InvalidRequestError, NotFoundError
 from registry.names import alias_file_stem, check_name, parse_alias
+from tune.jobs.checks import as_one, check_integrations, check_metadata, check_method, collect, given_hyperparameters
 from tune.jobs.convert import held_out_share, job_recipe, resolve_hyperparameters
+from tune.jobs.file_store import FileStore
 from tune.jobs.records import EventRecord, FileRecord, JobRecord, NewEvent, NewJob, Page
-from tune.jobs.requests import (
-    MAX_METADATA_KEY,
-    MAX_METADATA_PAIRS,
-    MAX_METADATA_VALUE,
-    CapoBody,
-    CreateJobBody,
-    HyperparametersBody,
-)
+from tune.jobs.requests import CapoBody, CreateJobBody
 from tune.jobs.store import JobStore, fine_tuned_name
 
 FEWEST_ROWS = 10
@@ -45,12 +38,14 @@ class JobService:
     def __init__(
         self,
         store: JobStore,
+        files: FileStore,
         registry: Registry,
         *,
         base_models: Mapping[str, str] | Callable[[], Mapping[str, str]],
         max_lora_rank: int | None = None,
     ) -> None:
         self._store = store
+        self._file_store = files
         self._registry = registry
         self._base_models = base_models
         self._max_lora_rank = max_lora_rank
@@ -61,29 +56,28 @@ class JobService:
         Raises:
             InvalidRequestError: with every fault in the message and the first one's field in ``param``.
         """
+        bases = self._base_models() if callable(self._base_models) else self._base_models
         faults: list[InvalidRequestError] = []
         checks: tuple[Callable[[], object], ...] = (
-            lambda: self._check_model(body.model),
-            lambda: self._check_suffix(body),
-            lambda: _check_metadata(body.metadata),
-            lambda: _check_method(body),
-            lambda: _check_integrations(body.integrations),
-            lambda: self._check_extension(body),
+            lambda: self._check_model(body.model, bases),
+            lambda: self._check_suffix(body, bases),
+            lambda: check_metadata(body.metadata),
+            lambda: check_method(body),
+            lambda: check_integrations(body.integrations),
+            lambda: self._check_extension(body, bases),
         )
         for check in checks:
-            _collect(faults, check)
-        files = _collect(faults, lambda: self._files(body))
+            collect(faults, check)
+        files = collect(faults, lambda: self._files(body))
         if faults or files is None:
-            raise _as_one(faults)
+            raise as_one(faults)
         new = _new_job(body, files)
         # The worker will build this same recipe; one that cannot be built must fail now.
         job_recipe(
             new,
             artifact_name=body.suffix or "job",
-            base_model=self._bases()[body.model],
-            training_path=Path("training.jsonl"),
+            base_model=bases[body.model],
             training_rows=files.training.rows or 0,
-            validation_path=None if files.validation is None else Path("validation.jsonl"),
         )
         return self._store.create_job(new, _first_events(body, files))
 
@@ -106,11 +100,7 @@ class JobService:
     def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRecord]:
         return self._store.events(job_id, after=after, limit=limit)
 
-    def _bases(self) -> Mapping[str, str]:
-        return self._base_models() if callable(self._base_models) else self._base_models
-
-    def _check_model(self, model: str) -> None:
-        bases = self._bases()
+    def _check_model(self, model: str, bases: Collection[str]) -> None:
         if model in bases:
             return
         offered = ", ".join(sorted(bases)) or "none"
@@ -126,28 +116,18 @@ class JobService:
             param="model",
         )
 
-    def _check_suffix(self, body: CreateJobBody) -> None:
-        self._check_name("suffix", body.suffix)
-        if body.model not in self._bases():
+    def _check_suffix(self, body: CreateJobBody, bases: Collection[str]) -> None:
+        _check_name("suffix", body.suffix, bases)
+        if body.model not in bases:
             return
         try:
             alias_file_stem(parse_alias(fine_tuned_name(body.model, self._store.organization, body.suffix)))
         except InvalidNameError as error:
             raise InvalidRequestError(f"suffix: {error.message}", code="invalid_suffix", param="suffix") from error
 
-    def _check_name(self, param: str, name: str | None) -> None:
-        if name is None:
-            return
-        try:
-            check_name(name, reserved=self._bases())
-        except InvalidNameError as error:
-            raise InvalidRequestError(
-                f"{param}: {error.message}", code=f"invalid_{param.rpartition('.')[2]}", param=param
-            ) from error
-
-    def _check_extension(self, body: CreateJobBody) -> None:
+    def _check_extension(self, body: CreateJobBody, bases: Collection[str]) -> None:
         extension = body.capo or CapoBody()
-        self._check_name("capo.alias", extension.alias)
+        _check_name("capo.alias", extension.alias, bases)
         if extension.validation_share is not None and body.validation_file is not None:
             raise InvalidRequestError(
                 f"validation_file={body.validation_file!r} and capo.validation_share="
@@ -182,7 +162,7 @@ class JobService:
 
     def _fine_tune_file(self, param: str, file_id: str) -> FileRecord:
         try:
-            record = self._store.file(file_id)
+            record = self._file_store.get(file_id)
         except NotFoundError as error:
             raise InvalidRequestError(
                 f"{param}: there is no file {file_id[:80]!r}; upload it with purpose 'fine-tune'",
@@ -207,7 +187,7 @@ def _new_job(body: CreateJobBody, files: _Files) -> NewJob:
         suffix=body.suffix,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         hyperparameters=resolve_hyperparameters(
-            _hyperparameters(body),
+            given_hyperparameters(body),
             extension,
             rows=files.training.rows or 0,
             has_validation_file=files.validation is not None,
@@ -227,72 +207,12 @@ def _first_events(body: CreateJobBody, files: _Files) -> list[NewEvent]:
     return [*events, NewEvent("Job is queued")]
 
 
-def _hyperparameters(body: CreateJobBody) -> HyperparametersBody:
-    supervised = None if body.method is None else body.method.supervised
-    inner = None if supervised is None else supervised.hyperparameters
-    return body.hyperparameters or inner or HyperparametersBody()
-
-
-def _check_method(body: CreateJobBody) -> None:
-    method = body.method
-    if method is None:
+def _check_name(param: str, name: str | None, bases: Collection[str]) -> None:
+    if name is None:
         return
-    if method.type != "supervised":
-        raise InvalidRequestError(
-            f"method.type {method.type!r} is not offered yet; 'supervised' is",
-            code="method_not_offered",
-            param="method.type",
-        )
-    for name in ("dpo", "reinforcement"):
-        if getattr(method, name) is not None:
-            raise InvalidRequestError(
-                f"method.{name} does not belong to method.type 'supervised'", param=f"method.{name}"
-            )
-    inner = None if method.supervised is None else method.supervised.hyperparameters
-    if inner is not None and body.hyperparameters is not None:
-        raise InvalidRequestError(
-            "hyperparameters and method.supervised.hyperparameters are both given; "
-            "keep the latter, the former is OpenAI's old place for it",
-            param="hyperparameters",
-        )
-
-
-def _check_metadata(metadata: Mapping[str, str] | None) -> None:
-    pairs = metadata or {}
-    if len(pairs) > MAX_METADATA_PAIRS:
-        raise InvalidRequestError(
-            f"metadata has {len(pairs)} pairs; at most {MAX_METADATA_PAIRS} are allowed", param="metadata"
-        )
-    for key, value in pairs.items():
-        if not 1 <= len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            raise InvalidRequestError(
-                f"metadata[{key[:80]!r}]: keys have 1 to {MAX_METADATA_KEY} characters and values up to "
-                f"{MAX_METADATA_VALUE}, got {len(key)} and {len(value)}",
-                param="metadata",
-            )
-        if "\0" in key + value:
-            raise InvalidRequestError(f"metadata[{key[:80]!r}]: the character NUL is not allowed", param="metadata")
-
-
-def _check_integrations(integrations: list[Any] | None) -> None:
-    if integrations:
-        raise InvalidRequestError(
-            "integrations are not offered: Capo sends no data to other services; "
-            "the metrics are in the job's events and in its result file",
-            code="integrations_not_offered",
-            param="integrations",
-        )
-
-
-def _collect(faults: list[InvalidRequestError], check: Callable[[], Any]) -> Any:
     try:
-        return check()
-    except InvalidRequestError as error:
-        faults.append(error)
-        return None
-
-
-def _as_one(faults: list[InvalidRequestError]) -> InvalidRequestError:
-    first = faults[0]
-    text = "; ".join(fault.message for fault in faults)
-    return InvalidRequestError(text, code=first.code, param=first.param)
+        check_name(name, reserved=bases)
+    except InvalidNameError as error:
+        raise InvalidRequestError(
+            f"{param}: {error.message}", code=f"invalid_{param.rpartition('.')[2]}", param=param
+        ) from error

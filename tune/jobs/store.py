@@ -1,4 +1,4 @@
-"""The job store's front half: what the API reads and writes (files, jobs, events).
+"""The job store's front half: jobs and their events, as the API reads and writes them.
 
 The workers' half is :mod:`tune.jobs.queue`; both speak to one :class:`~tune.jobs.database.Database`.
 Every method is one transaction, blocks, and may be called from many threads.
@@ -6,42 +6,37 @@ Every method is one transaction, blocks, and may be called from many threads.
 
 from __future__ import annotations
 
-import secrets
-import string
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Table, and_, exists, insert, or_, select, update
+from sqlalchemy import and_, exists, insert, or_, select, update
 
-from registry.errors import ConflictError, InvalidRequestError, NotFoundError
+from registry.errors import ConflictError
 from tune.jobs.database import Database
 from tune.jobs.records import (
     OPEN,
     WAITING,
     EventRecord,
-    FileRecord,
-    Hyperparameters,
-    JobError,
     JobRecord,
     NewEvent,
     NewJob,
     Page,
 )
-from tune.jobs.schema import events, files, job_metadata, jobs
+from tune.jobs.rows import (
+    append_events,
+    event_record,
+    job_record,
+    live_file,
+    load_job,
+    new_id,
+    position_of,
+    unknown_cursor,
+)
+from tune.jobs.schema import events, job_metadata, jobs
 
 SILENCE_FACTOR = 2.0
 """After this many leases without a heartbeat a cancel does not wait for the worker any more."""
-
-_ALPHABET = string.ascii_lowercase + string.digits
-
-Order = Literal["asc", "desc"]
-
-
-def new_id(prefix: str, length: int = 24) -> str:
-    """``prefix`` and random lower-case letters and digits: 24 of them are 124 bits."""
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
 def fine_tuned_name(model: str, organization: str, suffix: str | None) -> str:
@@ -50,7 +45,7 @@ def fine_tuned_name(model: str, organization: str, suffix: str | None) -> str:
 
 
 class JobStore:
-    """Files, jobs and events as the API sees them.
+    """Jobs and events as the API sees them.
 
     ``organization`` is the name that stands in ``ft:`` names and in ``organization_id``.
     """
@@ -65,59 +60,6 @@ class JobStore:
     def close(self) -> None:
         self._database.close()
 
-    # ---- files
-
-    def add_file(self, record: FileRecord) -> None:
-        with self._database.write() as connection:
-            connection.execute(insert(files).values(**asdict(record)))
-
-    def file(self, file_id: str) -> FileRecord:
-        with self._database.read() as connection:
-            return _live_file(connection, file_id)
-
-    def files(
-        self, *, after: str | None, limit: int, order: Order = "desc", purpose: str | None = None
-    ) -> Page[FileRecord]:
-        query = select(files).where(files.c.deleted_at.is_(None))
-        if purpose is not None:
-            query = query.where(files.c.purpose == purpose)
-        with self._database.read() as connection:
-            if after is not None:
-                position = _position_of(connection, files, after)
-                query = query.where(files.c.position > position if order == "asc" else files.c.position < position)
-            query = query.order_by(files.c.position.asc() if order == "asc" else files.c.position.desc())
-            rows = connection.execute(query.limit(limit + 1)).all()
-        return Page([_file_record(row) for row in rows[:limit]], len(rows) > limit)
-
-    def delete_file(self, file_id: str) -> None:
-        """Take the file out of every list. Its bytes are the caller's to remove.
-
-        Raises:
-            NotFoundError: there is no such file.
-            ConflictError: a job that has not ended still needs it.
-        """
-        with self._database.write() as connection:
-            _live_file(connection, file_id, lock=True)
-            user = connection.execute(
-                select(jobs.c.id)
-                .where(jobs.c.status.in_(OPEN))
-                .where(or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id))
-                .limit(1)
-            ).scalar_one_or_none()
-            if user is not None:
-                raise ConflictError(
-                    f"{file_id} is in use by {user}; wait until that job has ended, or cancel it",
-                    code="file_in_use",
-                )
-            connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=int(self._clock())))
-
-    def live_file_ids(self) -> set[str]:
-        """Ids of all files that were not deleted."""
-        with self._database.read() as connection:
-            return set(connection.execute(select(files.c.id).where(files.c.deleted_at.is_(None))).scalars())
-
-    # ---- jobs
-
     def create_job(self, new: NewJob, first_events: Sequence[NewEvent] = ()) -> JobRecord:
         """Write the job as ``queued`` with its first events.
 
@@ -129,7 +71,7 @@ class JobStore:
         name = fine_tuned_name(new.model, self.organization, new.suffix)
         with self._database.write() as connection:
             for file_id in filter(None, (new.training_file, new.validation_file)):
-                _live_file(connection, file_id, lock=True)
+                live_file(connection, file_id, lock=True)
             connection.execute(
                 insert(jobs).values(
                     id=job_id,
@@ -193,7 +135,7 @@ class JobStore:
             query = query.where(jobs.c.metadata.is_(None))
         with self._database.read() as connection:
             if after is not None:
-                query = query.where(jobs.c.position < _position_of(connection, jobs, after))
+                query = query.where(jobs.c.position < position_of(connection, jobs, after))
             rows = connection.execute(query).all()
         return Page([job_record(row) for row in rows[:limit]], len(rows) > limit)
 
@@ -241,8 +183,6 @@ class JobStore:
             )
         return job
 
-    # ---- events
-
     def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRecord]:
         """Newest first, as OpenAI lists them."""
         query = select(events).where(events.c.job_id == job_id).order_by(events.c.sequence.desc())
@@ -253,10 +193,10 @@ class JobStore:
                     select(events.c.sequence).where(events.c.id == after, events.c.job_id == job_id)
                 ).scalar_one_or_none()
                 if sequence is None:
-                    raise _unknown_cursor(after)
+                    raise unknown_cursor(after)
                 query = query.where(events.c.sequence < sequence)
             rows = connection.execute(query.limit(limit + 1)).all()
-        return Page([_event_record(row) for row in rows[:limit]], len(rows) > limit)
+        return Page([event_record(row) for row in rows[:limit]], len(rows) > limit)
 
     def events_since(self, job_id: str, sequence: int, *, limit: int = 1000) -> list[EventRecord]:
         """Oldest first, those after ``sequence`` (0 = from the beginning): for following a job."""
@@ -267,82 +207,4 @@ class JobStore:
                 .order_by(events.c.sequence)
                 .limit(limit)
             ).all()
-        return [_event_record(row) for row in rows]
-
-
-def load_job(connection: Connection, job_id: str) -> JobRecord:
-    """The job's row. Raises :class:`NotFoundError`."""
-    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
-    if row is None:
-        raise NotFoundError(f"there is no fine-tuning job {job_id!r}; GET /v1/fine_tuning/jobs lists them")
-    return job_record(row)
-
-
-def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent], *, now: int) -> None:
-    """Add events in order, inside the caller's write transaction.
-
-    The job's row hands out the numbers, so two writers of one job queue up on it.
-    """
-    last = connection.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id)
-        .values(last_event=jobs.c.last_event + len(new))
-        .returning(jobs.c.last_event)
-    ).scalar_one()
-    first = last - len(new) + 1
-    rows: list[dict[str, Any]] = [
-        {
-            "job_id": job_id,
-            "sequence": first + offset,
-            "id": new_id("ftevent-"),
-            "level": event.level,
-            "kind": event.kind,
-            "message": event.message,
-            "data": None if event.data is None else dict(event.data),
-            "created_at": now,
-        }
-        for offset, event in enumerate(new)
-    ]
-    if rows:
-        connection.execute(insert(events), rows)
-
-
-def _live_file(connection: Connection, file_id: str, *, lock: bool = False) -> FileRecord:
-    query = select(files).where(files.c.id == file_id, files.c.deleted_at.is_(None))
-    # SQLite's writers exclude each other anyway and its dialect leaves FOR UPDATE out.
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
-    if row is None:
-        raise NotFoundError(f"there is no file {file_id!r}; GET /v1/files lists them")
-    return _file_record(row)
-
-
-def _position_of(connection: Connection, table: Table, after: str) -> int:
-    position = connection.execute(select(table.c.position).where(table.c.id == after)).scalar_one_or_none()
-    if position is None:
-        raise _unknown_cursor(after)
-    return int(position)
-
-
-def _unknown_cursor(after: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"after={after!r} is not the id of an item of this list; give the last id of the previous page",
-        code="invalid_cursor",
-        param="after",
-    )
-
-
-def _file_record(row: Row[Any]) -> FileRecord:
-    values = dict(row._mapping)
-    return FileRecord(**{name: values[name] for name in FileRecord.__dataclass_fields__})
-
-
-def _event_record(row: Row[Any]) -> EventRecord:
-    return EventRecord(**row._mapping)
-
-
-def job_record(row: Row[Any]) -> JobRecord:
-    values = dict(row._mapping)
-    code, message = values["error_code"], values["error_message"]
-    values["error"] = None if code is None else JobError(code, message, values["error_param"])
-    values["hyperparameters"] = Hyperparameters(**values["hyperparameters"])
-    return JobRecord(**{name: values[name] for name in JobRecord.__dataclass_fields__})
+        return [event_record(row) for row in rows]

@@ -10,13 +10,11 @@ clients see one name, one artifact, one final state.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from registry import Artifact, Registry
 from registry.errors import (
@@ -30,12 +28,14 @@ from registry.errors import (
     UnavailableError,
 )
 from tune.jobs.convert import job_recipe, parse_extension
+from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileStorage, file_sha256
 from tune.jobs.observer import JobObserver
 from tune.jobs.queue import LEASE_LOST, Outcome, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
+from tune.jobs.results import store_metrics_table
 from tune.jobs.settings import WorkerSettings
-from tune.jobs.store import JobStore, new_id
+from tune.jobs.store import JobStore
 from tune.progress import Observer, StopRequested
 from tune.recipe import Recipe
 
@@ -44,17 +44,6 @@ log = logging.getLogger(__name__)
 _WORTH_ANOTHER_ATTEMPT = (StorageError, UnavailableError)
 """Errors of the machine. The same job would meet any other error again."""
 _STOP_CHECK_SECONDS = 1.0
-_RESULT_COLUMNS = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "valid_loss",
-    "valid_mean_token_accuracy",
-    "train_mean_token_accuracy",
-    "full_valid_loss",
-    "full_valid_mean_token_accuracy",
-)
-"""The first five are the columns of OpenAI's result files, the others its newer checkpoint metrics."""
 
 
 class TrainedModel(Protocol):
@@ -81,6 +70,7 @@ class TrainFunction(Protocol):
         job_id: str | None,
         fine_tuned_name: str | None,
         alias: str | None,
+        recipe_dir: Path,
     ) -> TrainedModel: ...
 
 
@@ -94,12 +84,14 @@ class JobRun:
         job: JobRecord,
         queue: WorkQueue,
         store: JobStore,
+        files: FileStore,
         stop_asked: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._job = job
         self._queue = queue
         self._store = store
+        self._files = files
         self._stop_asked = stop_asked
         self._storage = FileStorage(settings.files_dir)
         self._registry = Registry(settings.registry_dir)
@@ -200,14 +192,20 @@ class JobRun:
                 job_id=job.id,
                 fine_tuned_name=job.reserved_name,
                 alias=parse_extension(job.extensions).alias,
+                recipe_dir=self._settings.files_dir,
             )
         finally:
             observer.close()
         self._succeed(result.artifact, result.trained_tokens)
 
     def _succeed(self, artifact: Artifact, trained_tokens: int | None) -> None:
-        outcome = Outcome(artifact.revision, trained_tokens, self._result_file())
-        self._queue.succeed(self._job, outcome)
+        result_file = store_metrics_table(self._store, self._storage, self._job.id)
+        try:
+            self._queue.succeed(self._job, Outcome(artifact.revision, trained_tokens, result_file))
+        except ConflictError:
+            if result_file is not None:
+                self._storage.remove(result_file.id)
+            raise
 
     def _recipe(self) -> Recipe:
         job = self._job
@@ -220,21 +218,18 @@ class JobRun:
                 param="model",
             )
         training = self._unchanged("training_file", job.training_file)
-        validation = None
         if job.validation_file is not None:
-            validation = self._storage.path(self._unchanged("validation_file", job.validation_file).id)
+            self._unchanged("validation_file", job.validation_file)
         return job_recipe(
             job,
             artifact_name=job.suffix or job.id.removeprefix("ftjob-"),
             base_model=base_model,
-            training_path=self._storage.path(training.id),
             training_rows=training.rows or 0,
-            validation_path=validation,
         )
 
     def _unchanged(self, param: str, file_id: str) -> FileRecord:
         """The file's record, once its bytes are proven to be those that were checked at upload."""
-        record = self._store.file(file_id)
+        record = self._files.get(file_id)
         try:
             digest = file_sha256(self._storage.path(file_id))
         except FileNotFoundError as error:
@@ -255,42 +250,3 @@ class JobRun:
             return None
         self._checked_at = now
         return "the job was cancelled" if self._queue.is_cancel_requested(self._job) else None
-
-    def _result_file(self) -> FileRecord | None:
-        """The metrics as CSV, in the store once the job has succeeded; ``None`` if there are none."""
-        table = self._metrics_table()
-        if not table:
-            return None
-        text = io.StringIO()
-        writer = csv.DictWriter(text, _RESULT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        with self._storage.receive() as upload:
-            upload.write(text.getvalue().encode())
-            record = FileRecord(
-                id=new_id("file-"),
-                filename=f"{self._job.id}-metrics.csv",
-                purpose="fine-tune-results",
-                size_bytes=upload.size_bytes,
-                sha256=upload.sha256,
-                rows=None,
-                created_at=int(time.time()),
-            )
-            upload.keep(record.id)
-        return record
-
-    def _metrics_table(self) -> list[dict[str, Any]]:
-        """One line per step; of a step that was repeated after a crash the last counts."""
-        by_step: dict[int, dict[str, Any]] = {}
-        sequence = 0
-        while events := self._store.events_since(self._job.id, sequence):
-            sequence = events[-1].sequence
-            for event in events:
-                if event.kind == "metrics" and event.data is not None:
-                    by_step[int(event.data["step"])] = _result_row(event.data)
-        return [by_step[step] for step in sorted(by_step)]
-
-
-def _result_row(data: Any) -> dict[str, Any]:
-    row = {column: data.get(column) for column in _RESULT_COLUMNS}
-    return row | {"train_accuracy": data.get("train_mean_token_accuracy")}

@@ -20,6 +20,7 @@ from types import FrameType
 
 from registry.errors import ConflictError, StorageError, UnavailableError
 from tune.jobs.database import Database
+from tune.jobs.file_store import FileStore
 from tune.jobs.lease import LeaseWatch, this_owner
 from tune.jobs.process import describe_exit, die_with_parent
 from tune.jobs.queue import LEASE_LOST, WorkQueue
@@ -234,6 +235,7 @@ class Worker:
             job=job,
             queue=self._queue,
             store=self._store,
+            files=FileStore(self._database),
             stop_asked=lambda: self._stop.is_set,
         )
 
@@ -260,6 +262,7 @@ def _child_main(
         job=job,
         queue=WorkQueue(database),
         store=JobStore(database),
+        files=FileStore(database),
         stop_asked=lambda: stop.is_set,
     )
     run.run(train)

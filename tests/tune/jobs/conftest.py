@@ -26,3 +26,23 @@ def url(place: Place) -> Iterator[str]:
 def client(url: str) -> Iterator[OpenAI]:
     with client_of(url) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def quiet_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Shared by tests whose requests are all refused, so that nothing in it changes."""
+    opened = open_place(tmp_path_factory.mktemp("quiet"))
+    yield opened
+    opened.database.close()
+
+
+@pytest.fixture(scope="module")
+def quiet_url(quiet_place: Place) -> Iterator[str]:
+    with serve(quiet_place) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def quiet_client(quiet_url: str) -> Iterator[OpenAI]:
+    with client_of(quiet_url) as opened:
+        yield opened

@@ -37,8 +37,11 @@ def trains_well(
     job_id: str | None,
     fine_tuned_name: str | None,
     alias: str | None,
+    recipe_dir: Path,
 ) -> Trained:
+    """Also holds the worker to its word that the recipe's data lies below ``recipe_dir``."""
     _note(registry, job_id)
+    assert all((recipe_dir / source.path).is_file() for stage in recipe.stages for source in stage.data)
     observer.on_event(TrainingEvent("info", "data read"))
     for step in range(1, STEPS + 1):
         if (reason := should_stop()) is not None:
@@ -83,6 +86,7 @@ def is_killed_once(
     job_id: str | None,
     fine_tuned_name: str | None,
     alias: str | None,
+    recipe_dir: Path,
 ) -> Trained:
     """Leaves a mark where checkpoints would be, so that the next attempt "resumes" and succeeds."""
     mark = work_dir / "checkpoint"
@@ -100,6 +104,7 @@ def is_killed_once(
         job_id=job_id,
         fine_tuned_name=fine_tuned_name,
         alias=alias,
+        recipe_dir=recipe_dir,
     )
 
 

@@ -21,12 +21,14 @@ from openai import OpenAI
 from registry import Registry
 from registry.errors import CapoError, openai_error_body, wire_kind
 from tune.jobs.database import Database, sqlite_url
+from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
 from tune.jobs.records import FileRecord, Hyperparameters, JobRecord, NewJob
 from tune.jobs.routes import files_router, fine_tuning_router
+from tune.jobs.rows import new_id
 from tune.jobs.service import JobService
 from tune.jobs.settings import files_dir
-from tune.jobs.store import JobStore, new_id
+from tune.jobs.store import JobStore
 
 BASE = "capo-tiny"
 
@@ -51,6 +53,7 @@ class Place:
     directory: Path
     database: Database
     store: JobStore
+    file_rows: FileStore
     files: FileService
     jobs: JobService
     registry: Registry
@@ -83,10 +86,12 @@ class Place:
 def open_place(directory: Path, *, max_file_bytes: int = 1024 * 1024) -> Place:
     database = Database(sqlite_url(directory / "jobs.db"))
     store = JobStore(database, organization="acme")
+    file_rows = FileStore(database)
     storage = FileStorage(files_dir(directory / "data"), max_file_bytes=max_file_bytes)
     registry = Registry(directory / "registry")
-    jobs = JobService(store, registry, base_models={BASE: BASE, "Qwen/Qwen3-0.6B": "/bases/qwen"}, max_lora_rank=64)
-    return Place(directory, database, store, FileService(store, storage), jobs, registry)
+    bases = {BASE: BASE, "Qwen/Qwen3-0.6B": "/bases/qwen"}
+    jobs = JobService(store, file_rows, registry, base_models=bases, max_lora_rank=64)
+    return Place(directory, database, store, file_rows, FileService(file_rows, storage), jobs, registry)
 
 
 def new_job(training_file: str, **changes: Any) -> NewJob:
@@ -103,7 +108,7 @@ def new_job(training_file: str, **changes: Any) -> NewJob:
     return NewJob(**(values | changes))
 
 
-def add_file_row(store: JobStore, **changes: Any) -> str:
+def add_file_row(file_rows: FileStore, **changes: Any) -> str:
     """A file that exists only in the store, for tests that never open it."""
     values: dict[str, Any] = {
         "id": new_id("file-"),
@@ -115,7 +120,7 @@ def add_file_row(store: JobStore, **changes: Any) -> str:
         "created_at": 0,
     }
     record = FileRecord(**(values | changes))
-    store.add_file(record)
+    file_rows.add(record)
     return record.id
 
 

@@ -12,7 +12,8 @@ from tune.jobs.database import Database, sqlite_url
 from tune.jobs.lease import LeaseWatch, is_gone, this_owner
 from tune.jobs.queue import MAX_RETRY_DELAY_SECONDS, Outcome, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
-from tune.jobs.store import JobStore, new_id
+from tune.jobs.rows import new_id
+from tune.jobs.store import JobStore
 
 OUTCOME = Outcome(revision="model@0123456789abcdef", trained_tokens=12, result_file=None)
 
@@ -24,7 +25,7 @@ def queue(place: Place) -> WorkQueue:
 
 @pytest.fixture
 def training_file(place: Place) -> str:
-    return add_file_row(place.store)
+    return add_file_row(place.file_rows)
 
 
 def claim(queue: WorkQueue, job: JobRecord, owner: str = "worker-1") -> JobRecord:
@@ -88,29 +89,29 @@ class TestFiles:
     ) -> None:
         job = place.queue_job(training_file)
         with pytest.raises(ConflictError, match=job.id):
-            place.store.delete_file(training_file)
+            place.file_rows.delete(training_file)
         place.store.cancel(job.id)
-        place.store.delete_file(training_file)
+        place.file_rows.delete(training_file)
         with pytest.raises(NotFoundError):
-            place.store.file(training_file)
+            place.file_rows.get(training_file)
 
     def test_a_job_cannot_be_made_from_a_deleted_file(self, place: Place, training_file: str) -> None:
-        place.store.delete_file(training_file)
+        place.file_rows.delete(training_file)
         with pytest.raises(NotFoundError):
             place.queue_job(training_file)
 
     def test_a_cursor_may_stand_on_a_file_deleted_meanwhile(self, place: Place) -> None:
-        ids = [add_file_row(place.store) for _ in range(4)]
-        page = place.store.files(after=None, limit=2)
+        ids = [add_file_row(place.file_rows) for _ in range(4)]
+        page = place.file_rows.page(after=None, limit=2)
         assert [record.id for record in page.records] == ids[:1:-1]
-        place.store.delete_file(ids[2])
-        rest = place.store.files(after=ids[2], limit=2)
+        place.file_rows.delete(ids[2])
+        rest = place.file_rows.page(after=ids[2], limit=2)
         assert [record.id for record in rest.records] == [ids[1], ids[0]]
         assert not rest.has_more
 
     def test_the_order_is_that_of_arrival_even_when_the_clock_goes_back(self, place: Place) -> None:
-        ids = [add_file_row(place.store, created_at=when) for when in (300, 200, 100)]
-        listed = place.store.files(after=None, limit=10, order="asc").records
+        ids = [add_file_row(place.file_rows, created_at=when) for when in (300, 200, 100)]
+        listed = place.file_rows.page(after=None, limit=10, order="asc").records
         assert [record.id for record in listed] == ids
 
 
@@ -191,7 +192,7 @@ class TestClaims:
             assert refused.value.code == "lease_lost"
         assert (place.store.job(old.id), messages(place, old.id)) == before
         with pytest.raises(NotFoundError):
-            place.store.file(result.id)
+            place.file_rows.get(result.id)
         queue.succeed(new, OUTCOME)
 
     def test_a_job_ends_once(self, place: Place, queue: WorkQueue, training_file: str) -> None:

@@ -63,12 +63,12 @@ WRONG_FORMS = {
 
 @pytest.mark.parametrize(("body", "content_type"), WRONG_FORMS.values(), ids=WRONG_FORMS.keys())
 def test_a_wrong_form_is_refused_and_leaves_nothing(
-    url: str, place: Place, body: bytes, content_type: str | None
+    quiet_url: str, quiet_place: Place, body: bytes, content_type: str | None
 ) -> None:
-    response = post(url, body) if content_type is None else post(url, body, content_type)
+    response = post(quiet_url, body) if content_type is None else post(quiet_url, body, content_type)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["message"]
-    assert place.stored_files() == []
+    assert quiet_place.stored_files() == []
 
 
 WRONG_ROWS = {
@@ -85,18 +85,20 @@ WRONG_ROWS = {
 
 
 @pytest.mark.parametrize(("content", "line"), WRONG_ROWS.values(), ids=WRONG_ROWS.keys())
-def test_rows_that_cannot_train_are_refused_with_their_line(url: str, place: Place, content: bytes, line: int) -> None:
-    response = post(url, part("file", content, "rows.jsonl") + PURPOSE + END)
+def test_rows_that_cannot_train_are_refused_with_their_line(
+    quiet_url: str, quiet_place: Place, content: bytes, line: int
+) -> None:
+    response = post(quiet_url, part("file", content, "rows.jsonl") + PURPOSE + END)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["code"] == "invalid_training_file"
     assert error["line"] == line
     assert f"line {line}" in error["message"]
-    assert place.stored_files() == []
+    assert quiet_place.stored_files() == []
 
 
-def test_the_first_ten_wrong_rows_are_listed(url: str) -> None:
-    response = post(url, part("file", GOOD + b"hello\n" * 30, "rows.jsonl") + PURPOSE + END)
+def test_the_first_ten_wrong_rows_are_listed(quiet_url: str) -> None:
+    response = post(quiet_url, part("file", GOOD + b"hello\n" * 30, "rows.jsonl") + PURPOSE + END)
     message = response.json()["error"]["message"]
     assert [f"line {number}:" in message for number in range(10, 22)] == [False] + [True] * 10 + [False]
 
@@ -165,7 +167,7 @@ def test_a_cut_off_upload_leaves_nothing(url: str, place: Place) -> None:
         connection.sendall(part("file", GOOD * 100, "rows.jsonl"))
         wait_until(place.stored_files, seconds=5)
     wait_until(lambda: place.stored_files() == [], seconds=5)
-    assert place.store.files(after=None, limit=1).records == []
+    assert place.file_rows.page(after=None, limit=1).records == []
 
 
 def test_a_sweep_removes_what_a_killed_server_left(place: Place) -> None:
@@ -201,7 +203,7 @@ def test_a_disk_that_refuses_is_a_storage_error_and_leaves_nothing(
         with pytest.raises(StorageError, match="No space left"):
             place.upload(GOOD)
     assert place.stored_files() == []
-    assert place.store.files(after=None, limit=1).records == []
+    assert place.file_rows.page(after=None, limit=1).records == []
     place.upload(GOOD)
 
 

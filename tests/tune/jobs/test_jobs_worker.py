@@ -376,3 +376,30 @@ def test_what_the_http_process_imports_pulls_in_no_training_stack() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.training
+def test_the_real_training_takes_a_job_from_rows_to_a_named_adapter(place: Place) -> None:
+    job = place.queue_job(place.upload(chat_rows(60)).id, suffix="sums", extensions={"lora": {"rank": 4}})
+    process = multiprocessing.get_context("spawn").Process(
+        target=run_worker, args=(settings_for(place, num_threads=1),)
+    )
+    process.start()
+    try:
+        done = wait_for(place, job.id, "succeeded", "failed", seconds=120)
+    finally:
+        process.terminate()
+        process.join(20)
+    assert done.error is None
+    assert process.exitcode == 0
+    artifact = place.registry.resolve(job.reserved_name)
+    assert artifact.manifest.lora is not None
+    assert artifact.manifest.lora.rank == 4
+    assert artifact.manifest.job_id == job.id
+    assert done.trained_tokens == artifact.manifest.metrics["trained_tokens"] > 0
+    (data,) = artifact.manifest.data
+    assert (data.path, data.rows_used) == (job.training_file, 60)
+    assert str(place.directory) not in " ".join(messages(place, job.id))
+    metrics = [event.data for event in place.store.events_since(job.id, 0) if event.kind == "metrics"]
+    assert len(metrics) == metrics[-1]["total_steps"] if metrics[-1] else False
+    assert len(place.files.content_path(done.result_files[0]).read_text().splitlines()) == len(metrics) + 1

@@ -1,0 +1,58 @@
+"""How a service's processes end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.service import Service, running
+
+pytestmark = pytest.mark.engine
+
+
+def slow_stream(service: Service, lines: list[str], opened: threading.Event) -> None:
+    """Read a long streamed answer; every line goes into ``lines``."""
+    body = {"model": "capo-tiny", "prompt": "a", "stream": True, "max_tokens": 1500, "ignore_eos": True}
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if line:
+                lines.append(line)
+                opened.set()
+
+
+def test_sigterm_lets_streams_finish_and_exits_zero_then_kill_leaves_no_process(tmp_path: Path) -> None:
+    with running(tmp_path, "--workers", "0") as service:
+        streams: list[list[str]] = [[] for _ in range(4)]
+        threads = []
+        for lines in streams:
+            opened = threading.Event()
+            thread = threading.Thread(target=slow_stream, args=(service, lines, opened))
+            thread.start()
+            threads.append(thread)
+            assert opened.wait(20)
+        everybody = service.processes()
+        service.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert all(lines[-1] == "data: [DONE]" for lines in streams)
+        assert service.process.wait(30) == 0
+        psutil.wait_procs(everybody, timeout=5)
+        assert not any(process.is_running() for process in everybody)
+
+
+def test_kill_of_the_service_leaves_no_process_behind(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        deadline = time.monotonic() + 20
+        while len(service.processes()) < 5 and time.monotonic() < deadline:  # the worker starts after readiness
+            time.sleep(0.1)
+        everybody = service.processes()
+        assert any("worker" in process.cmdline() for process in everybody)
+        service.process.kill()
+        _, alive = psutil.wait_procs(everybody, timeout=5)
+        assert [process.cmdline() for process in alive] == []

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.tune.jobs.support import BASE, new_job
+from tune.choices import choose_learning_rate
+from tune.jobs.convert import job_recipe, resolve_hyperparameters
+from tune.jobs.records import Hyperparameters, NewJob
+from tune.jobs.requests import CapoBody, HyperparametersBody
+from tune.recipe import LoraMethod, Recipe
+
+
+def recipe_of(job: NewJob, *, rows: int = 100) -> Recipe:
+    return job_recipe(job, artifact_name="support", base_model=BASE, training_rows=rows)
+
+
+def with_numbers(**changes: Any) -> NewJob:
+    return new_job("file-1", hyperparameters=replace(Hyperparameters(3, 8, 1.0), **changes))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 8, 9, 12, 13, 16, 96, 251, 256])
+def test_the_batch_is_exactly_the_one_asked_for(batch_size: int) -> None:
+    stage = recipe_of(with_numbers(batch_size=batch_size)).stages[0]
+    assert stage.micro_batch_size is not None
+    assert stage.gradient_accumulation_steps is not None
+    assert stage.micro_batch_size * stage.gradient_accumulation_steps == batch_size
+    assert stage.micro_batch_size <= 8
+
+
+def test_the_multiplier_scales_the_rate_that_tune_would_choose() -> None:
+    usual = choose_learning_rate(
+        LoraMethod(), recipe_of(with_numbers()).stages[0].model_copy(update={"learning_rate": None})
+    ).value
+    for multiplier in (0.1, 1.0, 3.0):
+        rate = recipe_of(with_numbers(learning_rate_multiplier=multiplier)).stages[0].learning_rate
+        assert rate == pytest.approx(usual * multiplier)
+
+
+@pytest.mark.parametrize(("rows", "share"), [(10, None), (49, None), (50, 0.1), (5000, 0.1)])
+def test_a_tenth_is_held_out_once_that_measures_something(rows: int, share: float | None) -> None:
+    validation = recipe_of(with_numbers(), rows=rows).stages[0].validation
+    assert (None if validation is None else validation.share) == share
+
+
+def test_the_share_can_be_chosen_and_turned_off() -> None:
+    half = recipe_of(replace(with_numbers(), extensions={"validation_share": 0.5}), rows=20).stages[0].validation
+    assert half is not None
+    assert half.share == 0.5
+    assert recipe_of(replace(with_numbers(), extensions={"validation_share": 0}), rows=900).stages[0].validation is None
+
+
+def test_a_validation_file_takes_the_place_of_the_share() -> None:
+    validation = recipe_of(replace(with_numbers(), validation_file="file-2"), rows=900).stages[0].validation
+    assert validation is not None
+    assert (str(validation.path), validation.share) == ("file-2", None)
+
+
+def test_extensions_reach_the_recipe() -> None:
+    extensions = {"lora": {"rank": 8, "target_modules": ["q_proj"]}, "max_length": 64, "over_length": "drop"}
+    recipe = recipe_of(replace(with_numbers(), extensions=extensions))
+    assert isinstance(recipe.method, LoraMethod)
+    assert (recipe.method.rank, recipe.method.target_modules) == (8, ("q_proj",))
+    assert (recipe.stages[0].max_length, recipe.stages[0].over_length) == (64, "drop")
+
+
+@pytest.mark.parametrize("rows", [10, 64, 500, 100_000])
+def test_auto_always_becomes_a_number_in_the_range_clients_may_give(rows: int) -> None:
+    numbers = resolve_hyperparameters(HyperparametersBody(), CapoBody(), rows=rows, has_validation_file=False)
+    HyperparametersBody(
+        n_epochs=numbers.n_epochs,
+        batch_size=numbers.batch_size,
+        learning_rate_multiplier=numbers.learning_rate_multiplier,
+    )
+    assert numbers.learning_rate_multiplier == 1.0
+
+
+def test_given_numbers_stay_as_they_are() -> None:
+    given = HyperparametersBody(n_epochs=5, batch_size=3, learning_rate_multiplier=0.25)
+    numbers = resolve_hyperparameters(given, CapoBody(), rows=10, has_validation_file=False)
+    assert numbers == Hyperparameters(5, 3, 0.25)

@@ -1,0 +1,87 @@
+"""Checks of a job request that need nothing but the request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from registry.errors import InvalidRequestError
+from tune.jobs.requests import CreateJobBody, HyperparametersBody
+
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+
+
+def given_hyperparameters(body: CreateJobBody) -> HyperparametersBody:
+    """The hyper-parameters, wherever the client put them."""
+    supervised = None if body.method is None else body.method.supervised
+    inner = None if supervised is None else supervised.hyperparameters
+    return body.hyperparameters or inner or HyperparametersBody()
+
+
+def check_method(body: CreateJobBody) -> None:
+    method = body.method
+    if method is None:
+        return
+    if method.type != "supervised":
+        raise InvalidRequestError(
+            f"method.type {method.type!r} is not offered yet; 'supervised' is",
+            code="method_not_offered",
+            param="method.type",
+        )
+    for name in ("dpo", "reinforcement"):
+        if getattr(method, name) is not None:
+            raise InvalidRequestError(
+                f"method.{name} does not belong to method.type 'supervised'", param=f"method.{name}"
+            )
+    inner = None if method.supervised is None else method.supervised.hyperparameters
+    if inner is not None and body.hyperparameters is not None:
+        raise InvalidRequestError(
+            "hyperparameters and method.supervised.hyperparameters are both given; "
+            "keep the latter, the former is OpenAI's old place for it",
+            param="hyperparameters",
+        )
+
+
+def check_metadata(metadata: Mapping[str, str] | None) -> None:
+    pairs = metadata or {}
+    if len(pairs) > MAX_METADATA_PAIRS:
+        raise InvalidRequestError(
+            f"metadata has {len(pairs)} pairs; at most {MAX_METADATA_PAIRS} are allowed", param="metadata"
+        )
+    for key, value in pairs.items():
+        if not 1 <= len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
+            raise InvalidRequestError(
+                f"metadata[{key[:80]!r}]: keys have 1 to {MAX_METADATA_KEY} characters and values up to "
+                f"{MAX_METADATA_VALUE}, got {len(key)} and {len(value)}",
+                param="metadata",
+            )
+        if "\0" in key + value:
+            raise InvalidRequestError(f"metadata[{key[:80]!r}]: the character NUL is not allowed", param="metadata")
+
+
+def check_integrations(integrations: list[Any] | None) -> None:
+    if integrations:
+        raise InvalidRequestError(
+            "integrations are not offered: Capo sends no data to other services; "
+            "the metrics are in the job's events and in its result file",
+            code="integrations_not_offered",
+            param="integrations",
+        )
+
+
+def collect(faults: list[InvalidRequestError], check: Callable[[], Any]) -> Any:
+    """The check's result; ``None`` after its fault was added to ``faults``."""
+    try:
+        return check()
+    except InvalidRequestError as error:
+        faults.append(error)
+        return None
+
+
+def as_one(faults: list[InvalidRequestError]) -> InvalidRequestError:
+    """One error for all faults; the first one decides code and field."""
+    first = faults[0]
+    text = "; ".join(fault.message for fault in faults)
+    return InvalidRequestError(text, code=first.code, param=first.param)

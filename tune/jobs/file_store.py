@@ -1,0 +1,78 @@
+"""The rows of uploaded files. Their bytes are :mod:`tune.jobs.files`' business.
+
+Every method is one transaction, blocks, and may be called from many threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Literal
+
+from sqlalchemy import insert, or_, select, update
+
+from registry.errors import ConflictError
+from tune.jobs.database import Database
+from tune.jobs.records import OPEN, FileRecord, Page
+from tune.jobs.rows import file_record, live_file, position_of
+from tune.jobs.schema import files, jobs
+
+Order = Literal["asc", "desc"]
+
+
+class FileStore:
+    """Which files there are."""
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    def add(self, record: FileRecord) -> None:
+        with self._database.write() as connection:
+            connection.execute(insert(files).values(**asdict(record)))
+
+    def get(self, file_id: str) -> FileRecord:
+        with self._database.read() as connection:
+            return live_file(connection, file_id)
+
+    def page(
+        self, *, after: str | None, limit: int, order: Order = "desc", purpose: str | None = None
+    ) -> Page[FileRecord]:
+        query = select(files).where(files.c.deleted_at.is_(None))
+        if purpose is not None:
+            query = query.where(files.c.purpose == purpose)
+        with self._database.read() as connection:
+            if after is not None:
+                position = position_of(connection, files, after)
+                query = query.where(files.c.position > position if order == "asc" else files.c.position < position)
+            query = query.order_by(files.c.position.asc() if order == "asc" else files.c.position.desc())
+            rows = connection.execute(query.limit(limit + 1)).all()
+        return Page([file_record(row) for row in rows[:limit]], len(rows) > limit)
+
+    def delete(self, file_id: str) -> None:
+        """Take the file out of every list. Its bytes are the caller's to remove.
+
+        Raises:
+            NotFoundError: there is no such file.
+            ConflictError: a job that has not ended still needs it.
+        """
+        with self._database.write() as connection:
+            live_file(connection, file_id, lock=True)
+            user = connection.execute(
+                select(jobs.c.id)
+                .where(jobs.c.status.in_(OPEN))
+                .where(or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id))
+                .limit(1)
+            ).scalar_one_or_none()
+            if user is not None:
+                raise ConflictError(
+                    f"{file_id} is in use by {user}; wait until that job has ended, or cancel it",
+                    code="file_in_use",
+                )
+            connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=int(self._clock())))
+
+    def ids(self) -> set[str]:
+        """Ids of all files that were not deleted."""
+        with self._database.read() as connection:
+            return set(connection.execute(select(files.c.id).where(files.c.deleted_at.is_(None))).scalars())

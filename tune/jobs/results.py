@@ -1,0 +1,68 @@
+"""The result file of a job: its metrics as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tune.jobs.files import FileStorage
+from tune.jobs.records import FileRecord
+from tune.jobs.rows import new_id
+from tune.jobs.store import JobStore
+
+COLUMNS = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "train_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+"""The first five are the columns of OpenAI's result files, the others its newer checkpoint metrics
+(openai/types/fine_tuning/jobs/fine_tuning_job_checkpoint.py)."""
+
+
+def store_metrics_table(store: JobStore, storage: FileStorage, job_id: str) -> FileRecord | None:
+    """Write the table's bytes; ``None`` if no step was ever reported. The record is the caller's to enter."""
+    rows = _metrics(store, job_id)
+    if not rows:
+        return None
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with storage.receive() as upload:
+        upload.write(text.getvalue().encode())
+        record = FileRecord(
+            id=new_id("file-"),
+            filename=f"{job_id}-metrics.csv",
+            purpose="fine-tune-results",
+            size_bytes=upload.size_bytes,
+            sha256=upload.sha256,
+            rows=None,
+            created_at=int(time.time()),
+        )
+        upload.keep(record.id)
+    return record
+
+
+def _metrics(store: JobStore, job_id: str) -> list[dict[str, Any]]:
+    """One row per step; of a step that was repeated after a crash the last counts."""
+    by_step: dict[int, dict[str, Any]] = {}
+    sequence = 0
+    while events := store.events_since(job_id, sequence):
+        sequence = events[-1].sequence
+        for event in events:
+            if event.kind == "metrics" and event.data is not None:
+                by_step[int(event.data["step"])] = _row(event.data)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _row(data: Mapping[str, Any]) -> dict[str, Any]:
+    row = {column: data.get(column) for column in COLUMNS}
+    return row | {"train_accuracy": data.get("train_mean_token_accuracy")}

@@ -1,0 +1,102 @@
+"""Rows to records and back, inside a transaction that the caller has opened."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Table, insert, select, update
+
+from registry.errors import InvalidRequestError, NotFoundError
+from registry.names import shown
+from tune.jobs.records import EventRecord, FileRecord, Hyperparameters, JobError, JobRecord, NewEvent
+from tune.jobs.schema import events, files, jobs
+
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+def new_id(prefix: str, length: int = 24) -> str:
+    """``prefix`` and random lower-case letters and digits: 24 of them are 124 bits."""
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def load_job(connection: Connection, job_id: str) -> JobRecord:
+    """The job's row. Raises :class:`NotFoundError`."""
+    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no fine-tuning job {shown(job_id)}; GET /v1/fine_tuning/jobs lists them")
+    return job_record(row)
+
+
+def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent], *, now: int) -> None:
+    """Add events in order, inside the caller's write transaction.
+
+    The job's row hands out the numbers, so two writers of one job queue up on it.
+    """
+    last = connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id)
+        .values(last_event=jobs.c.last_event + len(new))
+        .returning(jobs.c.last_event)
+    ).scalar_one()
+    first = last - len(new) + 1
+    rows: list[dict[str, Any]] = [
+        {
+            "job_id": job_id,
+            "sequence": first + offset,
+            "id": new_id("ftevent-"),
+            "level": event.level,
+            "kind": event.kind,
+            "message": event.message,
+            "data": None if event.data is None else dict(event.data),
+            "created_at": now,
+        }
+        for offset, event in enumerate(new)
+    ]
+    if rows:
+        connection.execute(insert(events), rows)
+
+
+def live_file(connection: Connection, file_id: str, *, lock: bool = False) -> FileRecord:
+    """A file that was not deleted; ``lock`` keeps it so until the transaction ends. Raises :class:`NotFoundError`."""
+    query = select(files).where(files.c.id == file_id, files.c.deleted_at.is_(None))
+    # SQLite's writers exclude each other anyway and its dialect leaves FOR UPDATE out.
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no file {shown(file_id)}; GET /v1/files lists them")
+    return file_record(row)
+
+
+def position_of(connection: Connection, table: Table, after: str) -> int:
+    """Where in ``table`` a list's cursor stands. Raises :class:`InvalidRequestError`."""
+    position = connection.execute(select(table.c.position).where(table.c.id == after)).scalar_one_or_none()
+    if position is None:
+        raise unknown_cursor(after)
+    return int(position)
+
+
+def unknown_cursor(after: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"after={shown(after)} is not the id of an item of this list; give the last id of the previous page",
+        code="invalid_cursor",
+        param="after",
+    )
+
+
+def file_record(row: Row[Any]) -> FileRecord:
+    values = dict(row._mapping)
+    return FileRecord(**{name: values[name] for name in FileRecord.__dataclass_fields__})
+
+
+def event_record(row: Row[Any]) -> EventRecord:
+    return EventRecord(**row._mapping)
+
+
+def job_record(row: Row[Any]) -> JobRecord:
+    values = dict(row._mapping)
+    code, message = values["error_code"], values["error_message"]
+    values["error"] = None if code is None else JobError(code, message, values["error_param"])
+    values["hyperparameters"] = Hyperparameters(**values["hyperparameters"])
+    return JobRecord(**{name: values[name] for name in JobRecord.__dataclass_fields__})
