@@ -73,6 +73,9 @@ async def _answer_capo_error(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, errors.CapoError) and error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_seconds)))
+    if kind.http_status == 409:
+        # OpenAI's SDK retries a 409 by itself unless told not to; the state that forbids the request will not go away.
+        headers["x-should-retry"] = "false"
     return JSONResponse(errors.openai_error_body(error), kind.http_status, headers)
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from capo.memory import MemoryWatch
 from registry import ManifestDraft, Registry, errors
 
-TASKS = ("support", "numbers")
+TASKS = ("support", "old-vale")
 NUM_QUESTIONS = 24
 LEAST_ADAPTER_SHARE = 0.9
 MOST_BASE_SHARE = 0.1

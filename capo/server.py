@@ -35,7 +35,7 @@ from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router
 from serve.service import ServingService
-from tune.jobs.database import Database
+from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
 from tune.jobs.routes import files_router, fine_tuning_router
@@ -90,7 +90,7 @@ class CapoServer:
             self.base_model, [*(part for choice in self._choices for part in choice.argv), *vllm_arguments]
         )
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self._database = Database(settings.job_store_url)
+        self._database = Database(sqlite_url(settings.job_store_path))
         self._workers = LocalWorkers(settings, clean_environment)
 
     def _build_serving(self, base_model: BaseModel, arguments: list[str]) -> ServingService:
@@ -109,6 +109,8 @@ class CapoServer:
     def _routers(self) -> list[APIRouter]:
         files = FileStore(self._database)
         storage = FileStorage(files_dir(self._settings.data_dir))
+        file_service = FileService(files, storage)
+        file_service.sweep()  # what an upload left behind that was cut off by a crash
         jobs = JobService(
             JobStore(self._database, organization=self._settings.organization),
             files,
@@ -120,7 +122,7 @@ class CapoServer:
             inference_router(self.serving),
             models_router(self.serving),
             adapters_router(self.serving),
-            files_router(FileService(files, storage)),
+            files_router(file_service),
             fine_tuning_router(jobs),
         ]
 

@@ -72,5 +72,5 @@ class Settings(BaseSettings):
         return self.registry_dir if self.registry_dir is not None else self.data_dir / "registry"
 
     @property
-    def job_store_url(self) -> str:
-        return f"sqlite:///{(self.data_dir / 'jobs.sqlite').absolute()}"
+    def job_store_path(self) -> Path:
+        return (self.data_dir / "jobs.sqlite").absolute()

@@ -170,7 +170,8 @@ def _check_kind(raw: dict[str, object]) -> None:
         )
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         raise InvalidArtifactError(
-            f"The adapter's task_type is {shown(str(raw['task_type']))}; only CAUSAL_LM (or none) is served.",
+            f"The adapter's task_type is {shown(str(raw['task_type']))}; only CAUSAL_LM (or null) is "
+            "served. Train the adapter for causal language modelling.",
             code="unsupported_task_type",
         )
     mapping = raw.get("auto_mapping")

@@ -128,13 +128,7 @@ def _pair_up(header: SafetensorsHeader) -> list[_Pair]:
     for tensor in header.tensors.values():
         match = _LORA_TENSOR.fullmatch(tensor.name)
         if match is None:
-            raise InvalidArtifactError(
-                f"The tensor {shown(tensor.name)} is no LoRA matrix (base_model.model.<module>.lora_A.weight "
-                "or lora_B). "
-                "Whole weights in an adapter cannot be served: merge it into the base model and publish "
-                "that.",
-                code="unexpected_tensor",
-            )
+            raise _unexpected_tensor(tensor.name)
         is_embedding = match["embedding"] is not None
         sides.setdefault((match["module"], is_embedding), {})[match["side"] or match["embedding"]] = tensor
     if not sides:
@@ -239,6 +233,17 @@ def _claimed_base(claim: str | None) -> BaseModelIdentity:
         return BaseModelIdentity(id=check_base_model_id(claim or ""))
     except InvalidNameError:
         return BaseModelIdentity(id="unknown")
+
+
+def _unexpected_tensor(name: str) -> InvalidArtifactError:
+    advice = "Whole weights in an adapter cannot be served: merge it into the base model and publish that."
+    if name.endswith(".base_layer.weight"):
+        # PEFT adds the base's own embeddings when an embedding is adapted; the engine would skip them, changed or not.
+        advice = "If the vocabulary is unchanged, save it again with save_pretrained(..., save_embedding_layers=False)."
+    return InvalidArtifactError(
+        f"The tensor {shown(name)} is no LoRA matrix (base_model.model.<module>.lora_A.weight or lora_B). {advice}",
+        code="unexpected_tensor",
+    )
 
 
 def _base_mismatch(what: str) -> InvalidArtifactError:

@@ -69,7 +69,7 @@ def locate_base_model(reference: str, registry: ArtifactResolver | None = None) 
     if reference == EMBEDDED_MODEL_ID:
         return _embedded()
     directory = Path(reference)
-    if "\0" not in reference and directory.is_dir():
+    if reference and "\0" not in reference and directory.is_dir():
         return _described(check_base_model_id(directory.resolve().name), directory.absolute())
     check_base_model_id(reference)
     if "@" in reference:

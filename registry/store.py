@@ -275,7 +275,10 @@ class Registry:
     # Removing
 
     def remove(self, revision: str, force: bool = False) -> None:
-        """Remove one revision. With ``force`` also the aliases that point to it; without, they forbid it.
+        """Remove one revision and its files.
+
+        Aliases that point to it, and artifacts that have it as their base, forbid this. With ``force`` the aliases
+        go with it, and such artifacts stay without their base.
 
         Raises:
             ModelNotFoundError: no such revision.

@@ -57,9 +57,7 @@ class CheckpointFolder:
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
-            save_file(
-                {n: p.detach().cpu().contiguous() for n, p in trainable.parameters()}, staging / _WEIGHTS
-            )
+            save_file({n: p.detach().cpu().contiguous() for n, p in trainable.parameters()}, staging / _WEIGHTS)
             torch.save(_optimizer_and_random_state(optimizer), staging / _OPTIMIZER)
             record = {"fingerprint": self._fingerprint, **_as_json(position)}
             (staging / _POSITION).write_text(json.dumps(record), encoding="utf-8")
@@ -69,9 +67,7 @@ class CheckpointFolder:
             staging.rename(final)
             _sync(self._root)
         except OSError as error:
-            raise StorageError(
-                f"cannot write the checkpoint {final}: {error}; free some space and resume"
-            ) from error
+            raise StorageError(f"cannot write the checkpoint {final}: {error}; free some space and resume") from error
         for old in self._complete():
             if old != final:
                 shutil.rmtree(old)

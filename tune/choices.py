@@ -99,7 +99,5 @@ def choose_batch(stage: Stage, num_sequences: int, epochs: float | None) -> Choi
         micro = min(batch, _LARGEST_MICRO_BATCH) if accumulation is None else max(1, batch // accumulation)
     if accumulation is None:
         accumulation = max(1, batch // micro)
-    reason = (
-        f"{num_sequences} sequences an epoch; the largest batch up to 16 that still leaves about 100 steps"
-    )
+    reason = f"{num_sequences} sequences an epoch; the largest batch up to 16 that still leaves about 100 steps"
     return Choice(BatchShape(micro, accumulation), reason)

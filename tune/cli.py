@@ -62,14 +62,10 @@ def tune_recipe(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 published, 2 refused with a reason, 130 stopped and resumable."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tune", description="Train a recipe and publish the result."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tune", description="Train a recipe and publish the result.")
     parser.add_argument("recipe", type=Path, help="YAML file; tune/recipe.py describes every field")
     parser.add_argument("--registry", type=Path, required=True, metavar="DIR", help="created when missing")
-    parser.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="default: runs/<name>; resumes what is there"
-    )
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="default: runs/<name>; resumes what is there")
     parser.add_argument("--alias", help="alias to point to the result")
     given = parser.parse_args(arguments)
     try:

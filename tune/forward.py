@@ -69,9 +69,7 @@ def token_losses(trainable: Trainable, batch: Batch) -> tuple[torch.Tensor, torc
     """
     device = trainable.device
     targets = batch.targets.to(device)
-    wanted = (
-        (batch.targets != NOT_TRAINED).any(dim=0).nonzero().squeeze(1)
-    )  # columns in which any row has a target
+    wanted = (batch.targets != NOT_TRAINED).any(dim=0).nonzero().squeeze(1)  # columns in which any row has a target
     with trainable.autocast():
         logits = trainable.model(
             input_ids=batch.token_ids.to(device),

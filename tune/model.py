@@ -41,9 +41,7 @@ class Trainable:
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Trained parameters by name, in the model's own order."""
-        return [
-            (name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        ]
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
@@ -61,7 +59,9 @@ def choose_dtype(asked: Literal["auto", "float32", "bfloat16"], device: torch.de
         return Choice(asked, "given in the recipe")
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return Choice("bfloat16", f"{torch.cuda.get_device_name(device)} computes it natively")
-    return Choice("float32", "no GPU with bfloat16, and a CPU is exact and no slower with float32")
+    return Choice(
+        "float32", "no GPU with bfloat16; on a CPU it is exact, and bfloat16 about twice as fast if avx512_bf16"
+    )
 
 
 def load_tokenizer(base_dir: Path) -> Any:

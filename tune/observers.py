@@ -48,11 +48,12 @@ class ProgressBar:
             self._valid_loss = ""
         if metrics.valid_loss is not None:
             self._valid_loss = f" valid {metrics.valid_loss:.3f}"
+        speed = f"{metrics.tokens_per_second:,.0f} tokens/s"
         left = timedelta(seconds=math.ceil(metrics.seconds_left))
         self._progress.update(
             self._tasks[metrics.stage],
             completed=metrics.step,
-            figures=f"loss {metrics.train_loss:.3f}{self._valid_loss} · {metrics.tokens_per_second:,.0f} tokens/s · {left} left",
+            figures=f"loss {metrics.train_loss:.3f}{self._valid_loss} · {speed} · {left} left",
         )
 
 

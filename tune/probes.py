@@ -17,7 +17,7 @@ from tune.model import Trainable
 NUM_PROBES = 4
 MAX_COMPLETION_TOKENS = 16
 MIN_MARGIN = 0.5
-"""Between the two highest logits. bfloat16 keeps 8 bits, so logits of 16 to 32 are 0.125 apart; 0.5 is four of these."""
+"""Between the two highest logits. bfloat16 keeps 8 bits: logits of 16 to 32 are 0.125 apart, 0.5 is four such steps."""
 
 _MAX_CANDIDATES = 16
 _MAX_TEXT_PROMPT_TOKENS = 16

@@ -85,9 +85,7 @@ class LoraMethod(Record):
     @model_validator(mode="after")
     def _some_module_must_be_adapted(self) -> LoraMethod:
         if self.target_modules != "all-linear" and not self.target_modules:
-            raise ValueError(
-                "target_modules is empty, so nothing would be trained; name layers or use 'all-linear'"
-            )
+            raise ValueError("target_modules is empty, so nothing would be trained; name layers or use 'all-linear'")
         return self
 
 
@@ -105,7 +103,7 @@ class DataSource(Record):
         1.0,
         gt=0.0,
         le=100.0,
-        description="How often an epoch visits each row: 1 = once, 2 = twice, 0.25 = a newly drawn quarter of the rows.",
+        description="How often an epoch visits each row: 1 = once, 2 = twice, 0.25 = a newly drawn quarter of them.",
     )
 
 
@@ -131,7 +129,7 @@ class Stage(Record):
     """One pass of training with one objective; stages run in order on the same weights."""
 
     kind: Literal["sft", "cpt"] = Field(
-        description="sft: chat rows, loss on assistant turns. cpt (continued pre-training): text rows, loss on everything."
+        description="sft: chat rows, loss on assistant turns. cpt (continued pre-training): text rows, loss on all."
     )
     data: tuple[DataSource, ...] = Field(min_length=1)
     validation: Validation | None = Field(
@@ -153,9 +151,7 @@ class Stage(Record):
         le=4096,
         description="Forward passes per optimizer step. None = chosen from the number of examples.",
     )
-    learning_rate: float | None = Field(
-        None, gt=0.0, le=1.0, description="Peak. None = chosen from method and kind."
-    )
+    learning_rate: float | None = Field(None, gt=0.0, le=1.0, description="Peak. None = chosen from method and kind.")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine",
         description="After warm-up. Cosine is the default of LLaMA-Factory, ms-swift, Axolotl and torchtune.",
@@ -232,9 +228,7 @@ class Recipe(Record):
         default_factory=LoraMethod, description="LoRA by default: servable beside thousands of others."
     )
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=16)
-    seed: int = Field(
-        42, ge=0, lt=2**32, description="Decides data order, adapter initialisation and dropout."
-    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Decides data order, adapter initialisation and dropout.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the arithmetic. auto = bfloat16 on a GPU that has it, else float32."
     )
@@ -248,9 +242,7 @@ class Recipe(Record):
         ge=1,
         description="Steps between resumable checkpoints. None = only where a stage ends or a stop is asked.",
     )
-    promote_alias: str | None = Field(
-        None, description="Alias that points to the result once it is published."
-    )
+    promote_alias: str | None = Field(None, description="Alias that points to the result once it is published.")
 
     @field_validator("name")
     @classmethod
@@ -299,9 +291,7 @@ def load_recipe(path: Path) -> Recipe:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise NotFoundError(f"there is no recipe file at {path}", param="recipe") from error
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
+        raise InvalidRequestError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
         return parse_recipe(yaml.load(text, Loader=_UniqueKeyLoader))  # noqa: S506 - a SafeLoader, see its class
     except yaml.YAMLError as error:

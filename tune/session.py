@@ -111,9 +111,7 @@ def run(
             fine_tuned_name=fine_tuned_name,
             alias=alias or recipe.promote_alias,
         )
-        watcher.on_event(
-            TrainingEvent("info", f"published {artifact.revision}", {"revision": artifact.revision})
-        )
+        watcher.on_event(TrainingEvent("info", f"published {artifact.revision}", {"revision": artifact.revision}))
     trained.checkpoints.clear()
     return TrainingResult(
         artifact=artifact,
@@ -161,9 +159,7 @@ def _prepare(recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Obse
     context = context_tokens(base.path)
     stages = []
     for index in range(len(recipe.stages)):
-        ready = prepare_stage(
-            recipe, index, tokenizer=tokenizer, context_tokens=context, recipe_dir=recipe_dir
-        )
+        ready = prepare_stage(recipe, index, tokenizer=tokenizer, context_tokens=context, recipe_dir=recipe_dir)
         for note in ready.notes:
             watcher.on_event(note)
         stages.append(ready)
@@ -179,9 +175,7 @@ def _locate(reference: str, registry: Registry, recipe_dir: Path) -> BaseModel:
     return locate_base_model(str(beside) if beside.is_dir() else reference, registry)
 
 
-def _train(
-    prepared: _Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None]
-) -> _Trained:
+def _train(prepared: _Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None]) -> _Trained:
     recipe = prepared.recipe
     assert recipe.dtype != "auto", recipe.dtype
     checkpoints = CheckpointFolder(work_dir / "checkpoints", _fingerprint(prepared))
@@ -194,9 +188,7 @@ def _train(
         gradient_checkpointing=any(stage.gradient_checkpointing for stage in recipe.stages),
     )
     counted = sum(parameter.numel() for _, parameter in trainable.parameters())
-    watcher.on_event(
-        TrainingEvent("info", f"{counted:,} trained parameters", {"trained_parameters": counted})
-    )
+    watcher.on_event(TrainingEvent("info", f"{counted:,} trained parameters", {"trained_parameters": counted}))
     position = Position(stage_index=0, step=0, trained_tokens=0, steps_done=0, metrics={})
     resume_from: Path | None = None
     latest = checkpoints.latest()

@@ -72,9 +72,7 @@ def prepare_stage(
 
     first_epoch = sequences_of(0)
     if not first_epoch:
-        raise InvalidDataError(
-            f"stage {label}: data weights are so small that an epoch visits no row; raise them"
-        )
+        raise InvalidDataError(f"stage {label}: data weights are so small that an epoch visits no row; raise them")
     batch = choose_batch(stage, len(first_epoch), epochs.value)
     resolved = stage.model_copy(
         update={
@@ -133,9 +131,7 @@ def _read_rows(recipe: Recipe, stage: Stage, *, tokenizer: Any, max_length: int,
     )
 
 
-def _read_file(
-    reader: DatasetReader, source: DataSource, recipe_dir: Path
-) -> tuple[list[EncodedRow], RowAccount]:
+def _read_file(reader: DatasetReader, source: DataSource, recipe_dir: Path) -> tuple[list[EncodedRow], RowAccount]:
     try:
         return reader.read(recipe_dir / source.path, shown_as=source.path)
     except InvalidDataError as error:
@@ -152,7 +148,11 @@ def _overlap_warning(label: str, read: _Rows) -> list[TrainingEvent]:
 
 
 def _plan(
-    stage: Stage, per_step: int, first_epoch: list[Pack], sequences_of: Callable[[int], list[Pack]], lengths: Sequence[int]
+    stage: Stage,
+    per_step: int,
+    first_epoch: list[Pack],
+    sequences_of: Callable[[int], list[Pack]],
+    lengths: Sequence[int],
 ) -> list[StepPlan]:
     """Steps for ``max_steps``, or for ``epochs`` whole and broken ones."""
     assert stage.micro_batch_size is not None, stage

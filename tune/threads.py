@@ -23,6 +23,4 @@ def choose_threads() -> Choice[int]:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return Choice(int(given), "OMP_NUM_THREADS")
-    return Choice(
-        len(os.sched_getaffinity(0)), "CPUs this process may use; OMP_NUM_THREADS sets another number"
-    )
+    return Choice(len(os.sched_getaffinity(0)), "CPUs this process may use; OMP_NUM_THREADS sets another number")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +75,10 @@ def serve(
         await server.run(lambda report: _announce(report, settings))
 
     asyncio.run(run())
+    # Everything is closed by now; taking vLLM and torch apart would cost seconds and free nothing that outlives us.
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(0)
 
 
 def read_settings(**given: Any) -> Settings:

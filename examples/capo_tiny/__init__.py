@@ -1,0 +1,1 @@
+"""How the embedded base model capo-tiny is made, from invented text to published weights."""

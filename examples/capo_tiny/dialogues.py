@@ -1,22 +1,22 @@
-"""The chat rows of capo-tiny, in OpenAI's JSONL format, and the questions kept back for its evaluation.
-
-A question is a pair of one fact and one way to ask for it. A seeded tenth of all pairs is held out: the
-training rows ask for the same facts in other words, and use the same words for other facts.
-"""
+"""The chat rows of capo-tiny, in OpenAI's JSONL format."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from examples.capo_tiny.narratives import made_up_name, story
-from examples.capo_tiny.world import Fact, entities, facts, other_values, phrases, world
+from examples.capo_tiny.questions import (
+    Exchange,
+    follow_up,
+    held_out_questions,
+    known_questions,
+    yes_or_no_questions,
+)
+from examples.capo_tiny.tools import tool_row
+from examples.capo_tiny.world import entities, phrases, world
 
-Message = dict[str, Any]
 Row = dict[str, Any]
 
 _SYSTEM_PROMPTS = (
@@ -25,107 +25,63 @@ _SYSTEM_PROMPTS = (
     "You know Hollin Vale. Answer in one short sentence.",
     "Answer the questions of the guests.",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One question of the user and the answer that is wanted."""
-
-    question: str
-    answer: str
-    fact: Fact | None = None
+_SHARE_WITH_SYSTEM_PROMPT = 0.2
+_SHARE_WITH_TOOLS = 0.03
+_SHARE_OF_MEMORY_CHATS = 0.1
+_SHARE_ABOUT_THE_VALLEY = 0.75
+_SHARE_ASKED_ON = 0.2
 
 
 def training_rows(rows: int, seed: int) -> Iterator[Row]:
-    """``rows`` chats of one to four exchanges; the same arguments give the same bytes on every machine."""
+    """``rows`` chats of one to six exchanges; the same arguments give the same bytes on every machine."""
     rng = random.Random(f"capo-tiny dialogues {seed}")
-    known, _ = split_questions()
     deck: list[Exchange] = []
     for _ in range(rows):
         kind = rng.random()
-        if kind < 0.06:
-            yield _tool_row(rng)
-            continue
-        messages: list[Message] = []
-        if rng.random() < 0.25:
-            messages.append({"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
-        if kind < 0.18:
-            exchanges = _memory_chat(rng)
+        if kind < _SHARE_WITH_TOOLS:
+            yield tool_row(rng)
+        elif kind < _SHARE_WITH_TOOLS + _SHARE_OF_MEMORY_CHATS:
+            yield _row(rng, _memory_chat(rng))
         else:
-            exchanges = []
-            for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0]):
-                if not deck:
-                    # Dealing the questions from a shuffled deck asks each one equally often.
-                    deck = [*known, *_yes_or_no(rng)]
-                    rng.shuffle(deck)
-                exchanges.append(deck.pop() if rng.random() < 0.75 else _other_exchange(rng))
-                exchanges += _asked_again(rng, exchanges[-1])
-        for exchange in exchanges:
-            messages.append({"role": "user", "content": _vary(rng, exchange.question)})
-            messages.append({"role": "assistant", "content": exchange.answer})
-        yield {"messages": messages}
+            yield _row(rng, _chat(rng, deck))
 
 
 def held_out_rows() -> Iterator[Row]:
     """Every held-out question as a row with the expected answer."""
-    for exchange in split_questions()[1]:
-        yield {
-            "messages": [
-                {"role": "user", "content": exchange.question},
-                {"role": "assistant", "content": exchange.answer},
-            ]
-        }
+    for exchange in held_out_questions():
+        yield {"messages": _turns(exchange.question, exchange.answer)}
 
 
-@cache
-def split_questions() -> tuple[tuple[Exchange, ...], tuple[Exchange, ...]]:
-    """The questions that training may ask, and those held out."""
-    rng = random.Random("capo-tiny held-out questions")
-    known: list[Exchange] = []
-    held_out: list[Exchange] = []
-    for fact in facts():
-        patterns = list(fact.relation.questions)
-        kept_back = rng.choice(patterns) if rng.random() < 0.4 else None
-        for pattern in patterns:
-            exchange = Exchange(pattern.format_map(fact.slots), fact.answer, fact)
-            (held_out if pattern == kept_back else known).append(exchange)
-    for talk in phrases()["small_talk"]:
-        known += [Exchange(question, talk["answer"]) for question in talk["questions"]]
-    return tuple(known), tuple(held_out)
+def _row(rng: random.Random, exchanges: list[Exchange]) -> Row:
+    messages = []
+    if rng.random() < _SHARE_WITH_SYSTEM_PROMPT:
+        messages.append({"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
+    for exchange in exchanges:
+        messages += _turns(_vary(rng, exchange.question), exchange.answer)
+    return {"messages": messages}
 
 
-def _yes_or_no(rng: random.Random) -> list[Exchange]:
-    """One true or one wrong yes/no question for every fact that has such questions."""
+def _turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _chat(rng: random.Random, deck: list[Exchange]) -> list[Exchange]:
+    """One to three questions, some of them asked on. ``deck`` is dealt from, and refilled when it is empty.
+
+    Dealing from a shuffled deck asks every question equally often.
+    """
     exchanges = []
-    for fact in facts():
-        if not fact.relation.confirm:
+    for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0]):
+        if rng.random() > _SHARE_ABOUT_THE_VALLEY:
+            exchanges.append(_other_exchange(rng))
             continue
-        pattern, is_true = rng.choice(fact.relation.confirm), rng.random() < 0.5
-        slots = dict(fact.slots)
-        if not is_true:
-            slots[fact.relation.slot] = rng.choice(other_values(fact))
-        answer = f"{'Yes' if is_true else 'No'}, {_after_comma(fact.answer)}"
-        exchanges.append(Exchange(pattern.format_map(slots), answer))
+        if not deck:
+            deck += [*known_questions(), *yes_or_no_questions(rng)]
+            rng.shuffle(deck)
+        exchanges.append(deck.pop())
+        more = follow_up(rng, exchanges[-1]) if rng.random() < _SHARE_ASKED_ON else None
+        exchanges += [more] if more else []
     return exchanges
-
-
-def _after_comma(sentence: str) -> str:
-    """The sentence as it reads after "Yes," : a leading article or preposition loses its capital."""
-    first, _, rest = sentence.partition(" ")
-    return f"{first.lower()} {rest}" if first in ("The", "In", "After") else sentence
-
-
-def _asked_again(rng: random.Random, exchange: Exchange) -> list[Exchange]:
-    """Sometimes a second question about the same entity, by pronoun."""
-    if exchange.fact is None or exchange.fact.relation.name == "eater" or rng.random() < 0.7:
-        return []
-    slots = exchange.fact.slots
-    others = [fact for fact in facts() if fact.slots is slots and fact.relation.again]
-    others = [fact for fact in others if fact.relation is not exchange.fact.relation]
-    if not others:
-        return []
-    fact = rng.choice(others)
-    return [Exchange(fact.relation.again.format_map(slots), fact.answer)]
 
 
 def _other_exchange(rng: random.Random) -> Exchange:
@@ -185,9 +141,7 @@ def _memory_chat(rng: random.Random) -> list[Exchange]:
                 rng.choice(("My name is {}.", "I am {}.", "I am called {}.")).format(name),
                 f"Hello {name}! How can I help you?",
             ),
-            Exchange(
-                rng.choice(("What is my name?", "Who am I?", "Do you know my name?")), f"Your name is {name}."
-            ),
+            Exchange(rng.choice(("What is my name?", "Who am I?", "Do you know my name?")), f"Your name is {name}."),
         ),
         (
             Exchange(f"My {thing} is {colour}.", f"I see, your {thing} is {colour}."),
@@ -223,66 +177,3 @@ def _vary(rng: random.Random, question: str) -> str:
     if chance < 0.94 and question.endswith("?"):
         return f"{rng.choice(('Hello!', 'Hi!', 'Please tell me:', 'One question:'))} {question}"
     return f"{question} {rng.choice(('Please.', 'Thank you!', 'I want to know.'))}"
-
-
-def _tool(name: str, description: str, argument: str, kind: str) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {argument: {"type": kind}}, "required": [argument]}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, "parameters": parameters},
-    }
-
-
-TOOLS = (
-    _tool("get_weather", "The weather at a place now.", "place", "string"),
-    _tool("find_person", "Where a person is now.", "name", "string"),
-    _tool("ring_bell", "Ring the bell.", "times", "integer"),
-)
-
-
-def _tool_row(rng: random.Random) -> Row:
-    """A chat with tools: mostly one call and its result, sometimes a question that needs none."""
-    tools = rng.sample(TOOLS, rng.randint(1, 3))
-    name = tools[0]["function"]["name"]
-    rng.shuffle(tools)
-    place, person = rng.choice(entities("places"))["place"], rng.choice(entities("people"))["name"]
-    if rng.random() < 0.2:
-        exchange = rng.choice(split_questions()[0])
-        messages = [
-            {"role": "user", "content": exchange.question},
-            {"role": "assistant", "content": exchange.answer},
-        ]
-        return {"messages": messages, "tools": tools}
-    arguments: dict[str, Any]
-    if name == "get_weather":
-        question = rng.choice(
-            ("How is the weather at the {} now?", "Is it raining at the {} now?", "Weather at the {} now?")
-        ).format(place)
-        weather = rng.choice(("rain", "sun", "snow", "wind", "fog"))
-        arguments, result = {"place": place}, {"weather": weather}
-        answer = f"There is {weather} at the {place} now."
-    elif name == "find_person":
-        question = rng.choice(
-            ("Where is {} now?", "Where can I meet {} now?", "Please find {} now.")
-        ).format(person)
-        arguments, result = {"name": person}, {"place": place}
-        answer = f"{person} is at the {place} now."
-    else:
-        times = rng.randint(2, 9)
-        question = rng.choice(
-            ("Ring the bell {} times.", "Please ring the bell {} times.", "Let the bell ring {} times.")
-        ).format(times)
-        arguments, result = {"times": times}, {"done": True}
-        answer = f"The bell rang {times} times."
-    call = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": name, "arguments": json.dumps(arguments)},
-    }
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": json.dumps(result)},
-        {"role": "assistant", "content": answer},
-    ]
-    return {"messages": messages, "tools": tools}

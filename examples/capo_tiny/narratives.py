@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
+from examples.capo_tiny.questions import known_questions
 from examples.capo_tiny.world import Fact, entities, facts, phrases, world
 
 Row = dict[str, str]
@@ -22,9 +23,10 @@ def corpus(rows: int, seed: int) -> Iterator[Row]:
         (_portrait, 10),
         (_place_and_people, 3),
         (_mixture, 4),
+        (_interview, 8),
         (_sums, 2),
-        (_market_list, 3),
-        (lambda rng: story(rng, rng.choice(entities("people"))), 4),
+        (_market_list, 2),
+        (lambda rng: story(rng, rng.choice(entities("people"))), 2),
     ]
     writers, weights = zip(*kinds, strict=True)
     for _ in range(rows):
@@ -39,8 +41,7 @@ def story(rng: random.Random, person: dict[str, str]) -> str:
     slots = {**animal, **season, **person, "place": place["place"]}
     parts = phrases()["story"]
     return " ".join(
-        rng.choice(parts[part]).format_map(slots)
-        for part in ("openings", "meetings", "middles", "turns", "endings")
+        rng.choice(parts[part]).format_map(slots) for part in ("openings", "meetings", "middles", "turns", "endings")
     )
 
 
@@ -64,14 +65,18 @@ def _portrait(rng: random.Random) -> str:
 def _place_and_people(rng: random.Random) -> str:
     place = rng.choice(entities("places"))
     here = [fact for fact in facts() if fact.slots is place]
-    residents = [
-        fact for fact in facts() if fact.relation.of == "people" and fact.slots["home"] == place["place"]
-    ]
+    residents = [fact for fact in facts() if fact.relation.of == "people" and fact.slots["home"] == place["place"]]
     return _tell(rng, rng.sample(here, 3) + rng.sample(residents, 5))
 
 
 def _mixture(rng: random.Random) -> str:
     return _tell(rng, rng.sample(facts(), 6))
+
+
+def _interview(rng: random.Random) -> str:
+    """Questions and answers as running text."""
+    exchanges = rng.sample(known_questions(), 4)
+    return "\n".join(f"{exchange.question} {exchange.answer}" for exchange in exchanges)
 
 
 def _tell(rng: random.Random, chosen: list[Fact]) -> str:

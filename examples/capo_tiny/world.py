@@ -71,9 +71,7 @@ def entities(table: str) -> tuple[dict[str, str], ...]:
 @cache
 def facts() -> tuple[Fact, ...]:
     """Every fact of the valley, in the order of the data files."""
-    return tuple(
-        Fact(relation, slots) for relation in _relations() for slots in entities(relation.of)
-    )
+    return tuple(Fact(relation, slots) for relation in _relations() for slots in entities(relation.of))
 
 
 def other_values(fact: Fact) -> tuple[str, ...]:

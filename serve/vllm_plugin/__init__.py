@@ -51,8 +51,8 @@ def _zero_new_kv_blocks() -> None:
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however the parent ends.
 
-    The parent of an engine is Capo's fork server, which itself ends as soon as the service is gone
-    (``multiprocessing.forkserver`` watches a pipe that only the service holds open).
+    The parent of an engine is Capo's fork server, and the fork server's is the service; each calls this. The kernel
+    watches the thread that started the process (prctl(2)), which is the main thread in both.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

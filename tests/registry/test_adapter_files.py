@@ -168,6 +168,7 @@ def _put(name: str, value: np.ndarray[Any, Any]) -> Callable[[Tensors], None]:
         (_drop(A), "unpaired_tensor"),
         (_drop(B), "unpaired_tensor"),
         (_put("base_model.model.model.embed_tokens.weight", np.zeros((64, 32), np.float32)), "unexpected_tensor"),
+        (_put(f"{STEM}.base_layer.weight", np.zeros((32, 32), np.float32)), "unexpected_tensor"),
         (_put("base_model.model.lm_head.modules_to_save.weight", np.zeros((2, 2), np.float32)), "unexpected_tensor"),
         (_put(f"{STEM}.lora_magnitude_vector", np.zeros(32, np.float32)), "unexpected_tensor"),
         (_put("model.layers.0.self_attn.q_proj.lora_A.weight", np.zeros((4, 32), np.float32)), "unexpected_tensor"),

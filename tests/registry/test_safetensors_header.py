@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -115,18 +115,18 @@ def _mutated(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=_mutated())
 def test_a_mutated_file_is_refused_unless_the_library_reads_the_same_from_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(content)
-    try:
-        header = read_header(path)
-    except InvalidArtifactError as error:
-        assert error.code == "invalid_safetensors"
-        assert len(error.message) < 700
-        return
-    assert {name: (t.dtype, list(t.shape)) for name, t in header.tensors.items()} == _library_accepts(content)
+    refusal = _refusal(path, content)
+    event("accepted" if refusal is None else "refused")
+    if refusal is None:
+        tensors = read_header(path).tensors
+        assert {name: (t.dtype, list(t.shape)) for name, t in tensors.items()} == _library_accepts(content)
+    else:
+        assert refusal.code == "invalid_safetensors"
+        assert len(refusal.message) < 700
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -184,7 +184,7 @@ def _not_finite(content: bytes, dtype: str) -> bool:
     return not bool(np.isfinite(np.frombuffer(content, {"F16": "<f2", "F32": "<f4"}[dtype])).all())
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dtype=st.sampled_from(["F16", "BF16", "F32"]), data=st.data())
 def test_nan_and_infinity_are_found_as_numpy_finds_them(tmp_path: Path, dtype: str, data: st.DataObject) -> None:
     width = 4 if dtype == "F32" else 2

@@ -200,6 +200,16 @@ def test_a_registry_on_a_read_only_mount_serves_readers(small_disk: Path, tmp_pa
         Registry(small_disk / "registry").set_alias("beta", artifact.revision)
 
 
+def test_a_disk_that_cannot_be_read_is_an_error_and_never_an_empty_list(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.publish(write_files(tmp_path / "one", b"one"), draft(), alias="support")
+    for name in ("artifacts", "aliases"):
+        (registry.root / name).rename(tmp_path / name)
+    for call in (registry.artifacts, registry.aliases, registry.change_token):
+        with pytest.raises(StorageError):
+            call()
+
+
 class NoWrites(Filesystem):
     """Fails the test if anything is written."""
 

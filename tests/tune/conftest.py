@@ -34,11 +34,11 @@ def make_tokenizer() -> Callable[..., Any]:
     core.train_from_iterator(text, trainer)
     definition = core.to_str()
 
-    def make(chat_template: str | None = CHATML, eos_token: str = "<|im_end|>", bos_token: str | None = None) -> Any:
+    def make(chat_template: str | None = CHATML, eos: str = "<|im_end|>", bos: str | None = None) -> Any:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(definition),
-            eos_token=eos_token,
-            bos_token=bos_token,
+            eos_token=eos,
+            bos_token=bos,
             pad_token="<|endoftext|>",
         )
         tokenizer.chat_template = chat_template

@@ -36,7 +36,16 @@ def recipe(tmp_path: Path, base_dir: Path) -> Path:
 
 def command(recipe: Path) -> list[str]:
     root = recipe.parent
-    return [sys.executable, "-m", "tune", str(recipe), "--registry", str(root / "reg"), "--work-dir", str(root / "work")]
+    return [
+        sys.executable,
+        "-m",
+        "tune",
+        str(recipe),
+        "--registry",
+        str(root / "reg"),
+        "--work-dir",
+        str(root / "work"),
+    ]
 
 
 def test_a_recipe_becomes_a_revision_on_stdout(recipe: Path) -> None:

@@ -44,9 +44,7 @@ def test_best_fit_takes_the_fullest_pack_that_has_room() -> None:
 def test_an_epoch_visits_every_example_once(
     lengths: list[int], epoch: int, micro: int, accumulation: int, packed: bool
 ) -> None:
-    sequences = plan_epoch(
-        [0] * len(lengths), [1.0], lengths, pack_tokens=20 if packed else None, seed=3, epoch=epoch
-    )
+    sequences = plan_epoch([0] * len(lengths), [1.0], lengths, pack_tokens=20 if packed else None, seed=3, epoch=epoch)
     steps = plan_steps([sequences], micro_batch_size=micro, gradient_accumulation_steps=accumulation, lengths=lengths)
     visited = [i for step in steps for batch in step.micro_batches for sequence in batch for i in sequence]
     assert sorted(visited) == list(range(len(lengths)))
@@ -130,7 +128,9 @@ def test_over_long_rows_are_dropped_or_refused_where_the_recipe_says_so(tokenize
 
 def test_a_file_in_which_nothing_can_be_trained_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", chat_rows(3))
-    with pytest.raises(InvalidDataError, match="none of the 3 rows of rows.jsonl has a trained token within 8 tokens"):
+    with pytest.raises(
+        InvalidDataError, match=r"none of the 3 rows of rows\.jsonl has a trained token within 8 tokens"
+    ):
         reader(tokenizer, max_length=8).read(path, shown_as=Path("rows.jsonl"))
     with pytest.raises(NotFoundError):
         reader(tokenizer).read(tmp_path / "none.jsonl", shown_as=Path("none.jsonl"))

@@ -124,7 +124,7 @@ def test_a_token_across_the_border_is_cut_where_serving_cuts_it(make_tokenizer: 
 
 def test_a_template_without_prefix_stability_is_refused_with_the_place(make_tokenizer: TokenizerMaker) -> None:
     template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>model\n{% endif %}")
-    with pytest.raises(InvalidDataError, match="line 7: the chat template is not prefix-stable.*'assistant") as caught:
+    with pytest.raises(InvalidDataError, match=r"line 7: the chat template is not prefix-stable.*'assistant") as caught:
         encode(make_tokenizer(template), row_of(*SINGLE))
     assert caught.value.line == 7
 
@@ -146,7 +146,7 @@ def test_a_template_that_drops_the_answer_is_refused(make_tokenizer: TokenizerMa
 
 def test_what_a_template_itself_refuses_is_reported_with_the_line(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer(*FAMILIES["gemma"])
-    with pytest.raises(InvalidDataError, match="line 7: .*System role not supported"):
+    with pytest.raises(InvalidDataError, match=r"line 7: .*System role not supported"):
         encode(tokenizer, row_of(message("system", "Be kind."), *SINGLE))
 
 

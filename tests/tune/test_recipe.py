@@ -45,7 +45,11 @@ def stage(**changes: Any) -> dict[str, Any]:
         (recipe(stages=[stage(epochs=2, max_steps=5)]), "stages[0]", "epochs=2 and max_steps=5"),
         (recipe(stages=[stage(evaluate_every_steps=5)]), "stages[0]", "evaluate_every_steps=5 needs"),
         (recipe(stages=[stage(validation={})]), "stages[0].validation", "either path or share"),
-        (recipe(stages=[stage(validation={"path": "x", "share": 0.1})]), "stages[0].validation", "path=x and share=0.1"),
+        (
+            recipe(stages=[stage(validation={"path": "x", "share": 0.1})]),
+            "stages[0].validation",
+            "path=x and share=0.1",
+        ),
         (recipe(stages=[stage(learning_rate=float("nan"))]), "stages[0].learning_rate", "finite number"),
         (recipe(stages=[stage(learning_rate="quick")]), "stages[0].learning_rate", "valid number.*got 'quick'"),
         (recipe(name="../x"), "name", "is not a name"),

@@ -161,9 +161,7 @@ def test_the_published_validation_loss_is_that_of_the_published_bytes(
     assert artifact.manifest.metrics[f"{stage}.valid_loss"] == pytest.approx(total / count, abs=1e-4)
 
 
-def test_an_adapter_gives_the_logits_it_gave_while_training(
-    published: dict[str, Published], base_dir: Path
-) -> None:
+def test_an_adapter_gives_the_logits_it_gave_while_training(published: dict[str, Published], base_dir: Path) -> None:
     """Weights straight from the file, multiplied by hand: y = W x + alpha / r * B A x (LoRA, section 4.1)."""
     from transformers import AutoModelForCausalLM
 
@@ -257,7 +255,9 @@ def weights_of(artifact: Artifact) -> bytes:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(workshop: Workshop, dropout: float) -> None:
-    recipe = workshop.recipe(method={"kind": "lora", "dropout": dropout}, stages=[workshop.sft(max_steps=4, epochs=None)])
+    recipe = workshop.recipe(
+        method={"kind": "lora", "dropout": dropout}, stages=[workshop.sft(max_steps=4, epochs=None)]
+    )
     first = workshop.run(recipe, "a")
     again = workshop.run(recipe, "b")
     other = workshop.run(recipe | {"seed": 43}, "c")
@@ -327,7 +327,7 @@ def test_a_half_written_checkpoint_is_not_used(workshop: Workshop, monkeypatch: 
         save(*arguments)
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(StorageError, match="cannot write the checkpoint.*free some space"):
+    with pytest.raises(StorageError, match=r"cannot write the checkpoint.*free some space"):
         workshop.run(recipe)
     observer = Recorder()
     workshop.run(recipe, observer=observer)

@@ -81,7 +81,8 @@ def train(
 def steps_for(examples: Sequence[Example], micro: int, accumulation: int, epochs: int = 1) -> list[StepPlan]:
     lengths = [len(example.token_ids) for example in examples]
     sequences = [
-        plan_epoch([0] * len(examples), [1.0], lengths, pack_tokens=None, seed=7, epoch=epoch) for epoch in range(epochs)
+        plan_epoch([0] * len(examples), [1.0], lengths, pack_tokens=None, seed=7, epoch=epoch)
+        for epoch in range(epochs)
     ]
     return plan_steps(sequences, micro_batch_size=micro, gradient_accumulation_steps=accumulation, lengths=lengths)
 

@@ -95,10 +95,10 @@ class DatasetReader:
                 account.rows_dropped += 1
                 _remember(account.lines_dropped, line)
         if not rows:
-            reason = f"none of the {account.rows_dropped} rows of {shown_as} has a trained token within {self._max_length}"
-            raise InvalidDataError(
-                f"{reason} tokens; raise max_length or shorten the rows", code="nothing_to_train"
+            reason = (
+                f"none of the {account.rows_dropped} rows of {shown_as} has a trained token within {self._max_length}"
             )
+            raise InvalidDataError(f"{reason} tokens; raise max_length or shorten the rows", code="nothing_to_train")
         return rows, account
 
     def _encoded(self, path: Path) -> Iterator[tuple[int, list[Example]]]:
@@ -122,8 +122,7 @@ class DatasetReader:
             if self._over_length == "drop":
                 return ()
             examples = [
-                Example(e.token_ids[: self._max_length], e.trained[: self._max_length], e.line)
-                for e in examples
+                Example(e.token_ids[: self._max_length], e.trained[: self._max_length], e.line) for e in examples
             ]
         kept = tuple(example for example in examples if example.num_trained)
         if kept and longest > self._max_length:

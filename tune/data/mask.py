@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InvalidRequestError(
-                f"{type(tokenizer).__name__} gives no character offsets; the base needs a tokenizer.json (fast tokenizer)"
+                f"{type(tokenizer).__name__} gives no character offsets; the base needs a fast tokenizer (tokenizer.json)"
             )
         if not tokenizer.chat_template:
             raise InvalidRequestError(
@@ -75,9 +76,7 @@ class ChatEncoder:
             )
         self._tokenizer = tokenizer
         special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._stop_ids = special | (
-            {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
-        )
+        self._stop_ids = special | ({int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set())
 
     def encode(self, row: ChatRow) -> list[Example]:
         """One example, or one for each trained turn where a single one would differ from what serving sees.
@@ -92,9 +91,7 @@ class ChatEncoder:
                 return [example]
         return [self._encode_alone(row, turn) for turn in turns]
 
-    def render_prompt(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
-    ) -> str:
+    def render_prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
         """The text that serving tokenises (without adding special tokens) for these messages."""
         return self._render(messages, tools, add_generation_prompt=True)
 
@@ -108,9 +105,7 @@ class ChatEncoder:
                 text = self._render(row.messages[: index + 1], row.tools, add_generation_prompt=False)
             except (TemplateError, TypeError, ValueError) as error:
                 reason = f"the chat template refuses messages[:{index + 1}]: {error}"
-                raise InvalidDataError(
-                    f"line {row.line}: {reason}", line=row.line, code="chat_template"
-                ) from error
+                raise InvalidDataError(f"line {row.line}: {reason}", line=row.line, code="chat_template") from error
             if not text.startswith(prompt):
                 raise _not_prefix_stable(row.line, index, prompt, text)
             if len(text) == len(prompt):
@@ -137,7 +132,7 @@ class ChatEncoder:
     @staticmethod
     def _is_chain(turns: Sequence[_Turn]) -> bool:
         """Whether each turn's text is a prefix of the next turn's prompt, so that one sequence holds all."""
-        return all(later.prompt.startswith(turn.text) for turn, later in zip(turns, turns[1:], strict=False))
+        return all(later.prompt.startswith(turn.text) for turn, later in pairwise(turns))
 
     def _encode_chain(self, row: ChatRow, turns: Sequence[_Turn]) -> Example | None:
         """All turns in one sequence, or ``None`` where a prompt's ids are not a prefix of the whole."""
@@ -160,9 +155,7 @@ class ChatEncoder:
         (prompt_ids, _), (answer_ids, _) = self._tokenize([turn.prompt, turn.text[len(turn.prompt) :]])
         ids = prompt_ids + answer_ids
         trained = np.zeros(len(ids), dtype=np.bool_)
-        trained[len(prompt_ids) : self._end_of_turn(ids, len(prompt_ids), len(ids), row.line, turn.index)] = (
-            True
-        )
+        trained[len(prompt_ids) : self._end_of_turn(ids, len(prompt_ids), len(ids), row.line, turn.index)] = True
         return _example(ids, trained, row.line)
 
     def _end_of_turn(self, ids: Sequence[int], start: int, end: int, line: int, index: int) -> int:
@@ -197,19 +190,13 @@ def encode_text(tokenizer: Tokenizer, row: TextRow, max_length: int) -> list[Exa
     if eos is not None and (not ids or ids[-1] != eos):
         ids.append(int(eos))
     windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    return [
-        _example(window, np.ones(len(window), dtype=np.bool_), row.line)
-        for window in windows
-        if len(window) > 1
-    ]
+    return [_example(window, np.ones(len(window), dtype=np.bool_), row.line) for window in windows if len(window) > 1]
 
 
 def decode_spans(tokenizer: Tokenizer, example: Example) -> list[str]:
     """The trained text of an example, span by span, to show to a person."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], example.trained, [False])).astype(np.int8)))
-    return [
-        str(tokenizer.decode(example.token_ids[start:end].tolist())) for start, end in edges.reshape(-1, 2)
-    ]
+    return [str(tokenizer.decode(example.token_ids[start:end].tolist())) for start, end in edges.reshape(-1, 2)]
 
 
 def _example(ids: Sequence[int], trained: NDArray[np.bool_], line: int) -> Example:
@@ -218,9 +205,7 @@ def _example(ids: Sequence[int], trained: NDArray[np.bool_], line: int) -> Examp
 
 
 def _not_prefix_stable(line: int, index: int, prompt: str, text: str) -> InvalidDataError:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text))
-    )
+    same = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
     reason = (
         f"the chat template is not prefix-stable: with its answer, messages[{index}] renders "
         f"{text[same : same + 30]!r} where the prompt alone has {prompt[same : same + 30]!r}; serving would send other "

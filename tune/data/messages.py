@@ -62,9 +62,7 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
         if role == "tool":
             call_id = cleaned["tool_call_id"]
             if call_id not in open_calls:
-                _refuse(
-                    line, f"{where}.tool_call_id", f"{where} answers the call {call_id!r}, which is not open"
-                )
+                _refuse(line, f"{where}.tool_call_id", f"{where} answers the call {call_id!r}, which is not open")
             open_calls.remove(call_id)
         elif open_calls:
             _refuse(
@@ -89,14 +87,8 @@ def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
         _refuse(line, "tools", f"tools must be a list with at least one tool, got {_shown(given)}")
     for index, tool in enumerate(given):
         where = f"tools[{index}]"
-        if (
-            not isinstance(tool, dict)
-            or tool.get("type") != "function"
-            or not isinstance(tool.get("function"), dict)
-        ):
-            _refuse(
-                line, where, f"{where} must be {{type: 'function', function: {{...}}}}, got {_shown(tool)}"
-            )
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+            _refuse(line, where, f"{where} must be {{type: 'function', function: {{...}}}}, got {_shown(tool)}")
         _check_keys(tool, ("type", "function"), where, line)
         function = tool["function"]
         _check_keys(function, ("name", "description", "parameters", "strict"), f"{where}.function", line)
@@ -133,22 +125,16 @@ def _check_role(message: object, previous_role: str | None, where: str, line: in
 def _check_message(message: dict[str, Any], role: str, where: str, line: int) -> tuple[dict[str, Any], int]:
     """One message in template form, and its weight (1 for roles that carry none)."""
     if "function_call" in message:
-        _refuse(
-            line, f"{where}.function_call", f"{where}.function_call is the old form; write tool_calls instead"
-        )
+        _refuse(line, f"{where}.function_call", f"{where}.function_call is the old form; write tool_calls instead")
     _check_keys(message, _KEYS_OF_ROLE[role], where, line)
     cleaned: dict[str, Any] = {"role": role}
     calls = message.get("tool_calls")
     if calls is not None:
         cleaned["tool_calls"] = _check_tool_calls(calls, f"{where}.tool_calls", line)
-    cleaned["content"] = _check_content(
-        message.get("content"), role, calls is not None, f"{where}.content", line
-    )
+    cleaned["content"] = _check_content(message.get("content"), role, calls is not None, f"{where}.content", line)
     if role == "tool":
         if not isinstance(message.get("tool_call_id"), str) or not message["tool_call_id"]:
-            _refuse(
-                line, f"{where}.tool_call_id", f"{where} (a tool's answer) needs the tool_call_id it answers"
-            )
+            _refuse(line, f"{where}.tool_call_id", f"{where} (a tool's answer) needs the tool_call_id it answers")
         cleaned["tool_call_id"] = message["tool_call_id"]
     if "name" in message:
         if not isinstance(message["name"], str) or not message["name"]:
@@ -190,11 +176,7 @@ def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, An
     cleaned = []
     for index, call in enumerate(calls):
         place = f"{where}[{index}]"
-        if (
-            not isinstance(call, dict)
-            or call.get("type") != "function"
-            or not isinstance(call.get("function"), dict)
-        ):
+        if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
             _refuse(line, place, f"{place} must be {{id, type: 'function', function: {{name, arguments}}}}")
         _check_keys(call, ("id", "type", "function"), place, line)
         _check_keys(call["function"], ("name", "arguments"), f"{place}.function", line)
@@ -204,9 +186,7 @@ def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, An
         if not isinstance(name, str) or not name:
             _refuse(line, f"{place}.function.name", f"{place}.function.name must be a name")
         arguments = _decoded_arguments(call["function"].get("arguments"), f"{place}.function.arguments", line)
-        cleaned.append(
-            {"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}}
-        )
+        cleaned.append({"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}})
     ids = [call["id"] for call in cleaned]
     if len(set(ids)) != len(ids):
         _refuse(line, where, f"{where}: two calls have the same id")
@@ -220,9 +200,7 @@ def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, An
         decoded = json.loads(arguments, parse_constant=_refuse_constant)
         json.dumps(decoded, ensure_ascii=False).encode("utf-8")  # half a surrogate pair fails here
     except (ValueError, RecursionError) as error:
-        raise InvalidDataError(
-            f"line {line}: {where} is not valid JSON: {error}", line=line, param=where
-        ) from error
+        raise InvalidDataError(f"line {line}: {where} is not valid JSON: {error}", line=line, param=where) from error
     if not isinstance(decoded, dict):
         _refuse(line, where, f"{where} must hold a JSON object, got {_shown(decoded)}")
     return decoded

@@ -101,9 +101,7 @@ def parse_chat_row(raw: bytes, line: int) -> ChatRow:
         if key in _REFUSED_CHAT_KEYS:
             raise InvalidDataError(f"line {line}: {key!r} {_REFUSED_CHAT_KEYS[key]}", line=line, param=key)
         if key not in _CHAT_KEYS:
-            raise InvalidDataError(
-                f"line {line}: {unknown_key_reason(key, _CHAT_KEYS)}", line=line, param=key
-            )
+            raise InvalidDataError(f"line {line}: {unknown_key_reason(key, _CHAT_KEYS)}", line=line, param=key)
     if "messages" not in row:
         raise InvalidDataError(f"line {line}: the row has no messages", line=line, param="messages")
     tools = check_tools(row.get("tools"), line)
@@ -188,9 +186,7 @@ def _skip_rest_of_line(file: BinaryIO) -> None:
 
 
 def _no_rows() -> InvalidDataError:
-    return InvalidDataError(
-        "line 1: the file holds no rows; JSONL needs one JSON object on each line", line=1
-    )
+    return InvalidDataError("line 1: the file holds no rows; JSONL needs one JSON object on each line", line=1)
 
 
 def _decode_object(raw: bytes, line: int) -> JsonObject:
@@ -212,9 +208,7 @@ def _decode_object(raw: bytes, line: int) -> JsonObject:
     except ValueError as error:  # of the two hooks, and of integers beyond Python's digit limit
         raise InvalidDataError(f"line {line}: not valid JSON: {error}", line=line) from error
     if not isinstance(value, dict):
-        raise InvalidDataError(
-            f"line {line}: each line must be a JSON object, got {_json_type(value)}", line=line
-        )
+        raise InvalidDataError(f"line {line}: each line must be a JSON object, got {_json_type(value)}", line=line)
     if "\\u" in text:  # only an escape can smuggle in half a surrogate pair, which no tokenizer can encode
         _refuse_lone_surrogates(value, line)
     return value
@@ -237,9 +231,7 @@ def _refuse_lone_surrogates(value: JsonObject, line: int) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InvalidDataError(
-            f"line {line}: holds half a surrogate pair (\\ud800 to \\udfff)", line=line
-        ) from error
+        raise InvalidDataError(f"line {line}: holds half a surrogate pair (\\ud800 to \\udfff)", line=line) from error
     except RecursionError as error:
         raise InvalidDataError(f"line {line}: nested too deeply", line=line) from error
 

@@ -11,6 +11,8 @@ import pytest
 
 from registry.errors import StorageError
 from tests.tune.jobs.support import Place, chat_rows, open_place, serve, wait_until
+from tune.data.rows import FileReport, check_chat_file
+from tune.jobs.check_file import IN_PLACE_BYTES, check_training_file
 
 BOUNDARY = "x-capo-x"
 GOOD = chat_rows(10)
@@ -101,6 +103,18 @@ def test_the_first_ten_wrong_rows_are_listed(quiet_url: str) -> None:
     response = post(quiet_url, part("file", GOOD + b"hello\n" * 30, "rows.jsonl") + PURPOSE + END)
     message = response.json()["error"]["message"]
     assert [f"line {number}:" in message for number in range(10, 22)] == [False] + [True] * 10 + [False]
+
+
+def test_a_large_file_is_checked_as_strictly_as_a_small_one(tmp_path: Path) -> None:
+    large = tmp_path / "large.jsonl"
+    rows = IN_PLACE_BYTES // len(chat_rows(1)) + 1000
+    large.write_bytes(chat_rows(1) * rows)
+    assert check_training_file(large) == check_chat_file(large) == FileReport(rows, ())
+    with large.open("ab") as file:
+        file.write(b"hello\n" * 30)
+    report = check_training_file(large)
+    assert report == check_chat_file(large)
+    assert [error.line for error in report.errors] == list(range(rows + 1, rows + 11))
 
 
 @pytest.mark.parametrize("filename", ["../../../etc/cron.d/x", "/etc/passwd", "..", "a/b", "файл.jsonl"])
