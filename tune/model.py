@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from registry.errors import InvalidRequestError
@@ -75,9 +75,16 @@ def context_tokens(base_dir: Path) -> int | None:
     return int(length) if length is not None else None
 
 
-def stop_token_ids(model: Model, tokenizer: Any) -> frozenset[int]:
-    """Tokens at which vLLM ends a completion: the tokenizer's eos and those of generation_config.json."""
-    listed = model.generation_config.eos_token_id
+def stop_token_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens at which vLLM ends a completion: the tokenizer's eos and those of generation_config.json.
+
+    Without that file vLLM reads the same key of config.json.
+    """
+    if (base_dir / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(base_dir, local_files_only=True)
+    else:
+        config = AutoConfig.from_pretrained(base_dir, local_files_only=True).get_text_config()
+    listed = getattr(config, "eos_token_id", None)
     ids = set(listed) if isinstance(listed, list) else {listed}
     return frozenset(int(i) for i in ids | {tokenizer.eos_token_id} if i is not None)
 
@@ -94,8 +101,13 @@ def load_trainable(
     """Load the base and mark what is trained. Adapters are initialised from ``seed``.
 
     Raises:
-        InvalidRequestError: a target module names no linear layer of this base.
+        InvalidRequestError: the base is quantised, or a target module names no linear layer of it.
     """
+    if getattr(AutoConfig.from_pretrained(base_dir, local_files_only=True), "quantization_config", None) is not None:
+        raise InvalidRequestError(
+            f"the base in {base_dir.name} is quantised and cannot be trained; train on the model it was made from",
+            param="base_model",
+        )
     disable_progress_bar()  # of transformers, which would draw over the run's own
     trained_dtype = torch.float32 if method.kind == "full" else _TORCH_DTYPES[dtype]
     model = AutoModelForCausalLM.from_pretrained(

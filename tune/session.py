@@ -11,41 +11,25 @@ again with the same recipe, data and directory goes on where the last call stopp
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from registry import Artifact, BaseModel, DataRecord, LoraShape, ManifestDraft, Registry, locate_base_model
-from registry.errors import InvalidRequestError
+from registry import Artifact, Registry
+from registry.durable import Filesystem
+from registry.errors import InvalidRequestError, UnavailableError
 from tune.checkpoint import CheckpointFolder, Position, restore
-from tune.export import choose_save_dtype, export_adapter, export_model
-from tune.model import (
-    Trainable,
-    choose_device,
-    choose_dtype,
-    context_tokens,
-    load_tokenizer,
-    load_trainable,
-    round_weights,
-    stop_token_ids,
-)
+from tune.model import Trainable, load_trainable
 from tune.observers import TensorBoardLog
-from tune.probes import make_probes
+from tune.preparation import Prepared, prepare
 from tune.progress import FanOut, Observer, SilentObserver, TrainingEvent
+from tune.publication import publish
 from tune.recipe import Recipe
-from tune.stages import ReadyStage, prepare_stage
-from tune.threads import choose_threads
-from tune.train import Evaluation, StageState, evaluate, make_optimizer, train_stage
-
-_RECORDED_LIBRARIES = ("capo-llm", "torch", "transformers", "tokenizers", "peft", "safetensors")
+from tune.train import StageState, evaluate, make_optimizer, train_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +76,22 @@ def run(
         TrainingDivergedError: loss or gradient stopped being finite.
         StopRequested: ``should_stop`` gave a reason.
         StorageError: the disk refused.
+        UnavailableError: another run works in ``work_dir``.
     """
     if alias is not None and recipe.promote_alias is not None and alias != recipe.promote_alias:
         raise InvalidRequestError(
             f"alias={alias!r} and the recipe's promote_alias={recipe.promote_alias!r} differ; give one of them"
         )
     work_dir.mkdir(parents=True, exist_ok=True)
-    with TensorBoardLog(tensorboard_dir(work_dir)) as log:
+    with _sole_user_of(work_dir), TensorBoardLog(tensorboard_dir(work_dir)) as log:
         watcher = FanOut([observer or SilentObserver(), log])
-        prepared = _prepare(recipe, registry, recipe_dir or Path(), watcher)
+        prepared = prepare(recipe, registry, recipe_dir or Path(), watcher)
         trained = _train(prepared, work_dir, watcher, should_stop)
-        artifact = _publish(
+        totals = {"trained_tokens": float(trained.position.trained_tokens), "steps": float(trained.position.steps_done)}
+        artifact = publish(
             prepared,
-            trained,
+            trained.trainable,
+            trained.position.metrics | totals,
             registry=registry,
             watcher=watcher,
             job_id=job_id,
@@ -112,7 +99,7 @@ def run(
             alias=alias or recipe.promote_alias,
         )
         watcher.on_event(TrainingEvent("info", f"published {artifact.revision}", {"revision": artifact.revision}))
-    trained.checkpoints.clear()
+        trained.checkpoints.clear()
     return TrainingResult(
         artifact=artifact,
         metrics=dict(artifact.manifest.metrics),
@@ -121,14 +108,16 @@ def run(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    recipe: Recipe
-    """With every open value filled in."""
-    base: BaseModel
-    tokenizer: Any
-    stages: tuple[ReadyStage, ...]
-    device: torch.device
+@contextmanager
+def _sole_user_of(work_dir: Path) -> Iterator[None]:
+    """Two runs that wrote checkpoints into one directory would destroy each other's."""
+    lock = Filesystem().lock(work_dir / "run.lock", wait_seconds=0.0)
+    if lock is None:
+        raise UnavailableError(f"another run works in {work_dir}; wait for it, or give another work_dir")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,47 +127,10 @@ class _Trained:
     checkpoints: CheckpointFolder
 
 
-def _prepare(recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Observer) -> _Prepared:
-    """Choose everything and read all data, so that what can fail early does."""
-    threads = choose_threads()
-    torch.set_num_threads(threads.value)
-    device = choose_device()
-    dtype = choose_dtype(recipe.dtype, device)
-    recipe = recipe.model_copy(update={"dtype": dtype.value})
-    save_dtype = choose_save_dtype(recipe, dtype.value)
-    base = _locate(recipe.base_model, registry, recipe_dir)
-    for name, value, reason in (
-        ("base_model", base.id, f"fingerprint {str(base.identity.fingerprint)[:16]}"),
-        ("device", device.type, "the GPU if there is one"),
-        ("threads", threads.value, threads.reason),
-        ("dtype", dtype.value, dtype.reason),
-        ("save_dtype", save_dtype.value, save_dtype.reason),
-    ):
-        watcher.on_event(TrainingEvent("info", f"{name} = {value} ({reason})"))
-    tokenizer = load_tokenizer(base.path)
-    context = context_tokens(base.path)
-    stages = []
-    for index in range(len(recipe.stages)):
-        ready = prepare_stage(recipe, index, tokenizer=tokenizer, context_tokens=context, recipe_dir=recipe_dir)
-        for note in ready.notes:
-            watcher.on_event(note)
-        stages.append(ready)
-    resolved = recipe.model_copy(
-        update={"save_dtype": save_dtype.value, "stages": tuple(ready.stage for ready in stages)}
-    )
-    return _Prepared(resolved, base, tokenizer, tuple(stages), device)
-
-
-def _locate(reference: str, registry: Registry, recipe_dir: Path) -> BaseModel:
-    """A directory beside the recipe wins over a name; everything else is the registry's to know."""
-    beside = recipe_dir / reference
-    return locate_base_model(str(beside) if beside.is_dir() else reference, registry)
-
-
-def _train(prepared: _Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None]) -> _Trained:
+def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None]) -> _Trained:
     recipe = prepared.recipe
     assert recipe.dtype != "auto", recipe.dtype
-    checkpoints = CheckpointFolder(work_dir / "checkpoints", _fingerprint(prepared))
+    checkpoints = CheckpointFolder(work_dir / "checkpoints", prepared.fingerprint())
     trainable = load_trainable(
         prepared.base.path,
         recipe.method,
@@ -217,7 +169,7 @@ def _train(prepared: _Prepared, work_dir: Path, watcher: Observer, should_stop: 
 
 
 def _train_one(
-    prepared: _Prepared,
+    prepared: Prepared,
     position: Position,
     trainable: Trainable,
     *,
@@ -236,8 +188,8 @@ def _train_one(
     if position.step == 0:
         torch.manual_seed(prepared.recipe.seed + position.stage_index)  # dropout
     if position.step == 0 and ready.data.validation:
-        before = evaluate(trainable, ready.data.validation, micro_batch_size=_validation_batch(ready))
-        metrics |= _figures(ready, before, "base_" if position.stage_index == 0 else "before_")
+        before = evaluate(trainable, ready.data.validation, micro_batch_size=ready.micro_batch_size)
+        metrics |= before.named(ready.data.label, prefix="base_" if position.stage_index == 0 else "before_")
         text = f"stage {ready.data.label}: before training, valid_loss {before.loss:.4f}"
         watcher.on_event(TrainingEvent("info", text, {"valid_loss": before.loss}))
 
@@ -268,107 +220,3 @@ def _train_one(
         steps_done=position.steps_done + state.step,
         metrics=metrics,
     )
-
-
-def _publish(
-    prepared: _Prepared,
-    trained: _Trained,
-    *,
-    registry: Registry,
-    watcher: Observer,
-    job_id: str | None,
-    fine_tuned_name: str | None,
-    alias: str | None,
-) -> Artifact:
-    recipe, trainable = prepared.recipe, trained.trainable
-    assert recipe.save_dtype != "auto", recipe.save_dtype
-    round_weights(trainable, recipe.save_dtype)
-    metrics = dict(trained.position.metrics)
-    last = prepared.stages[-1]
-    for ready in prepared.stages:
-        if ready.data.validation:
-            figures = evaluate(trainable, ready.data.validation, micro_batch_size=_validation_batch(ready))
-            metrics |= _figures(ready, figures, "")
-    metrics["trained_tokens"] = float(trained.position.trained_tokens)
-    metrics["steps"] = float(trained.position.steps_done)
-    probes = make_probes(
-        trainable,
-        last.data.validation or last.data.examples,
-        stop_token_ids(trainable.model, prepared.tokenizer),
-    )
-    if not probes:
-        watcher.on_event(
-            TrainingEvent("warn", "no prompt has a clear greedy answer, so the artifact carries no probes")
-        )
-    with registry.stage() as directory:
-        lora = _export(prepared, trainable, directory)
-        draft = ManifestDraft(
-            kind="lora" if lora is not None else "merged",
-            name=recipe.name,
-            base_model=prepared.base.identity,
-            lora=lora,
-            dtype=recipe.save_dtype,
-            recipe=recipe.model_dump(mode="json"),
-            data=_data_records(prepared.stages),
-            seed=recipe.seed,
-            library_versions=_library_versions(),
-            job_id=job_id,
-            parents=[prepared.base.id] if "@" in prepared.base.id else [],
-            metrics=metrics,
-            probes=probes,
-        )
-        return registry.publish(directory, draft, alias=alias, fine_tuned_name=fine_tuned_name)
-
-
-def _export(prepared: _Prepared, trainable: Trainable, directory: Path) -> LoraShape | None:
-    """Write the weights; the adapter's shape, or ``None`` for a whole model."""
-    recipe = prepared.recipe
-    assert recipe.save_dtype != "auto", recipe.save_dtype
-    if recipe.method.kind == "lora":
-        base_id = prepared.base.id
-        return export_adapter(trainable, recipe.method, directory, base_id=base_id, save_dtype=recipe.save_dtype)
-    export_model(trainable, prepared.base.path, directory, save_dtype=recipe.save_dtype)
-    return None
-
-
-def _figures(ready: ReadyStage, evaluation: Evaluation, prefix: str) -> dict[str, float]:
-    return {
-        f"{ready.data.label}.{prefix}valid_loss": evaluation.loss,
-        f"{ready.data.label}.{prefix}valid_mean_token_accuracy": evaluation.mean_token_accuracy,
-    }
-
-
-def _validation_batch(ready: ReadyStage) -> int:
-    assert ready.stage.micro_batch_size is not None, ready.stage
-    return ready.stage.micro_batch_size
-
-
-def _fingerprint(prepared: _Prepared) -> str:
-    """Of everything that decides the run, apart from the machine."""
-    files = [(str(account.path), account.sha256) for ready in prepared.stages for account in ready.accounts]
-    decides = [prepared.recipe.model_dump(mode="json"), files, prepared.base.identity.fingerprint]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _data_records(stages: Sequence[ReadyStage]) -> list[DataRecord]:
-    return [
-        DataRecord(
-            path=account.path.as_posix(),
-            sha256=account.sha256,
-            rows_used=account.rows_used,
-            rows_truncated=account.rows_truncated,
-            rows_dropped=account.rows_dropped,
-        )
-        for ready in stages
-        for account in ready.accounts
-    ]
-
-
-def _library_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _RECORDED_LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # capo-llm, when run from a source tree that is not installed
-            continue
-    return versions

@@ -24,6 +24,7 @@ class ReadyStage:
     stage: Stage
     """With every open value filled in; this goes into the manifest."""
     learning_rate: float
+    micro_batch_size: int
     data: StageData
     accounts: tuple[RowAccount, ...]
     """Of training files, then of the validation file if there is one."""
@@ -101,6 +102,7 @@ def prepare_stage(
     return ReadyStage(
         stage=resolved,
         learning_rate=rate.value,
+        micro_batch_size=batch.value.micro_batch_size,
         data=StageData(label=label, examples=examples, steps=steps, validation=held_out),
         accounts=tuple(read.accounts),
         notes=tuple(notes),

@@ -9,8 +9,11 @@ Environment (read once, at process start):
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from tune.choices import Choice
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def prepare_environment() -> None:
@@ -23,4 +26,20 @@ def choose_threads() -> Choice[int]:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return Choice(int(given), "OMP_NUM_THREADS")
-    return Choice(len(os.sched_getaffinity(0)), "CPUs this process may use; OMP_NUM_THREADS sets another number")
+    cpus = len(os.sched_getaffinity(0))
+    quota = _cgroup_cpus()
+    if quota is not None and quota < cpus:
+        return Choice(quota, "the container's CPU limit; OMP_NUM_THREADS sets another number")
+    return Choice(cpus, "CPUs this process may use; OMP_NUM_THREADS sets another number")
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole CPUs of the container's limit (cgroup v2, ``cpu.max``: quota and period), ``None`` without one.
+
+    More threads than that are stopped by the kernel in turn, each while the others wait for it.
+    """
+    try:
+        quota, period = _CPU_MAX.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return None

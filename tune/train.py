@@ -40,6 +40,13 @@ class Evaluation:
     """Mean cross-entropy in nats over all trained tokens."""
     mean_token_accuracy: float
 
+    def named(self, stage: str, prefix: str = "") -> dict[str, float]:
+        """As the manifest's metrics name them."""
+        return {
+            f"{stage}.{prefix}valid_loss": self.loss,
+            f"{stage}.{prefix}valid_mean_token_accuracy": self.mean_token_accuracy,
+        }
+
 
 @dataclass(slots=True)
 class StageState:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from examples.capo_tiny.narratives import made_up_name, story
+from examples.capo_tiny.narratives import made_up_name, some_words, story
 from examples.capo_tiny.questions import (
     Exchange,
     follow_up,
@@ -95,7 +95,7 @@ def _other_exchange(rng: random.Random) -> Exchange:
         first, second = rng.sample(range(21), 2)
         return Exchange(f"Which is bigger, {first} or {second}?", f"{max(first, second)} is bigger.")
     if kind == "echo":
-        text = _some_words(rng)
+        text = some_words(rng, rng.randint(2, 6))
         return Exchange(rng.choice(("Repeat: {}", "Say: {}", "Repeat after me: {}")).format(text), text)
     person = rng.choice(entities("people"))
     return Exchange(rng.choice(phrases()["story"]["requests"]).format_map(person), story(rng, person))
@@ -123,12 +123,6 @@ def _sum(rng: random.Random) -> Exchange:
     form = rng.choice(("What is {} {} {}?", "How much is {} {} {}?", "Tell me what {} {} {} is.", "{} {} {}"))
     shown = rng.choice((word, word, sign))
     return Exchange(form.format(first, shown, second), f"{first} {word} {second} is {result}.")
-
-
-def _some_words(rng: random.Random) -> str:
-    words = [*world()["objects"], *world()["colours"], *(animal["animal"] for animal in entities("animals"))]
-    words += [made_up_name(rng) for _ in range(12)]
-    return " ".join(rng.choices(words, k=rng.randint(2, 6)))
 
 
 def _memory_chat(rng: random.Random) -> list[Exchange]:

@@ -26,6 +26,7 @@ def corpus(rows: int, seed: int) -> Iterator[Row]:
         (_interview, 8),
         (_sums, 2),
         (_market_list, 2),
+        (_echoes, 2),
         (lambda rng: story(rng, rng.choice(entities("people"))), 2),
     ]
     writers, weights = zip(*kinds, strict=True)
@@ -48,6 +49,13 @@ def story(rng: random.Random, person: dict[str, str]) -> str:
 def made_up_name(rng: random.Random) -> str:
     """A name that nobody in the valley has, such as ``Belmi``."""
     return "".join(rng.sample(world()["syllables"], rng.choice((2, 2, 3)))).capitalize()
+
+
+def some_words(rng: random.Random, count: int) -> str:
+    """Words of the valley and made-up names, without any sense."""
+    words = [*world()["objects"], *world()["colours"], *(animal["animal"] for animal in entities("animals"))]
+    words += [made_up_name(rng) for _ in range(20)]
+    return " ".join(rng.choices(words, k=count))
 
 
 def _portrait(rng: random.Random) -> str:
@@ -101,6 +109,12 @@ def _sums(rng: random.Random) -> str:
         else:
             sentences.append(f"{max(first, second)} minus {min(first, second)} is {abs(first - second)}.")
     return " ".join(sentences)
+
+
+def _echoes(rng: random.Random) -> str:
+    """Random words, three times over: the shortest way to learn to copy from the context."""
+    words = some_words(rng, rng.randint(4, 9))
+    return " ".join([words] * 3)
 
 
 def _market_list(rng: random.Random) -> str:

@@ -81,15 +81,27 @@ def test_prompt_ids_are_exactly_those_that_serving_tokenises(make_tokenizer: Tok
 
 def test_tools_are_rendered_as_serving_renders_them(make_tokenizer: TokenizerMaker) -> None:
     template = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}" + CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}={{ c.function.arguments.x }}{% endfor %}",
     )
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
     call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"x": 5}'}}
     row = row_of(message("user", "go"), {"role": "assistant", "content": "now ", "tool_calls": [call]}, tools=[tool])
     tokenizer = make_tokenizer(template)
     (example,) = encode(tokenizer, row)
-    assert decode_spans(tokenizer, example) == ["now 5<|im_end|>"]
+    assert decode_spans(tokenizer, example) == ["now look_up=5<|im_end|>"]
     assert tokenizer.decode(example.token_ids.tolist()).startswith("look_up;<|im_start|>user")
+
+
+@pytest.mark.parametrize("what", ["tools", "tool_calls"])
+def test_tools_that_the_template_leaves_out_are_refused(make_tokenizer: TokenizerMaker, what: str) -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}" + CHATML
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "add_up", "arguments": "{}"}}
+    row = row_of(message("user", "go"), {"role": "assistant", "content": "now", "tool_calls": [call]}, tools=[tool])
+    tokenizer = make_tokenizer(CHATML if what == "tools" else template)
+    with pytest.raises(InvalidDataError, match=rf"line 7: the chat template does not render the {what} \['"):
+        encode(tokenizer, row)
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_one_example_for_each_turn(make_tokenizer: TokenizerMaker) -> None:

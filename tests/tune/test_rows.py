@@ -205,17 +205,17 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path: Path) -> Non
     assert read.messages[0]["content"] == "a\u2028b\x85c"
 
 
-def test_text_parts_are_joined_and_weight_is_taken_out() -> None:
+def test_text_parts_are_joined_as_vllm_joins_them_and_weight_is_taken_out() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     row = parse_chat_row(chat(USER, {"role": "assistant", "content": parts, "weight": 1}), 1)
-    assert row == ChatRow(1, (USER, message("assistant", "Hello")), (False, True), None)
+    assert row == ChatRow(1, (USER, message("assistant", "Hel\nlo")), (False, True), None)
 
 
 def test_a_whole_tool_conversation_reaches_the_template_with_decoded_arguments() -> None:
     calls = calling({**CALL, "function": {"name": "f", "arguments": '{"x": [1, 2]}'}}, {**CALL, "id": "b"})
     answers = [{"role": "tool", "content": "", "tool_call_id": name} for name in ("b", "a")]
     row = parse_chat_row(chat(USER, calls, *answers, ASSISTANT, tools=[TOOL], parallel_tool_calls=True), 1)
-    assert row.messages[1]["content"] is None
+    assert row.messages[1]["content"] == ""
     assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": [1, 2]}
     assert row.trained == (False, True, False, False, True)
     assert row.tools == (TOOL,)

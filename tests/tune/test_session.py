@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Artifact, Registry
-from registry.errors import InvalidDataError, InvalidRequestError, ModelNotFoundError, StorageError
+from registry.errors import InvalidDataError, InvalidRequestError, ModelNotFoundError, StorageError, UnavailableError
 from tests.tune.samples import chat_rows, text_rows, write_jsonl
 from tune.checkpoint import CheckpointFolder
 from tune.progress import SilentObserver, StepMetrics, StopRequested, TrainingEvent
@@ -414,3 +415,34 @@ def test_broken_epochs_and_many_epochs_count_as_they_say(workshop: Workshop) -> 
         with pytest.raises(StopRequested):
             workshop.run(recipe, f"{epochs}", observer, StopAfter(1))
         assert observer.steps[0].total_steps == steps
+
+
+def test_two_runs_cannot_share_a_work_dir(workshop: Workshop) -> None:
+    def meanwhile() -> str | None:
+        with pytest.raises(UnavailableError, match="another run works in"):
+            workshop.run(workshop.recipe())
+        return "enough"
+
+    with pytest.raises(StopRequested):
+        workshop.run(workshop.recipe(), should_stop=meanwhile)
+
+
+def test_a_turn_that_serving_would_not_end_is_reported(workshop: Workshop, tmp_path: Path) -> None:
+    base = tmp_path / "endless"
+    shutil.copytree(workshop.base_dir, base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    observer = Recorder()
+    stages = [workshop.sft(max_steps=1, epochs=None)]
+    workshop.run(workshop.recipe(base_model=str(base), stages=stages), observer=observer)
+    assert observer.said("answers end with ['<|im_end|>'], but serving stops only at ['<|endoftext|>']")
+
+
+def test_a_quantised_base_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    base = tmp_path / "quantised"
+    shutil.copytree(workshop.base_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(InvalidRequestError, match="quantised and cannot be trained"):
+        workshop.run(workshop.recipe(base_model=str(base)))

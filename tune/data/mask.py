@@ -85,6 +85,7 @@ class ChatEncoder:
             InvalidDataError: the template refuses the row, is not prefix-stable, or ends no turn.
         """
         turns = self._render_turns(row)
+        _check_tools_are_rendered(row, turns)
         if self._is_chain(turns):
             example = self._encode_chain(row, turns)
             if example is not None:
@@ -146,7 +147,7 @@ class ChatEncoder:
                 return None
             end = len(ids)
             if len(turn.text) < len(text):
-                end = next(i for i in range(start, len(ids)) if offsets[i][0] >= len(turn.text))
+                end = next((i for i in range(start, end) if offsets[i][0] >= len(turn.text)), end)
             trained[start : self._end_of_turn(ids, start, end, row.line, turn.index)] = True
         return _example(ids, trained, row.line)
 
@@ -202,6 +203,21 @@ def decode_spans(tokenizer: Tokenizer, example: Example) -> list[str]:
 def _example(ids: Sequence[int], trained: NDArray[np.bool_], line: int) -> Example:
     trained[0] = False  # nothing comes before it that could predict it
     return Example(np.asarray(ids, dtype=np.int32), trained, line)
+
+
+def _check_tools_are_rendered(row: ChatRow, turns: Sequence[_Turn]) -> None:
+    """Many templates know no tools and leave them out without a word; such a row would teach to invent calls."""
+    offered = {tool["function"]["name"] for tool in row.tools or ()}
+    called = {
+        call["function"]["name"]
+        for message in row.messages[: turns[-1].index + 1]
+        for call in message.get("tool_calls", ())
+    }
+    for names, text, what in ((offered, turns[0].prompt, "tools"), (called, turns[-1].text, "tool_calls")):
+        missing = sorted(name for name in names if name not in text)
+        if missing:
+            reason = f"the chat template does not render the {what} {missing}; use a base whose template knows tools"
+            raise InvalidDataError(f"line {row.line}: {reason}", line=row.line, code="chat_template")
 
 
 def _not_prefix_stable(line: int, index: int, prompt: str, text: str) -> InvalidDataError:

@@ -146,11 +146,11 @@ def _check_message(message: dict[str, Any], role: str, where: str, line: int) ->
     return cleaned, int(weight)
 
 
-def _check_content(content: object, role: str, has_calls: bool, where: str, line: int) -> str | None:
+def _check_content(content: object, role: str, has_calls: bool, where: str, line: int) -> str:
     if isinstance(content, list):
         content = _joined_parts(content, where, line)
     if content is None and has_calls:
-        return None
+        return ""  # what vLLM hands to the template for it
     if not isinstance(content, str):
         _refuse(line, where, f"{where} must be a string or a list of text parts, got {_shown(content)}")
     if not content.strip() and role != "tool" and not has_calls:
@@ -166,7 +166,7 @@ def _joined_parts(parts: Sequence[object], where: str, line: int) -> str:
             _refuse(line, f"{where}[{index}]", reason)
         _check_keys(part, ("type", "text"), f"{where}[{index}]", line)
         texts.append(part["text"])
-    return "".join(texts)
+    return "\n".join(texts)  # as vLLM joins them (renderers/chat_utils.py), so that training sees what serving sees
 
 
 def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, Any]]:

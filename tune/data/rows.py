@@ -41,7 +41,7 @@ class ChatRow:
 
     line: int
     messages: tuple[JsonObject, ...]
-    """``content`` is a string or ``None`` (only beside tool calls); ``weight`` is taken out."""
+    """``content`` is a string, empty only beside tool calls and in tool answers; ``weight`` is taken out."""
     trained: tuple[bool, ...]
     """Per message: an assistant message whose ``weight`` is not 0."""
     tools: tuple[JsonObject, ...] | None

@@ -1,0 +1,91 @@
+"""A run before its first step: base located, every open value chosen, all data read.
+
+What can fail without a model in memory fails here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from registry import BaseModel, Registry, locate_base_model
+from tune.export import choose_save_dtype
+from tune.model import choose_device, choose_dtype, context_tokens, load_tokenizer, stop_token_ids
+from tune.progress import Observer, TrainingEvent
+from tune.recipe import Recipe
+from tune.stages import ReadyStage, prepare_stage
+from tune.threads import choose_threads
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    recipe: Recipe
+    """With every open value filled in."""
+    base: BaseModel
+    stop_ids: frozenset[int]
+    """Tokens at which serving ends an answer."""
+    stages: tuple[ReadyStage, ...]
+    device: torch.device
+
+    def fingerprint(self) -> str:
+        """Of everything that decides the run, apart from the machine."""
+        files = [(str(account.path), account.sha256) for ready in self.stages for account in ready.accounts]
+        decides = [self.recipe.model_dump(mode="json"), files, self.base.identity.fingerprint]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Observer) -> Prepared:
+    """Choose and read everything; each choice goes to ``watcher`` with its reason. Sets torch's thread number."""
+    threads = choose_threads()
+    torch.set_num_threads(threads.value)
+    device = choose_device()
+    dtype = choose_dtype(recipe.dtype, device)
+    recipe = recipe.model_copy(update={"dtype": dtype.value})
+    save_dtype = choose_save_dtype(recipe, dtype.value)
+    base = _locate(recipe.base_model, registry, recipe_dir)
+    for name, value, reason in (
+        ("base_model", base.id, f"fingerprint {str(base.identity.fingerprint)[:16]}"),
+        ("device", device.type, "the GPU if there is one"),
+        ("threads", threads.value, threads.reason),
+        ("dtype", dtype.value, dtype.reason),
+        ("save_dtype", save_dtype.value, save_dtype.reason),
+    ):
+        watcher.on_event(TrainingEvent("info", f"{name} = {value} ({reason})"))
+    tokenizer = load_tokenizer(base.path)
+    context = context_tokens(base.path)
+    stop_ids = stop_token_ids(base.path, tokenizer)
+    stages = []
+    for index in range(len(recipe.stages)):
+        ready = prepare_stage(recipe, index, tokenizer=tokenizer, context_tokens=context, recipe_dir=recipe_dir)
+        for note in (*ready.notes, *_endless_answers(ready, stop_ids, tokenizer)):
+            watcher.on_event(note)
+        stages.append(ready)
+    resolved = recipe.model_copy(
+        update={"save_dtype": save_dtype.value, "stages": tuple(ready.stage for ready in stages)}
+    )
+    return Prepared(resolved, base, stop_ids, tuple(stages), device)
+
+
+def _locate(reference: str, registry: Registry, recipe_dir: Path) -> BaseModel:
+    """A directory beside the recipe wins over a name; everything else is the registry's to know."""
+    beside = recipe_dir / reference
+    return locate_base_model(str(beside) if beside.is_dir() else reference, registry)
+
+
+def _endless_answers(ready: ReadyStage, stop_ids: frozenset[int], tokenizer: Any) -> list[TrainingEvent]:
+    """A warning where the template ends a turn with a token at which serving does not stop."""
+    if ready.stage.kind != "sft":
+        return []
+    endings = {int(example.token_ids[example.trained][-1]) for example in ready.data.examples[:1000]} - stop_ids
+    # A truncated row ends anywhere; only special tokens were written by the template.
+    endings &= {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not endings:
+        return []
+    names, stops = (tokenizer.convert_ids_to_tokens(sorted(ids)) for ids in (endings, stop_ids))
+    text = f"stage {ready.data.label}: answers end with {names}, but serving stops only at {stops}"
+    return [TrainingEvent("warn", f"{text}; add the token to eos_token_id in the base's generation_config.json")]
