@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -113,6 +114,12 @@ class _StatLogger(PrometheusStatLogger):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gauge_lora_info = None
+        self.last_step_at = 0.0
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Called on the event loop for every step's outputs; the heartbeat of the engine."""
+        self.last_step_at = time.monotonic()
+        super().record(*args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +190,24 @@ class VllmEngine(Engine):
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown, timeout_seconds)
+
+    async def kill(self) -> None:
+        if self._llm is None:
+            return
+        manager = self._llm.engine_core.resources.engine_manager
+        for process in manager.processes:
+            process.kill()
+        # vLLM notices through the processes' sentinels; until then calls would still be sent into the void.
+        await asyncio.to_thread(lambda: [process.join(5) for process in manager.processes])
+        llm, self._llm = self._llm, None
+        await asyncio.to_thread(llm.shutdown, 0)
+
+    @property
+    def last_step_at(self) -> float:
+        manager = self._llm.logger_manager if self._llm is not None else None
+        if manager is None:
+            return 0.0
+        return max((x.last_step_at for x in manager.stat_loggers if isinstance(x, _StatLogger)), default=0.0)
 
     @property
     def limits(self) -> EngineLimits:

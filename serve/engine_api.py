@@ -103,6 +103,15 @@ class Engine(ABC):
     def is_dead(self) -> bool:
         """True once the engine can no longer answer, until it is started again."""
 
+    @property
+    @abstractmethod
+    def last_step_at(self) -> float:
+        """``time.monotonic()`` of the last step that the engine finished; steps happen only while there is work."""
+
+    @abstractmethod
+    async def kill(self) -> None:
+        """End a hanging engine's processes at once, without asking. :attr:`is_dead` holds afterwards."""
+
     @abstractmethod
     async def start(self) -> None:
         """Bring the engine up; returns when it can answer. Does not block the event loop."""

@@ -292,8 +292,13 @@ class AdapterPool:
             self._retire(resident)
             self._wake.set()
 
-    def forget_all(self) -> None:
-        """The engine has been replaced and holds nothing. Ids go on counting; users of the old one got errors."""
+    def forget_all(self) -> list[Artifact]:
+        """The engine is gone and holds nothing. Ids go on counting; users of the old one get errors.
+
+        Returns what was loaded, most recently used first, for whoever wants it back.
+        """
+        loaded = [r for r in self._residents.values() if r.state is AdapterState.LOADED]
+        loaded.sort(key=lambda r: -r.last_used_at)
         self._engine_epoch += 1
         for resident in [*self._residents.values(), *self._leaving]:
             if not resident.ready.done():
@@ -307,6 +312,7 @@ class AdapterPool:
             ticket.cancel()
         self._tickets.clear()
         self._slots_in_use = 0
+        return [resident.artifact for resident in loaded]
 
     # -- looking ---------------------------------------------------------------------------------------------
 

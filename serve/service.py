@@ -18,13 +18,14 @@ from serve.catalog import Catalog, Snapshot, Target
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, Piece
 from serve.metrics import Metrics
 from serve.pool import AdapterPool, AdapterStatus
+from serve.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
 _NOT_READY = {
     "starting": "The service is still starting. Try again shortly.",
     "draining": "The service is shutting down. Try another replica.",
-    "engine_dead": "The engine is not running. Try again shortly.",
+    "engine_dead": "The engine died and is being started again. Try again shortly.",
 }
 
 
@@ -40,13 +41,23 @@ class AdapterView:
 class ServingService:
     """The parts of a serving process, composed; owns their background tasks between start and stop."""
 
-    def __init__(self, *, engine: Engine, catalog: Catalog, pool: AdapterPool, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        catalog: Catalog,
+        pool: AdapterPool,
+        metrics: Metrics,
+        stall_seconds: float = 30.0,
+    ) -> None:
         self.engine = engine
         self.catalog = catalog
         self.pool = pool
         self.metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self._preloads: set[asyncio.Task[None]] = set()
+        self._calls: dict[int, Call] = {}
+        self.supervisor = Supervisor(engine, pool, metrics, self._calls, stall_seconds=stall_seconds)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -62,6 +73,7 @@ class ServingService:
         self._tasks.append(asyncio.create_task(self.pool.run(), name="adapter-pool"))
         await self.catalog.refresh()
         self._tasks.append(asyncio.create_task(self.catalog.watch(), name="registry-watch"))
+        self._tasks.append(asyncio.create_task(self.supervisor.run(), name="engine-supervisor"))
         self._is_started = True
         self.metrics.ready.set(1)
 
@@ -71,7 +83,7 @@ class ServingService:
             return "starting"
         if self._is_draining:
             return "draining"
-        if self.engine.is_dead:
+        if self.engine.is_dead or self.supervisor.is_restarting:
             return "engine_dead"
         return None
 
@@ -140,6 +152,7 @@ class ServingService:
     async def _admit(self, body: Mapping[str, Any]) -> Target:
         if (reason := self.not_ready_reason()) is not None:
             raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
+        self.supervisor.quarantine.check(body)
         return await self.catalog.resolve(body["model"])
 
     @contextlib.asynccontextmanager
@@ -185,13 +198,17 @@ class ServingService:
     def _measure(self, call: Call, target: Target, protocol: str) -> Any:
         label = self._label(target)
         outcome = "cancelled"  # also for GeneratorExit: the client left
+        self._calls[id(call)] = call
         try:
             yield
             outcome = "ok"
         except errors.CapoError as error:
+            if isinstance(error, errors.EngineDeadError):
+                self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
             raise
         finally:
+            del self._calls[id(call)]
             metrics = self.metrics
             metrics.e2e_latency.labels(label, protocol, outcome).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:

@@ -1,3 +1,5 @@
+"""``python -m tune``; see ``tune.cli``."""
+
 import sys
 
 from tune.cli import main

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from registry.errors import StorageError
 from tune.model import Trainable
 
-_WEIGHTS, _OPTIMIZER, _POSITION = "weights.safetensors", "optimizer.pt", "position.json"
+_WEIGHTS, _STATE, _POSITION = "weights.safetensors", "state.safetensors", "position.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class CheckpointFolder:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             save_file({n: p.detach().cpu().contiguous() for n, p in trainable.parameters()}, staging / _WEIGHTS)
-            torch.save(_optimizer_and_random_state(optimizer), staging / _OPTIMIZER)
+            save_file(_optimizer_and_random_state(optimizer), staging / _STATE)
             record = {"fingerprint": self._fingerprint, **_as_json(position)}
             (staging / _POSITION).write_text(json.dumps(record), encoding="utf-8")
             for path in (*staging.iterdir(), staging):
@@ -66,7 +67,7 @@ class CheckpointFolder:
             shutil.rmtree(final, ignore_errors=True)
             staging.rename(final)
             _sync(self._root)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
             raise StorageError(f"cannot write the checkpoint {final}: {error}; free some space and resume") from error
         for old in self._complete():
             if old != final:
@@ -94,26 +95,35 @@ class CheckpointFolder:
         return sorted(p for p in self._root.glob("checkpoint-*") if p.suffix != ".partial")
 
 
-def restore(path: Path, trainable: Trainable, optimizer: torch.optim.Optimizer | None) -> None:
+def restore(path: Path, trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
     """Put weights, optimizer and random state of a checkpoint back in place."""
     weights = load_file(path / _WEIGHTS)
     with torch.no_grad():
         for name, parameter in trainable.parameters():
             parameter.copy_(weights[name])
-    stored: dict[str, Any] = torch.load(path / _OPTIMIZER, weights_only=True)
-    if optimizer is not None and stored["optimizer"] is not None:
-        optimizer.load_state_dict(stored["optimizer"])
-    torch.set_rng_state(stored["random_cpu"])
-    if torch.cuda.is_available() and stored["random_cuda"]:
-        torch.cuda.set_rng_state_all(stored["random_cuda"])
+    state = load_file(path / _STATE)
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in state.items():
+        owner, index, *rest = key.split(".")
+        if owner == "optimizer":
+            slots.setdefault(int(index), {})[".".join(rest)] = tensor
+        elif owner == "cuda" and torch.cuda.is_available() and int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(tensor, int(index))
+    torch.set_rng_state(state["cpu.0"])
+    if slots:  # none between stages: each stage has an optimizer of its own
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
-def _optimizer_and_random_state(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    return {
-        "optimizer": optimizer.state_dict() if optimizer is not None else None,
-        "random_cpu": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def _optimizer_and_random_state(optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """``optimizer.<parameter>.<slot>``, ``cpu.0`` and ``cuda.<device>``: tensors only, so no pickle is needed."""
+    tensors = {"cpu.0": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if optimizer is not None:
+        for index, slots in optimizer.state_dict()["state"].items():
+            for name, tensor in slots.items():
+                tensors[f"optimizer.{index}.{name}"] = tensor.detach().cpu().contiguous()
+    return tensors
 
 
 def _as_json(position: Position) -> dict[str, Any]:

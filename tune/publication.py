@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from registry import Artifact, DataRecord, LoraShape, ManifestDraft, Registry
+from registry.errors import StorageError
 from tune.export import export_adapter, export_model
 from tune.model import Trainable, round_weights
 from tune.preparation import Prepared
@@ -48,7 +51,10 @@ def publish(
         text = "no prompt has a clear greedy answer, so the artifact carries no probes"
         watcher.on_event(TrainingEvent("warn", text))
     with registry.stage() as directory:
-        lora = _export(prepared, trainable, directory)
+        try:
+            lora = _export(prepared, trainable, directory)
+        except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+            raise StorageError(f"cannot write the trained weights: {error}; free some space and resume") from error
         draft = ManifestDraft(
             kind="lora" if lora is not None else "merged",
             name=recipe.name,

@@ -39,9 +39,10 @@ class Record(BaseModel):
         for key in given:
             if key in cls.model_fields:
                 continue
-            near = get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+            shown = str(key)[:80]
+            near = get_close_matches(shown, cls.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown key {key!r}; {hint}allowed: {', '.join(cls.model_fields)}")
+            raise ValueError(f"unknown key {shown!r}; {hint}allowed: {', '.join(cls.model_fields)}")
         return given
 
 

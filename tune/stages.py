@@ -58,7 +58,10 @@ def prepare_stage(
     max_length = choose_max_length(stage, context_tokens)
     epochs = choose_epochs(stage)
     read = _read_rows(recipe, stage, tokenizer=tokenizer, max_length=max_length.value, recipe_dir=recipe_dir)
-    notes = [TrainingEvent("info", f"stage {label}: {account.sentence()}") for account in read.accounts]
+    notes = [
+        TrainingEvent("warn" if account.lost_something else "info", f"stage {label}: {account.sentence()}")
+        for account in read.accounts
+    ]
     notes += _overlap_warning(label, read)
 
     examples = [example for row in read.rows for example in row.examples]

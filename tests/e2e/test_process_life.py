@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -58,6 +59,31 @@ def test_sigterm_lets_streams_finish_and_exits_zero_then_kill_leaves_no_process(
         assert all(lines[-1] == "data: [DONE]" for lines in streams)
         assert service.process.wait(30) == 0
         assert still_alive(everybody) == []
+
+
+def test_a_killed_engine_ends_its_streams_honestly_and_comes_back(tmp_path: Path) -> None:
+    with running(tmp_path, "--workers", "0") as service:
+        for _ in range(2):
+            lines: list[str] = []
+            opened = threading.Event()
+            thread = threading.Thread(target=slow_stream, args=(service, lines, opened))
+            thread.start()
+            assert opened.wait(20)
+            before = service.engine_pid()
+            os.kill(before, signal.SIGKILL)
+            thread.join(10)
+            assert '"code": "engine_dead"' in lines[-1]
+            began = time.monotonic()
+            while httpx.get(f"{service.url}/readyz").status_code != 200:
+                assert time.monotonic() - began < service.start_seconds + 5
+                time.sleep(0.1)
+            assert service.engine_pid() != before
+        # The same body was in the engine at both deaths.
+        body = {"model": "capo-tiny", "prompt": "a", "stream": True, "max_tokens": 1500, "ignore_eos": True}
+        refused = httpx.post(f"{service.url}/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "quarantined")
+        other = httpx.post(f"{service.url}/v1/completions", json={"model": "capo-tiny", "prompt": "b"})
+        assert other.status_code == 200
 
 
 def test_kill_of_the_service_leaves_no_process_behind(tmp_path: Path) -> None:

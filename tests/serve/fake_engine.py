@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 
 from registry import errors
@@ -31,6 +32,8 @@ class FakeEngine(Engine):
         self.answer_gate = asyncio.Event()
         self.answer_gate.set()
         self.fail_after_tokens: int | None = None
+        self.starts = self.kills = self.failing_starts = 0
+        self.stepped_at = 0.0
 
     @property
     def limits(self) -> EngineLimits:
@@ -40,7 +43,19 @@ class FakeEngine(Engine):
     def is_dead(self) -> bool:
         return not self._started
 
+    @property
+    def last_step_at(self) -> float:
+        return self.stepped_at
+
+    async def kill(self) -> None:
+        self.kills += 1
+        self.die()
+
     async def start(self) -> None:
+        self.starts += 1
+        if self.failing_starts:
+            self.failing_starts -= 1
+            raise RuntimeError("no start today")
         self._started = True
 
     async def stop(self, timeout_seconds: float) -> None:
@@ -103,21 +118,23 @@ class FakeEngine(Engine):
     async def _tokens(self, call: Call) -> AsyncIterator[str]:
         """One word per token: the name of what answers, so that a mixed answer cannot hide."""
         name = call.adapter.name if call.adapter is not None else "base"
+        life = self.starts
         try:
             for number in range(self._num_tokens):
                 await self.answer_gate.wait()
                 if self.fail_after_tokens is not None and number >= self.fail_after_tokens:
                     self.die()
-                self._require_life()
+                self._require_life(life)
                 if call.adapter is not None:
                     assert call.adapter.engine_id in self.loaded, "an adapter left under its user"
                 call.completion_tokens += 1
+                self.stepped_at = time.monotonic()
                 yield f"{name} "
                 await asyncio.sleep(0)
         except GeneratorExit:
             self.aborted += 1
             raise
 
-    def _require_life(self) -> None:
-        if not self._started:
+    def _require_life(self, life: int | None = None) -> None:
+        if not self._started or (life is not None and life != self.starts):
             raise errors.EngineDeadError("the engine is dead", retry_after_seconds=1)

@@ -55,13 +55,17 @@ async def eventually(condition: Callable[[], bool], seconds: float = 2) -> None:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    engine: Engine, registry_dir: Path
+    engine: Engine, registry_dir: Path, *, stall_seconds: float = 30.0
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ServingService]]:
     """A client for a started service. Not started: pass an engine whose start blocks, and look at /readyz."""
     metrics = Metrics(CollectorRegistry())
     pool = AdapterPool(engine, NoGate(), metrics)  # type: ignore[arg-type]
     service = ServingService(
-        engine=engine, catalog=Catalog(Registry(registry_dir), BASE, poll_seconds=0.05), pool=pool, metrics=metrics
+        engine=engine,
+        catalog=Catalog(Registry(registry_dir), BASE, poll_seconds=0.05),
+        pool=pool,
+        metrics=metrics,
+        stall_seconds=stall_seconds,
     )
     app = build_app(
         [inference_router(service), models_router(service), adapters_router(service)], service.not_ready_reason

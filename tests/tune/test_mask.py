@@ -82,7 +82,8 @@ def test_prompt_ids_are_exactly_those_that_serving_tokenises(make_tokenizer: Tok
 def test_tools_are_rendered_as_serving_renders_them(make_tokenizer: TokenizerMaker) -> None:
     template = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}" + CHATML.replace(
         "{{ m.content }}",
-        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}={{ c.function.arguments.x }}{% endfor %}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}={{ c.function.arguments.x }}{% endfor %}",
     )
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
     call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"x": 5}'}}

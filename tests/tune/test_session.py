@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from registry import Artifact, Registry
+from registry import Artifact, Registry, locate_base_model
 from registry.errors import InvalidDataError, InvalidRequestError, ModelNotFoundError, StorageError, UnavailableError
 from tests.tune.samples import chat_rows, text_rows, write_jsonl
+from tune import checkpoint, export
 from tune.checkpoint import CheckpointFolder
 from tune.progress import SilentObserver, StepMetrics, StopRequested, TrainingEvent
 from tune.recipe import parse_recipe
@@ -319,15 +321,15 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(workshop: Workshop) -> N
 def test_a_half_written_checkpoint_is_not_used(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = workshop.recipe(checkpoint_every_steps=2, stages=[workshop.sft(max_steps=6, epochs=None)])
     saved = []
-    save = torch.save
+    save = checkpoint.save_file
 
-    def full_disk(*arguments: Any) -> None:
-        saved.append(arguments)
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-        save(*arguments)
+    def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 4:  # two files for each checkpoint
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(StorageError, match=r"cannot write the checkpoint.*free some space"):
         workshop.run(recipe)
     observer = Recorder()
@@ -446,3 +448,34 @@ def test_a_quantised_base_is_refused(workshop: Workshop, tmp_path: Path) -> None
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(InvalidRequestError, match="quantised and cannot be trained"):
         workshop.run(workshop.recipe(base_model=str(base)))
+
+
+def test_the_registry_takes_the_adapter_as_it_would_a_strangers(
+    published: dict[str, Published], base_dir: Path, tmp_path: Path
+) -> None:
+    artifact = published["lora"].artifact
+    registry = Registry(tmp_path / "registry")
+    (tmp_path / "adapter").mkdir()
+    for name in artifact.manifest.files:
+        shutil.copyfile(artifact.path / name, tmp_path / "adapter" / name)
+    base = locate_base_model(str(base_dir), registry)
+    imported = registry.import_adapter(tmp_path / "adapter", name="stranger", base_model=base)
+    assert imported.manifest.lora == artifact.manifest.lora
+
+
+def test_a_full_disk_at_the_end_publishes_nothing_and_the_run_can_resume(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = workshop.recipe(checkpoint_every_steps=3, stages=[workshop.sft(max_steps=4, epochs=None)])
+
+    def full_disk(*given: Any, **named: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "save_file", full_disk)
+        with pytest.raises(StorageError, match="cannot write the trained weights"):
+            workshop.run(recipe)
+    assert workshop.registry.artifacts() == []
+    observer = Recorder()
+    workshop.run(recipe, observer=observer)
+    assert [metrics.step for metrics in observer.steps] == [4]

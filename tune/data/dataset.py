@@ -50,6 +50,10 @@ class RowAccount:
     lines_dropped: list[int] = field(default_factory=list)
     """The first ten."""
 
+    @property
+    def lost_something(self) -> bool:
+        return self.rows_truncated + self.rows_dropped > 0
+
     def sentence(self) -> str:
         text = f"{self.path}: {self.rows_used} rows used"
         if self.rows_truncated:

@@ -67,7 +67,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InvalidRequestError(
-                f"{type(tokenizer).__name__} gives no character offsets; the base needs a fast tokenizer (tokenizer.json)"
+                f"{type(tokenizer).__name__} gives no character offsets; the base needs a tokenizer.json"
             )
         if not tokenizer.chat_template:
             raise InvalidRequestError(

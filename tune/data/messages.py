@@ -33,9 +33,10 @@ _MAY_FOLLOW = {
 
 def unknown_key_reason(key: str, allowed: Iterable[str]) -> str:
     known = tuple(allowed)
+    key = key[:80]  # a key of megabytes would take difflib seconds, and no log wants it
     near = get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key {key[:80]!r}; {hint}allowed: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}allowed: {', '.join(known)}"
 
 
 def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...], tuple[bool, ...]]:

@@ -1,0 +1,138 @@
+"""Keeps the engine alive: notices death and standstill, starts it again in process, and keeps killers away.
+
+An engine counts as standing still when calls are in it and it has not finished a step for ``stall_seconds``. A request
+body that was in the engine at two deaths is refused for a while, so that it cannot kill a third time. A body that only
+kept bad company is set free again after that while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from registry import errors
+from serve.engine_api import Call, Engine
+from serve.metrics import Metrics
+from serve.pool import AdapterPool
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.1
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+_QUARANTINE_SECONDS = 600.0
+_DEATHS_TO_QUARANTINE = 2
+_MAX_SUSPECTS = 10_000
+
+
+class Quarantine:
+    """Request bodies that were in the engine when it died, by fingerprint. Bounded in number and time."""
+
+    def __init__(self, seconds: float = _QUARANTINE_SECONDS) -> None:
+        self._seconds = seconds
+        self._deaths: dict[str, set[int]] = {}
+        self._blamed_at: dict[str, float] = {}
+
+    def blame(self, call: Call, death: int) -> None:
+        """``call`` was in the engine at its ``death``-th death."""
+        now = time.monotonic()
+        for fingerprint in [key for key, at in self._blamed_at.items() if now - at > self._seconds]:
+            del self._deaths[fingerprint], self._blamed_at[fingerprint]
+        fingerprint = _fingerprint(call.body)
+        if len(self._deaths) < _MAX_SUSPECTS or fingerprint in self._deaths:
+            self._deaths.setdefault(fingerprint, set()).add(death)
+            self._blamed_at[fingerprint] = now
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Costs nothing while no engine has died.
+
+        Raises:
+            InvalidRequestError: the engine died twice while it worked on this very body.
+        """
+        if not self._deaths:
+            return
+        fingerprint = _fingerprint(body)
+        deaths = len(self._deaths.get(fingerprint, ()))
+        if deaths >= _DEATHS_TO_QUARANTINE and time.monotonic() - self._blamed_at[fingerprint] < self._seconds:
+            raise errors.InvalidRequestError(
+                f"The engine died {deaths} times while it worked on this request, so it is not tried again for "
+                f"{self._seconds / 60:g} minutes. Change the request, or report it with its x-request-id.",
+                code="quarantined",
+            )
+
+
+class Supervisor:
+    """Watches one engine; :meth:`run` is its task. ``calls`` are the calls that are in the engine now."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: AdapterPool,
+        metrics: Metrics,
+        calls: Mapping[int, Call],
+        *,
+        stall_seconds: float = 30.0,
+    ) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._metrics = metrics
+        self._calls = calls
+        self._stall_seconds = stall_seconds
+        self.quarantine = Quarantine()
+        self.is_restarting = False
+        self._deaths = 0
+
+    def died_under(self, call: Call) -> None:
+        """``call`` ended because the engine died; said by whoever made the call."""
+        self.quarantine.blame(call, self._deaths)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if self._engine.is_dead:
+                logger.error("the engine died with %d calls in it", len(self._calls))
+            elif self._stands_still():
+                logger.error("the engine has finished no step for %g s with work in it; ending it", self._stall_seconds)
+                await self._engine.kill()
+            else:
+                continue
+            await self._restart()
+
+    def _stands_still(self) -> bool:
+        if not self._calls:
+            return False
+        oldest = min(call.created_at for call in self._calls.values())
+        return time.monotonic() - max(oldest, self._engine.last_step_at) > self._stall_seconds
+
+    async def _restart(self) -> None:
+        """Start the engine again, with growing pauses for as long as that fails."""
+        self.is_restarting = True
+        self._metrics.ready.set(0)
+        wanted = self._pool.forget_all()
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            began = time.monotonic()
+            try:
+                await self._engine.stop(timeout_seconds=1)
+                await self._engine.start()
+                break
+            except Exception:
+                logger.exception("the engine did not start; next try in %g s", pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        self._deaths += 1
+        self._metrics.engine_restarts.inc()
+        self.is_restarting = False
+        self._metrics.ready.set(1)
+        logger.warning("the engine is back after %.1f s", time.monotonic() - began)
+        for artifact in wanted:
+            await self._pool.preload(artifact)
+
+
+def _fingerprint(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""Run an engine, poison it with a NaN adapter, and print what later requests get. Used by test_engine_repairs.py.
+
+python tests/serve/nan_recovery.py FOLDER {repaired,stock}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+
+def make_adapters(folder: Path, base_path: Path) -> None:
+    """``good``: small random weights. ``nan``: the same with one NaN, which no gate of ours would let through."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base_path), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    for name in ("good", "nan"):
+        model.save_pretrained(folder / name)
+    path = folder / "nan" / "adapter_model.safetensors"
+    weights = {key: value.clone() for key, value in load_file(path).items()}
+    next(value for key, value in weights.items() if "v_proj.lora_B" in key).fill_(float("nan"))
+    save_file(weights, path)
+
+
+def main() -> None:
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    from serve import engine_process
+
+    if mode == "stock":
+        engine_process.ENABLE_VARIABLE = "CAPO_NOTHING"  # so the plugin finds itself not asked for
+    engine_process.prepare(engine_threads=1, use_gpu=False)
+    from registry import locate_base_model
+    from serve.engine import VllmEngine
+    from serve.engine_api import Call, Endpoint, EngineAdapter
+
+    base_path = locate_base_model("capo-tiny").path
+    if not (folder / "nan").exists():
+        make_adapters(folder, base_path)
+
+    async def run() -> None:
+        arguments = ["--enable-lora", "--max-loras", "2", "--enforce-eager", "--no-enable-prefix-caching"]
+        arguments += ["--kv-cache-memory-bytes", str(8 << 20)]  # about 20 blocks, so every block is used again
+        engine = VllmEngine(str(base_path), "capo-tiny", arguments)
+        await engine.start()
+
+        async def ask(adapter: EngineAdapter | None, prompt: str) -> str:
+            body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+            call = Call(Endpoint.COMPLETION, body, adapter, "x", "request")
+            return json.loads(await engine.complete(call))["choices"][0]["text"]
+
+        prompts = [f"{number} In the village there is a" for number in range(24)]
+        before = [await ask(None, prompt) for prompt in prompts]
+        nan = EngineAdapter("nan@0", 1, folder / "nan")
+        await engine.load_adapter(nan)
+        await asyncio.gather(*(ask(nan, prompt) for prompt in prompts))
+        await engine.unload_adapter(nan)
+        after = [await ask(None, prompt) for prompt in prompts]
+        print(json.dumps({"before": before, "after": after}))
+        await engine.stop(2)
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()

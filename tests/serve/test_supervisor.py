@@ -1,0 +1,70 @@
+"""The engine's death and standstill: noticed, survived, and not repeated."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from registry import Registry
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.running import BASE, eventually, publish, running_service
+from tests.serve.test_http import HELLO, ask
+
+
+async def test_a_dead_engine_is_started_again_and_its_adapters_are_loaded_again(tmp_path: Path) -> None:
+    engine, artifact = FakeEngine(), publish(Registry(tmp_path), "support")
+    async with running_service(engine, tmp_path) as (client, service):
+        await ask(client, artifact.revision)
+        engine.die()
+        assert (await client.get("/readyz")).status_code == 503
+        await eventually(lambda: service.not_ready_reason() is None)
+        await eventually(lambda: [a.name for a in engine.loaded.values()] == [artifact.revision])
+        assert (await ask(client, artifact.revision)).status_code == 200
+        assert service.metrics.engine_restarts._value.get() == 1
+
+
+async def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running_service(engine, tmp_path) as (client, service):
+        engine.failing_starts = 1
+        engine.die()
+        await eventually(lambda: service.not_ready_reason() is None, seconds=5)
+        assert engine.starts == 3
+        assert (await ask(client, BASE)).status_code == 200
+
+
+async def test_an_engine_that_stands_still_with_work_in_it_is_ended_and_started_again(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running_service(engine, tmp_path, stall_seconds=0.3) as (client, service):
+        await asyncio.sleep(0.5)
+        assert engine.kills == 0, "an idle engine does not stand still"
+        engine.answer_gate.clear()
+        stuck = asyncio.create_task(ask(client, BASE))
+        await eventually(lambda: engine.kills == 1)
+        engine.answer_gate.set()
+        assert (await stuck).status_code == 503
+        await eventually(lambda: service.not_ready_reason() is None)
+
+
+async def test_a_request_that_kills_the_engine_twice_is_quarantined_and_others_are_not(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running_service(engine, tmp_path) as (client, service):
+
+        async def kill_with(text: str) -> httpx.Response:
+            engine.fail_after_tokens = 1
+            body = {"model": BASE, "messages": [{"role": "user", "content": text}]}
+            answer = await client.post("/v1/chat/completions", json=body)
+            engine.fail_after_tokens = None
+            await eventually(lambda: service.not_ready_reason() is None, seconds=5)
+            return answer
+
+        assert (await kill_with("poison")).status_code == 503
+        assert (await kill_with("poison")).status_code == 503
+        starts = engine.starts
+        third = await kill_with("poison")
+        assert (third.status_code, third.json()["error"]["code"]) == (400, "quarantined")
+        assert engine.starts == starts
+        other = await client.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO})
+        assert other.status_code == 200
