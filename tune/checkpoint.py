@@ -95,7 +95,7 @@ class CheckpointFolder:
         return sorted(p for p in self._root.glob("checkpoint-*") if p.suffix != ".partial")
 
 
-def restore(path: Path, trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, trainable: Trainable, optimizer: torch.optim.Optimizer | None) -> None:
     """Put weights, optimizer and random state of a checkpoint back in place."""
     weights = load_file(path / _WEIGHTS)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def restore(path: Path, trainable: Trainable, optimizer: torch.optim.Optimizer) 
         elif owner == "cuda" and torch.cuda.is_available() and int(index) < torch.cuda.device_count():
             torch.cuda.set_rng_state(tensor, int(index))
     torch.set_rng_state(state["cpu.0"])
-    if slots:  # none between stages: each stage has an optimizer of its own
+    if optimizer is not None and slots:  # none between stages: each stage has an optimizer of its own
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 

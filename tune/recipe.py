@@ -241,7 +241,7 @@ class Recipe(Record):
     checkpoint_every_steps: int | None = Field(
         None,
         ge=1,
-        description="Steps between resumable checkpoints. None = only where a stage ends or a stop is asked.",
+        description="Steps between resumable checkpoints. None = only where a stage ends or a stop is asked for.",
     )
     promote_alias: str | None = Field(None, description="Alias that points to the result once it is published.")
 

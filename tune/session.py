@@ -146,13 +146,17 @@ def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: C
     latest = checkpoints.latest()
     if latest is not None:
         resume_from, position = latest
-        where = f"stage {prepared.stages[position.stage_index].data.label} after step {position.step}"
-        watcher.on_event(TrainingEvent("info", f"resuming at {where}", {"step": position.step}))
+        if position.stage_index < len(prepared.stages):
+            where = f"at stage {prepared.stages[position.stage_index].data.label} after step {position.step}"
+        else:
+            restore(resume_from, trainable, None)
+            where = "after the last step"
+        watcher.on_event(TrainingEvent("info", f"resuming {where}", {"step": position.step}))
     elif checkpoints.has_foreign():
         checkpoints.clear()
         text = f"{work_dir} held a checkpoint of another recipe or other data; it was removed and training starts over"
         watcher.on_event(TrainingEvent("warn", text))
-    for index in range(position.stage_index, len(prepared.stages)):
+    while position.stage_index < len(prepared.stages):
         position = _train_one(
             prepared,
             position,
@@ -163,8 +167,7 @@ def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: C
             should_stop=should_stop,
         )
         resume_from = None
-        if index + 1 < len(prepared.stages):
-            checkpoints.save(position, trainable, None)
+        checkpoints.save(position, trainable, None)
     return _Trained(trainable, position, checkpoints)
 
 

@@ -463,10 +463,11 @@ def test_the_registry_takes_the_adapter_as_it_would_a_strangers(
     assert imported.manifest.lora == artifact.manifest.lora
 
 
-def test_a_full_disk_at_the_end_publishes_nothing_and_the_run_can_resume(
+def test_a_full_disk_at_the_end_publishes_nothing_and_no_step_is_trained_twice(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = workshop.recipe(checkpoint_every_steps=3, stages=[workshop.sft(max_steps=4, epochs=None)])
+    recipe = workshop.recipe(stages=[workshop.sft(max_steps=4, epochs=None)])
+    expected = workshop.run(recipe, "whole")
 
     def full_disk(*given: Any, **named: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -475,7 +476,10 @@ def test_a_full_disk_at_the_end_publishes_nothing_and_the_run_can_resume(
         patched.setattr(export, "save_file", full_disk)
         with pytest.raises(StorageError, match="cannot write the trained weights"):
             workshop.run(recipe)
-    assert workshop.registry.artifacts() == []
+    assert len(workshop.registry.artifacts()) == 1
     observer = Recorder()
-    workshop.run(recipe, observer=observer)
-    assert [metrics.step for metrics in observer.steps] == [4]
+    result = workshop.run(recipe, observer=observer)
+    assert observer.said("resuming after the last step")
+    assert not observer.steps
+    assert weights_of(result.artifact) == weights_of(expected.artifact)
+    assert result.metrics == expected.metrics

@@ -1,0 +1,157 @@
+"""The gate: what may reach the engine, and what may reach traffic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from registry import (
+    Artifact,
+    BaseModel,
+    BaseModelIdentity,
+    LoraShape,
+    ManifestDraft,
+    Probe,
+    Registry,
+    errors,
+    locate_base_model,
+)
+from serve.engine_api import EngineAdapter, EngineLimits
+from serve.gate import Gate
+from tests.registry.samples import Tensors, write_adapter, write_base
+from tests.serve.fake_engine import FakeEngine
+
+LIMITS = EngineLimits(max_loras=2, max_lora_rank=16, max_model_len=128, vocab_size=64)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseModel:
+    return locate_base_model(str(write_base(tmp_path / "base")))
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
+
+
+def publish_unchecked(registry: Registry, folder: Path, base: BaseModel, **fields: Any) -> Artifact:
+    """As a publisher would that checks nothing, so that the gate is alone with the adapter."""
+    draft: dict[str, Any] = {
+        "kind": "lora",
+        "name": "support",
+        "base_model": base.identity,
+        "lora": LoraShape(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]),
+        "dtype": "float32",
+    }
+    return registry.publish(folder, ManifestDraft(**(draft | fields)))
+
+
+async def code_of_refusal(registry: Registry, base: BaseModel, artifact: Artifact) -> str:
+    with pytest.raises(errors.InvalidArtifactError) as caught:
+        await Gate(registry, base).check(artifact, LIMITS)
+    assert caught.value.message
+    return caught.value.code
+
+
+async def test_a_sound_adapter_passes(registry: Registry, base: BaseModel, tmp_path: Path) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base)
+    await Gate(registry, base).check(artifact, LIMITS)
+
+
+async def test_an_adapter_whose_base_is_not_known_is_judged_by_its_shapes(
+    registry: Registry, base: BaseModel, tmp_path: Path
+) -> None:
+    artifact = publish_unchecked(
+        registry, write_adapter(tmp_path / "a"), base, base_model=BaseModelIdentity(id="somewhere/else")
+    )
+    await Gate(registry, base).check(artifact, LIMITS)
+
+
+def poison(tensors: Tensors) -> None:
+    next(iter(tensors.values()))[0, 0] = np.nan
+
+
+def shrink(tensors: Tensors) -> None:
+    for name in list(tensors):
+        if name.endswith("q_proj.lora_A.weight"):
+            tensors[name] = tensors[name][:, :16]
+
+
+def lengthen(tensors: Tensors) -> None:
+    for name in list(tensors):
+        tensors[name.replace("layers.1.", "layers.7.")] = tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "code"),
+    [
+        (poison, {}, "not_finite"),
+        (shrink, {}, "base_mismatch"),
+        (lengthen, {}, "base_mismatch"),
+        (None, {"r": 8}, "rank_mismatch"),
+        (None, {"use_dora": True}, "unsupported_dora"),
+        (None, {"bias": "all"}, "unsupported_bias"),
+        (None, {"modules_to_save": ["lm_head"]}, "unsupported_modules_to_save"),
+        (None, {"init_lora_weights": "pissa"}, "unsupported_init"),
+        (None, {"peft_type": "IA3"}, "unsupported_peft_type"),
+        (None, {"lora_alpha": 10**9}, "scaling_out_of_range"),
+    ],
+)
+async def test_a_wrong_adapter_is_refused_with_a_stable_code(
+    registry: Registry, base: BaseModel, tmp_path: Path, change: Any, config: dict[str, Any], code: str
+) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a", change=change, **config), base)
+    assert await code_of_refusal(registry, base, artifact) == code
+
+
+async def test_an_adapter_of_another_base_is_refused_although_every_shape_fits(
+    registry: Registry, base: BaseModel, tmp_path: Path
+) -> None:
+    other = locate_base_model(str(write_base(tmp_path / "other", rms_norm_eps=1e-3)))
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), other)
+    assert await code_of_refusal(registry, base, artifact) == "base_mismatch"
+
+
+async def test_a_rank_above_the_engines_is_refused_with_the_argument_that_helps(
+    registry: Registry, base: BaseModel, tmp_path: Path
+) -> None:
+    shape = LoraShape(rank=20, alpha=8, target_modules=["q_proj"])
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base, lora=shape)
+    with pytest.raises(errors.InvalidArtifactError, match="--max-lora-rank 32") as caught:
+        await Gate(registry, base).check(artifact, LIMITS)
+    assert caught.value.code == "rank_too_large"
+
+
+async def test_bytes_that_changed_on_disk_are_refused(registry: Registry, base: BaseModel, tmp_path: Path) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base)
+    weights = artifact.path / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o600)
+    weights.write_bytes(content)
+    assert await code_of_refusal(registry, base, artifact) == "damaged"
+
+
+async def test_a_whole_model_is_no_adapter(registry: Registry, base: BaseModel, tmp_path: Path) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base, kind="merged", lora=None)
+    assert await code_of_refusal(registry, base, artifact) == "not_an_adapter"
+
+
+@pytest.mark.parametrize(("expected", "passes"), [([0, 0, 0], True), ([0, 1, 0], False)])
+async def test_probes_are_replayed_and_every_token_must_agree(
+    registry: Registry, base: BaseModel, tmp_path: Path, expected: list[int], passes: bool
+) -> None:
+    engine = FakeEngine()  # answers with token 0
+    await engine.start()
+    probes = [Probe(prompt_token_ids=[5, 6], completion_token_ids=expected)]
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base, probes=probes)
+    adapter = EngineAdapter(artifact.revision, 1, artifact.path)
+    if passes:
+        assert await Gate(registry, base).probe(artifact, engine, adapter) == 1.0
+        return
+    with pytest.raises(errors.InvalidArtifactError) as caught:
+        await Gate(registry, base).probe(artifact, engine, adapter)
+    assert caught.value.code == "probe_mismatch"
