@@ -53,6 +53,7 @@ class InferenceServicer(stubs.InferenceServicer):
                 model=call.answer_model,
                 index=piece.index,
                 content=piece.text,
+                num_tokens=len(piece.token_ids),
                 finish_reason=finish_reason(piece.finish_reason),
             )
         if call is not None:
