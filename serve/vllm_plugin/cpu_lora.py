@@ -4,8 +4,9 @@ Stock ``vllm.lora.punica_wrapper.punica_cpu`` (0.32.0) indexes the stacked weigh
 have no adapter. Python reads that as the last slot, so in a mixed batch base requests get the adapter that
 sits there (vllm-project/vllm#48421). It also gathers and up-casts the whole A and B once per token.
 
-Here every step groups its tokens by slot once, in :meth:`CapoPunicaWrapperCPU.update_metadata`, and each layer
-then runs two small dense products per *active* slot on just the rows that belong to it.
+Here every step groups its tokens by slot once, in :meth:`CapoPunicaWrapperCPU.update_metadata`. Each layer then runs
+two dense products per *active* slot on just the rows that belong to it or, for a small step of several adapters, one
+pair of products over all slots with the foreign ones masked out.
 
 Letters: N tokens of the step, I input features, O output features, R rank of the slots, S slots.
 """
@@ -28,6 +29,12 @@ class _Group:
     """``None``: every row of the step; a slice where the rows are contiguous (a view costs nothing)."""
 
 
+_EVERY_ROW = _Group(slot=-1, rows=None)
+
+# Up to here a step of several adapters is bound by the number of operations, above by their size (measured on 2 cores).
+_SMALL_STEP_ROWS = 32
+
+
 def group_rows(slots: list[int]) -> list[_Group]:
     """Group row numbers by slot; rows with a negative slot have no adapter and appear in no group."""
     rows_of: dict[int, list[int]] = {}
@@ -46,19 +53,47 @@ def group_rows(slots: list[int]) -> list[_Group]:
     return groups
 
 
+class _StepRows:
+    """Which rows of one step belong to which slot, in the forms that the products need."""
+
+    def __init__(self, slots: list[int], num_slots: int) -> None:
+        self.num_rows = len(slots)
+        self.groups = group_rows(slots)
+        self._slots = slots
+        self._num_slots = num_slots
+        self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def is_small_mix(self) -> bool:
+        """Several adapters and few rows: one product over all slots beats several over a few rows each."""
+        return len(self.groups) > 1 and self.num_rows <= _SMALL_STEP_ROWS
+
+    def mask(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
+        """(N, S * R): 1 where a row and a rank column belong to the same slot; made once a step."""
+        key = (rank, dtype)
+        if key not in self._masks:
+            own = torch.zeros(self.num_rows, self._num_slots, 1, dtype=dtype)
+            rows = [row for row, slot in enumerate(self._slots) if slot >= 0]
+            own[rows, [self._slots[row] for row in rows]] = 1
+            self._masks[key] = own.expand(-1, -1, rank).reshape(self.num_rows, -1)
+        return self._masks[key]
+
+
 class CapoPunicaWrapperCPU(PunicaWrapperCPU):
     """Drop-in for vLLM's CPU wrapper; vLLM owns and calls it from its single worker thread."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._token_groups: list[_Group] = []
-        self._sampler_groups: list[_Group] = []
+        self._tokens = _StepRows([], 0)
+        self._samples = _StepRows([], 0)
 
-    def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, *args: Any, **kwargs: Any
+    ) -> None:
         """Called once per step before the model runs."""
-        super().update_metadata(mapping, *args, **kwargs)
-        self._token_groups = group_rows(self.token_lora_indices.tolist())
-        self._sampler_groups = group_rows(self.sampler_indices.tolist())
+        super().update_metadata(mapping, lora_index_to_id, max_loras, *args, **kwargs)
+        self._tokens = _StepRows(self.token_lora_indices.tolist(), max_loras)
+        self._samples = _StepRows(self.sampler_indices.tolist(), max_loras)
 
     def add_lora_linear(
         self,
@@ -73,17 +108,12 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """``y[rows of s] += (x[rows of s] @ A[s].T) * scale @ B[s].T`` for each active slot s and output slice."""
-        if not self._token_groups:
-            return
         y = y.view(-1, y.shape[-1])
         x = x.view(-1, x.shape[-1])
-        for group in self._token_groups:
-            x_rows = _select(x, group)
-            offset = 0
-            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                delta = _low_rank(x_rows, a[group.slot, 0], b[group.slot, 0], scale, y.dtype)
-                _accumulate(y, group, offset, delta)
-                offset += width
+        offset = 0
+        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            _add_low_rank(y, x, a, b, scale, offset, self._tokens)
+            offset += width
 
     def add_lora_logits(
         self,
@@ -98,15 +128,7 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
     ) -> None:
         y = y.view(-1, y.shape[-1])
         x = x.view(-1, x.shape[-1])
-        for group in self._sampler_groups:
-            delta = _low_rank(
-                _select(x, group),
-                lora_a_stacked[group.slot, 0],
-                lora_b_stacked[group.slot, 0],
-                scale,
-                y.dtype,
-            )
-            _accumulate(y, group, 0, delta)
+        _add_low_rank(y, x, lora_a_stacked, lora_b_stacked, scale, 0, self._samples)
 
     def add_lora_embedding(
         self,
@@ -116,22 +138,40 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        for group in self._token_groups:
+        for group in self._tokens.groups:
             b = lora_b_stacked[group.slot, 0]
             delta = _select(x, group).to(b.dtype) @ b.T
             _accumulate(y, group, 0, delta.to(y.dtype))
 
 
+def _add_low_rank(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, offset: int, rows: _StepRows
+) -> None:
+    """Add each row's own low-rank update to the columns of ``y`` from ``offset`` on.
+
+    vLLM folds alpha / r into B, so ``scale`` is 1 in practice.
+    """
+    if not rows.groups:
+        return
+    if rows.is_small_mix:
+        num_slots, _, rank, num_in = a.shape
+        hidden = x.to(a.dtype) @ a.view(-1, num_in).T  # (N, S * R)
+        hidden = hidden * rows.mask(rank, a.dtype)  # rank columns of other slots are nothing to a row
+        if scale != 1.0:
+            hidden = hidden * scale
+        by_slot = hidden.view(-1, num_slots, rank).transpose(0, 1)  # (S, N, R)
+        delta = torch.bmm(by_slot, b[:, 0].transpose(1, 2)).sum(0)  # (N, O)
+        _accumulate(y, _EVERY_ROW, offset, delta.to(y.dtype))
+        return
+    for group in rows.groups:
+        hidden = _select(x, group).to(a.dtype) @ a[group.slot, 0].T  # (n, R)
+        if scale != 1.0:
+            hidden = hidden * scale
+        _accumulate(y, group, offset, (hidden @ b[group.slot, 0].T).to(y.dtype))
+
+
 def _select(x: torch.Tensor, group: _Group) -> torch.Tensor:
     return x if group.rows is None else x[group.rows]
-
-
-def _low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """``(x @ a.T) * scale @ b.T`` in the weights' dtype. vLLM folds alpha / r into b, so scale is 1 in practice."""
-    hidden = x.to(a.dtype) @ a.T  # (n, R)
-    if scale != 1.0:
-        hidden = hidden * scale
-    return (hidden @ b.T).to(dtype)  # (n, O)
 
 
 def _accumulate(y: torch.Tensor, group: _Group, offset: int, delta: torch.Tensor) -> None:
