@@ -68,11 +68,19 @@ def load_tokenizer(base_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
 
 
-def context_tokens(base_dir: Path) -> int | None:
-    """The longest sequence the base was made for, ``None`` where its config names none."""
-    config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length is not None else None
+@dataclass(frozen=True, slots=True)
+class BaseShape:
+    """What choices depend on; ``None`` where the base's config does not say."""
+
+    context_tokens: int | None
+    """The longest sequence the base was made for."""
+    hidden_size: int | None
+
+
+def base_shape(base_dir: Path) -> BaseShape:
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True).get_text_config()
+    length, width = getattr(config, "max_position_embeddings", None), getattr(config, "hidden_size", None)
+    return BaseShape(int(length) if length is not None else None, int(width) if width is not None else None)
 
 
 def stop_token_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:

@@ -15,7 +15,7 @@ import torch
 
 from registry import BaseModel, Registry, locate_base_model
 from tune.export import choose_save_dtype
-from tune.model import choose_device, choose_dtype, context_tokens, load_tokenizer, stop_token_ids
+from tune.model import base_shape, choose_device, choose_dtype, load_tokenizer, stop_token_ids
 from tune.progress import Observer, TrainingEvent
 from tune.recipe import Recipe
 from tune.stages import ReadyStage, prepare_stage
@@ -57,11 +57,11 @@ def prepare(recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Obser
     ):
         watcher.on_event(TrainingEvent("info", f"{name} = {value} ({reason})"))
     tokenizer = load_tokenizer(base.path)
-    context = context_tokens(base.path)
+    shape = base_shape(base.path)
     stop_ids = stop_token_ids(base.path, tokenizer)
     stages = []
     for index in range(len(recipe.stages)):
-        ready = prepare_stage(recipe, index, tokenizer=tokenizer, context_tokens=context, recipe_dir=recipe_dir)
+        ready = prepare_stage(recipe, index, tokenizer=tokenizer, base_shape=shape, recipe_dir=recipe_dir)
         for note in (*ready.notes, *_endless_answers(ready, stop_ids, tokenizer)):
             watcher.on_event(note)
         stages.append(ready)

@@ -152,7 +152,12 @@ class Stage(Record):
         le=4096,
         description="Forward passes per optimizer step. None = chosen from the number of examples.",
     )
-    learning_rate: float | None = Field(None, gt=0.0, le=1.0, description="Peak. None = chosen from method and kind.")
+    learning_rate: float | None = Field(
+        None, gt=0.0, le=1.0, description="Peak. None = chosen from method, kind and the base's width."
+    )
+    learning_rate_multiplier: float = Field(
+        1.0, gt=0.0, le=1000.0, description="Of the chosen rate; OpenAI's word for it. 1 where learning_rate is given."
+    )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine",
         description="After warm-up. Cosine is the default of LLaMA-Factory, ms-swift, Axolotl and torchtune.",
@@ -209,6 +214,11 @@ class Stage(Record):
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(
                 f"epochs={self.epochs:g} and max_steps={self.max_steps} both say when to stop; keep one of them"
+            )
+        if self.learning_rate is not None and self.learning_rate_multiplier != 1.0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g} is the rate itself, and learning_rate_multiplier="
+                f"{self.learning_rate_multiplier:g} scales the one that is chosen; keep one of them"
             )
         if self.evaluate_every_steps is not None and self.validation is None:
             raise ValueError(

@@ -14,6 +14,7 @@ from registry.errors import InvalidDataError
 from tune.choices import choose_batch, choose_epochs, choose_learning_rate, choose_max_length, choose_packing
 from tune.data.batches import Pack, StepPlan, plan_epoch, plan_steps
 from tune.data.dataset import DatasetReader, EncodedRow, RowAccount, count_overlap, hold_out
+from tune.model import BaseShape
 from tune.progress import TrainingEvent
 from tune.recipe import DataSource, Recipe, Stage
 from tune.train import StageData
@@ -42,9 +43,7 @@ class _Rows:
     accounts: list[RowAccount]
 
 
-def prepare_stage(
-    recipe: Recipe, index: int, *, tokenizer: Any, context_tokens: int | None, recipe_dir: Path
-) -> ReadyStage:
+def prepare_stage(recipe: Recipe, index: int, *, tokenizer: Any, base_shape: BaseShape, recipe_dir: Path) -> ReadyStage:
     """Read and plan ``recipe.stages[index]``.
 
     Raises:
@@ -53,10 +52,9 @@ def prepare_stage(
     """
     stage = recipe.stages[index]
     label = f"{index + 1}-{stage.kind}"
-    rate = choose_learning_rate(recipe.method, stage)
+    rate = choose_learning_rate(recipe.method, stage, base_shape.hidden_size)
     packing = choose_packing(stage)
-    max_length = choose_max_length(stage, context_tokens)
-    epochs = choose_epochs(stage)
+    max_length = choose_max_length(stage, base_shape.context_tokens)
     read = _read_rows(recipe, stage, tokenizer=tokenizer, max_length=max_length.value, recipe_dir=recipe_dir)
     notes = [
         TrainingEvent("warn" if account.lost_something else "info", f"stage {label}: {account.sentence()}")
@@ -67,6 +65,7 @@ def prepare_stage(
     examples = [example for row in read.rows for example in row.examples]
     sources = [source for row, source in zip(read.rows, read.sources, strict=True) for _ in row.examples]
     lengths = [len(example.token_ids) for example in examples]
+    epochs = choose_epochs(stage, len(read.rows))
     pack_tokens = max_length.value if packing.value else None
 
     def sequences_of(epoch: int) -> list[Pack]:
@@ -81,6 +80,7 @@ def prepare_stage(
     resolved = stage.model_copy(
         update={
             "learning_rate": rate.value,
+            "learning_rate_multiplier": 1.0,  # it is in the rate now
             "packing": packing.value,
             "max_length": max_length.value,
             "epochs": epochs.value,

@@ -21,7 +21,7 @@ def tune(
     ] = DEFAULT_DATA_DIR / "registry",
     work_dir: Annotated[
         Path | None,
-        typer.Option(help="Checkpoints and TensorBoard logs; default DATA_DIR/runs/NAME. Resumes what is there."),
+        typer.Option(help="Checkpoints and TensorBoard logs; default capo-data/runs/RECIPE. Resumes what is there."),
     ] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to point to the result.")] = None,
 ) -> None:
@@ -30,7 +30,7 @@ def tune(
     from tune.progress import StopRequested
 
     try:
-        tune_recipe(recipe, registry, work_dir, alias)
+        tune_recipe(recipe, registry, work_dir or DEFAULT_DATA_DIR / "runs" / recipe.stem, alias)
     except StopRequested as stop:
         typer.echo(f"stopped ({stop.reason}); run the same command again to go on", err=True)
         raise typer.Exit(130) from stop

@@ -131,6 +131,8 @@ def test_the_learning_rate_follows_method_and_stage(method: LoraMethod | FullMet
     assert choice.value == rate
     assert method.kind in choice.reason
     assert choose_learning_rate(method, Stage.model_validate(stage(learning_rate=0.5))).value == 0.5
+    assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 4096).value == rate
+    assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 512).value == pytest.approx(8 * rate)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,9 @@ def test_length_epochs_and_packing_are_chosen_with_reasons() -> None:
     assert choose_max_length(sft, 512).value == 512
     assert choose_max_length(sft, 131_072).value == 2048
     assert choose_max_length(sft, None).value == 2048
-    assert (choose_epochs(sft).value, choose_epochs(cpt).value) == (3.0, 1.0)
-    assert choose_epochs(Stage.model_validate(stage(max_steps=7))).value is None
+    assert (choose_epochs(sft, 10_000).value, choose_epochs(cpt, 10).value) == (3.0, 1.0)
+    assert [choose_epochs(sft, rows).value for rows in (800, 400, 300, 10)] == [3.0, 6.0, 8.0, 10.0]
+    assert choose_epochs(Stage.model_validate(stage(max_steps=7)), 10).value is None
     assert (choose_packing(sft).value, choose_packing(cpt).value) == (False, True)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tune.choices import choose_batch, choose_epochs, choose_learning_rate
+from tune.choices import choose_batch, choose_epochs
 from tune.jobs.records import Hyperparameters, JobRecord, NewJob
 from tune.jobs.requests import CapoBody, HyperparametersBody
 from tune.recipe import DataSource, LoraMethod, Recipe, Stage, Validation, parse_recipe
@@ -36,7 +36,7 @@ def resolve_hyperparameters(
     share = held_out_share(extension, rows=rows, has_validation_file=has_validation_file)
     trained_rows = max(1, rows - round(rows * share))
     if given.n_epochs == "auto":
-        epochs = choose_epochs(open_stage).value
+        epochs = choose_epochs(open_stage, trained_rows).value
         n_epochs = 1 if epochs is None else max(1, round(epochs))
     else:
         n_epochs = given.n_epochs
@@ -79,7 +79,6 @@ def job_recipe(
     extension = parse_extension(job.extensions)
     method = extension.lora or LoraMethod()
     open_stage = Stage(kind="sft", data=(DataSource(path=Path(job.training_file)),))
-    rate = choose_learning_rate(method, open_stage).value * job.hyperparameters.learning_rate_multiplier
     micro_batch_size = _largest_divisor(job.hyperparameters.batch_size, _LARGEST_MICRO_BATCH)
     share = held_out_share(extension, rows=training_rows, has_validation_file=job.validation_file is not None)
     validation: Validation | None = None
@@ -94,7 +93,7 @@ def job_recipe(
         "epochs": float(job.hyperparameters.n_epochs),
         "micro_batch_size": micro_batch_size,
         "gradient_accumulation_steps": job.hyperparameters.batch_size // micro_batch_size,
-        "learning_rate": rate,
+        "learning_rate_multiplier": job.hyperparameters.learning_rate_multiplier,
     }
     given: tuple[Literal["max_length", "over_length", "evaluate_every_steps"], ...] = (
         "max_length",

@@ -31,12 +31,10 @@ def test_the_batch_is_exactly_the_one_asked_for(batch_size: int) -> None:
 
 
 def test_the_multiplier_scales_the_rate_that_tune_would_choose() -> None:
-    usual = choose_learning_rate(
-        LoraMethod(), recipe_of(with_numbers()).stages[0].model_copy(update={"learning_rate": None})
-    ).value
+    usual = choose_learning_rate(LoraMethod(), recipe_of(with_numbers()).stages[0], 256).value
     for multiplier in (0.1, 1.0, 3.0):
-        rate = recipe_of(with_numbers(learning_rate_multiplier=multiplier)).stages[0].learning_rate
-        assert rate == pytest.approx(usual * multiplier)
+        stage = recipe_of(with_numbers(learning_rate_multiplier=multiplier)).stages[0]
+        assert choose_learning_rate(LoraMethod(), stage, 256).value == pytest.approx(usual * multiplier)
 
 
 @pytest.mark.parametrize(("rows", "share"), [(10, None), (49, None), (50, 0.1), (5000, 0.1)])

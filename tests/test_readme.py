@@ -1,0 +1,41 @@
+"""What the README tells people to type exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named <= targets
+
+
+def test_every_path_that_is_named_exists() -> None:
+    paths = set(re.findall(r"(?:examples|tests|docs|bench)/[\w./-]*\w", README))
+    assert paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_every_capo_command_that_is_named_has_help() -> None:
+    named = set(re.findall(r"(?:`|/)capo ((?:registry )?[a-z]+)", README))
+    assert {"tune", "serve", "registry import"} <= named
+    for command in named:
+        arguments = [sys.executable, "-m", "capo", *command.split(), "--help"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        assert "Usage" in done.stdout
+
+
+def test_recipes_of_the_examples_are_valid() -> None:
+    from tune.recipe import load_recipe
+
+    recipes = sorted((ROOT / "examples").rglob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load_recipe(recipe)
