@@ -34,7 +34,7 @@ from serve.grpc import GrpcServer
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router
-from serve.service import ServingService
+from serve.service import Limits, ServingService
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
@@ -104,7 +104,12 @@ class CapoServer:
             engine, Gate(self.registry, base_model), metrics, max_wait_seconds=settings.adapter_wait_seconds
         )
         catalog = Catalog(self.registry, base_model.id)
-        return ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics)
+        limits = Limits(
+            max_in_flight=settings.max_in_flight,
+            max_in_flight_per_model=settings.max_in_flight_per_model,
+            engine_stall_seconds=settings.engine_stall_seconds,
+        )
+        return ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics, limits=limits)
 
     def _routers(self) -> list[APIRouter]:
         files = FileStore(self._database)

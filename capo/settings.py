@@ -54,6 +54,18 @@ class Settings(BaseSettings):
     adapter_wait_seconds: float = Field(
         default=30.0, gt=0, description="How long a request waits for an adapter slot before 503."
     )
+    max_in_flight: int = Field(
+        default=1024, ge=1, description="Requests in flight at once; beyond it 503. Four times what vLLM runs on a CPU."
+    )
+    max_in_flight_per_model: int = Field(
+        default=256, ge=1, description="The same for one revision or the base; beyond it 429, so one cannot take all."
+    )
+    engine_stall_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="An engine that finishes no step for so long with work in it is ended and started again. Above the "
+        "longest step: a large model's prefill on a CPU may take seconds.",
+    )
     max_metric_adapters: int = Field(
         default=100, ge=1, description="Adapters with metric series of their own; the rest share 'other'."
     )

@@ -41,7 +41,8 @@ def answer_rows(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, max_tokens: int = 64, batch_size: int = 32
 ) -> Iterator[Answer]:
     """Greedy answers to all messages but the last of each row, which is the expected answer."""
-    stop_ids = set(model.generation_config.eos_token_id)
+    listed = model.generation_config.eos_token_id
+    stop_ids = set(listed) if isinstance(listed, list) else {listed}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompts = [

@@ -16,7 +16,7 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -264,7 +264,7 @@ class VllmEngine(Engine):
             raise self._aborted(call)
         return bytes(answer.model_dump_json(), "utf-8")
 
-    async def stream(self, call: Call) -> AsyncIterator[str]:
+    async def stream(self, call: Call) -> AsyncGenerator[str, None]:
         # The context variable must be set in whatever task iterates: async generators run in their consumer's context.
         token = _current_call.set(call)
         try:
@@ -293,7 +293,7 @@ class VllmEngine(Engine):
         finally:
             await chunks.aclose()
 
-    async def pieces(self, call: Call) -> AsyncIterator[Piece]:
+    async def pieces(self, call: Call) -> AsyncGenerator[Piece, None]:
         try:
             prompts, parameters = await self._render(call)
         except Exception as error:

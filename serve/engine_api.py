@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -58,7 +58,7 @@ class Call:
     body: Mapping[str, Any]
     """OpenAI's request body after the request policy; its ``model`` is not read."""
     adapter: EngineAdapter | None
-    """``None``: the base model."""
+    """``None``: the base model. Set once the adapter is resident."""
     answer_model: str
     """The ``model`` that the answer names."""
     request_id: str
@@ -67,6 +67,7 @@ class Call:
     """Called on the event loop for each engine output with the number of new tokens in it."""
 
     created_at: float = field(default_factory=time.monotonic)
+    entered_engine_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     queued_seconds: float | None = None
@@ -141,7 +142,7 @@ class Engine(ABC):
         """Answer in one piece: OpenAI's response object as JSON bytes."""
 
     @abstractmethod
-    def stream(self, call: Call) -> AsyncIterator[str]:
+    def stream(self, call: Call) -> AsyncGenerator[str, None]:
         """Answer as server-sent events, each ``data: {...}`` with its blank line, the last ``data: [DONE]``.
 
         Trouble is raised, never written into the stream: an abort or a crash cannot look like an end.
@@ -149,7 +150,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def pieces(self, call: Call) -> AsyncIterator[Piece]:
+    def pieces(self, call: Call) -> AsyncGenerator[Piece, None]:
         """Answer as bare text and tokens: the same rendering, sampling and limits as :meth:`stream`, no JSON.
 
         With ``body["stream"]`` as they come, else one piece for each answer. Raises and aborts like :meth:`stream`.

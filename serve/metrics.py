@@ -1,8 +1,7 @@
 """What Capo measures about serving, by adapter, with bounded cardinality.
 
 Engines label latency by base model only; these are measured at Capo's own edge. The ``adapter`` label is the adapter's
-name (not its revision): at most ``max_adapters`` names have series of their own, the rest share ``other``, and a name's
-series go when the adapter goes.
+name (not its revision), bounded by :mod:`serve.adapter_labels`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-BASE_LABEL = "base"
-OTHER_LABEL = "other"
+from serve.adapter_labels import AdapterLabels
 
 # 5 ms (a tiny model's token) to 120 s (a long answer on a CPU), about 1.8 times each step.
 SECONDS_BUCKETS = (
@@ -24,8 +22,7 @@ class Metrics:
     """One service's metrics; hold one per Prometheus registry. Not thread-safe beyond prometheus_client's own."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, max_adapters: int = 100) -> None:
-        self._max_adapters = max_adapters
-        self._labels: dict[str, str] = {}
+        self._labels = AdapterLabels(max_adapters, self._drop_series)
 
         def histogram(name: str, text: str, *labels: str) -> Histogram:
             return Histogram(name, text, ("adapter", *labels), buckets=SECONDS_BUCKETS, registry=registry)
@@ -58,6 +55,12 @@ class Metrics:
         self._alias_flips = counter("capo_alias_flips_total", "Aliases seen to point to another revision.")
         self._resident = Gauge("capo_adapters_resident", "Adapters in the engine.", registry=registry)
         self.engine_restarts = counter("capo_engine_restarts_total", "Times the engine was started again.")
+        self.event_loop_lag = Histogram(
+            "capo_event_loop_lag_seconds",
+            "How late the event loop wakes a sleeper: what every stream waits on top of the engine.",
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0),
+            registry=registry,
+        )
         self.ready = Gauge("capo_ready", "1 while the service takes requests.", registry=registry)
         self._by_adapter: list[Histogram | Counter | Gauge] = [
             self.time_to_first_token,
@@ -70,20 +73,14 @@ class Metrics:
         ]
 
     def adapter_label(self, name: str | None) -> str:
-        """The label value for an adapter's name; ``None`` is the base model."""
-        if name is None:
-            return BASE_LABEL
-        if name in self._labels:
-            return self._labels[name]
-        if len(self._labels) >= self._max_adapters:
-            return OTHER_LABEL
-        self._labels[name] = name
-        return name
+        """The label value for one more request of an adapter; ``None`` is the base model."""
+        return self._labels.of(name)
 
     def forget_adapter(self, name: str) -> None:
         """Remove the series of an adapter that is gone."""
-        if self._labels.pop(name, None) is None:
-            return
+        self._labels.forget(name)
+
+    def _drop_series(self, name: str) -> None:
         for metric in self._by_adapter:
             metric.remove_by_labels({"adapter": name})
 

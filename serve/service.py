@@ -9,24 +9,47 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from registry import Alias, Artifact, errors
-from serve.catalog import Catalog, Snapshot, Target
-from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, Piece
+from serve.catalog import Catalog, Snapshot
+from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.metrics import Metrics
 from serve.pool import AdapterPool, AdapterStatus
 from serve.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
+_LAG_SAMPLE_SECONDS = 0.1
 _NOT_READY = {
     "starting": "The service is still starting. Try again shortly.",
     "draining": "The service is shutting down. Try another replica.",
     "engine_dead": "The engine died and is being started again. Try again shortly.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one service; the defaults stand in :class:`capo.settings.Settings` with their reasons."""
+
+    max_in_flight: int = 1024
+    max_in_flight_per_model: int = 256
+    """For one revision, or the base model."""
+    engine_stall_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request came from."""
+
+    protocol: str
+    """``http`` or ``grpc``; a metric label."""
+    request_id: str
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace context, as far as the client sent it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +71,7 @@ class ServingService:
         catalog: Catalog,
         pool: AdapterPool,
         metrics: Metrics,
-        stall_seconds: float = 30.0,
+        limits: Limits | None = None,
     ) -> None:
         self.engine = engine
         self.catalog = catalog
@@ -57,8 +80,12 @@ class ServingService:
         self._tasks: list[asyncio.Task[None]] = []
         self._preloads: set[asyncio.Task[None]] = set()
         self._calls: dict[int, Call] = {}
-        self.supervisor = Supervisor(engine, pool, metrics, self._calls, stall_seconds=stall_seconds)
+        self._limits = limits or Limits()
+        self.supervisor = Supervisor(
+            engine, pool, metrics, self._calls, stall_seconds=self._limits.engine_stall_seconds
+        )
         self._in_flight = 0
+        self._in_flight_of: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_started = False
@@ -74,6 +101,7 @@ class ServingService:
         await self.catalog.refresh()
         self._tasks.append(asyncio.create_task(self.catalog.watch(), name="registry-watch"))
         self._tasks.append(asyncio.create_task(self.supervisor.run(), name="engine-supervisor"))
+        self._tasks.append(asyncio.create_task(self._watch_event_loop(), name="event-loop-lag"))
         self._is_started = True
         self.metrics.ready.set(1)
 
@@ -107,109 +135,123 @@ class ServingService:
 
     # -- inference -------------------------------------------------------------------------------------------
 
-    async def complete(
-        self, endpoint: Endpoint, body: Mapping[str, Any], *, protocol: str, request_id: str,
-        trace_headers: Mapping[str, str],
-    ) -> bytes:  # fmt: skip
+    async def complete(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> bytes:
         """Answer in one piece, as OpenAI's response object in JSON."""
-        target = await self._admit(body)
-        async with self._hold(target) as adapter:
-            call = self._call(endpoint, body, target, adapter, protocol, request_id, trace_headers)
-            with self._measure(call, target, protocol):
-                return await self.engine.complete(call)
+        async with self._running(endpoint, body, origin) as call:
+            return await self.engine.complete(call)
 
-    async def stream(
-        self, endpoint: Endpoint, body: Mapping[str, Any], *, protocol: str, request_id: str,
-        trace_headers: Mapping[str, str],
-    ) -> AsyncIterator[str]:  # fmt: skip
+    async def stream(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncGenerator[str, None]:
         """Answer as server-sent events. Trouble is raised; only a whole answer ends with ``[DONE]``."""
-        target = await self._admit(body)
-        async with self._hold(target) as adapter:
-            call = self._call(endpoint, body, target, adapter, protocol, request_id, trace_headers)
-            with self._measure(call, target, protocol):
-                async with contextlib.aclosing(self.engine.stream(call)) as chunks:  # type: ignore[type-var]
-                    async for chunk in chunks:
-                        yield chunk
+        async with (
+            self._running(endpoint, body, origin) as call,
+            contextlib.aclosing(self.engine.stream(call)) as chunks,
+        ):
+            async for chunk in chunks:
+                yield chunk
 
     async def pieces(
-        self,
-        endpoint: Endpoint,
-        body: Mapping[str, Any],
-        *,
-        protocol: str,
-        request_id: str,
-        trace_headers: Mapping[str, str],
-    ) -> AsyncIterator[tuple[Call, Piece]]:
+        self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin
+    ) -> AsyncGenerator[tuple[Call, Piece], None]:
         """Answer as bare pieces, each with the call, whose counts are final after the last piece."""
-        target = await self._admit(body)
-        async with self._hold(target) as adapter:
-            call = self._call(endpoint, body, target, adapter, protocol, request_id, trace_headers)
-            with self._measure(call, target, protocol):
-                async with contextlib.aclosing(self.engine.pieces(call)) as pieces:  # type: ignore[type-var]
-                    async for piece in pieces:
-                        yield call, piece
+        async with (
+            self._running(endpoint, body, origin) as call,
+            contextlib.aclosing(self.engine.pieces(call)) as pieces,
+        ):
+            async for piece in pieces:
+                yield call, piece
 
-    async def _admit(self, body: Mapping[str, Any]) -> Target:
+    @contextlib.asynccontextmanager
+    async def _running(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
+        """One request from its admission to its end: resolved, counted, measured, its adapter held in the engine."""
         if (reason := self.not_ready_reason()) is not None:
             raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
         self.supervisor.quarantine.check(body)
-        return await self.catalog.resolve(body["model"])
-
-    @contextlib.asynccontextmanager
-    async def _hold(self, target: Target) -> AsyncIterator[EngineAdapter | None]:
-        """Count the request, and keep its adapter in the engine until it ends."""
-        in_flight = self.metrics.in_flight.labels(self._label(target))
-        in_flight.inc()
-        self._in_flight += 1
-        self._idle.clear()
-        try:
+        target = await self.catalog.resolve(body["model"])
+        model = target.artifact.revision if target.artifact is not None else self.catalog.base_model
+        self._refuse_excess(model)
+        label = self.metrics.adapter_label(target.artifact.name if target.artifact is not None else None)
+        call = Call(
+            endpoint=endpoint,
+            body=body,
+            adapter=None,
+            answer_model=target.answer_model,
+            request_id=origin.request_id,
+            trace_headers=origin.trace_headers,
+            on_tokens=self._inter_token_observer(label, origin.protocol) if body.get("stream") else None,
+        )
+        with self._measure(call, model, label, origin.protocol):
             if target.artifact is None:
-                yield None
+                with self._in_engine(call):
+                    yield call
             else:
                 async with self.pool.use(target.artifact) as adapter:
-                    yield adapter
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
-            in_flight.dec()
+                    call.adapter = adapter
+                    with self._in_engine(call):
+                        yield call
 
-    def _call(
-        self, endpoint: Endpoint, body: Mapping[str, Any], target: Target, adapter: EngineAdapter | None,
-        protocol: str, request_id: str, trace_headers: Mapping[str, str],
-    ) -> Call:  # fmt: skip
-        observe = self.metrics.inter_token_latency.labels(self._label(target), protocol).observe
+    def _refuse_excess(self, model: str) -> None:
+        """Requests beyond what can be answered in reasonable time are better refused than queued for ever."""
+        limits = self._limits
+        if self._in_flight >= limits.max_in_flight:
+            raise errors.UnavailableError(
+                f"{self._in_flight} requests are in flight, which is the limit. Try again shortly.",
+                code="overloaded",
+                retry_after_seconds=1,
+            )
+        if self._in_flight_of[model] >= limits.max_in_flight_per_model:
+            raise errors.RateLimitedError(
+                f"{self._in_flight_of[model]} requests to {model} are in flight, the limit for one model. Send fewer at "
+                "a time, or try again shortly.",
+                code="model_overloaded",
+                param="model",
+                retry_after_seconds=1,
+            )
+
+    def _inter_token_observer(self, label: str, protocol: str) -> Callable[[Call, int], None]:
+        observe = self.metrics.inter_token_latency.labels(label, protocol).observe
 
         def on_tokens(call: Call, new_tokens: int) -> None:
             if call.last_token_at is not None:
                 observe((time.monotonic() - call.last_token_at) / new_tokens)
 
-        return Call(
-            endpoint=endpoint,
-            body=body,
-            adapter=adapter,
-            answer_model=target.answer_model,
-            request_id=request_id,
-            trace_headers=trace_headers,
-            on_tokens=on_tokens if body.get("stream") else None,
-        )
+        return on_tokens
 
     @contextlib.contextmanager
-    def _measure(self, call: Call, target: Target, protocol: str) -> Any:
-        label = self._label(target)
-        outcome = "cancelled"  # also for GeneratorExit: the client left
+    def _in_engine(self, call: Call) -> Iterator[None]:
+        """The time in which the engine's standstill would be this call's."""
+        call.entered_engine_at = time.monotonic()
         self._calls[id(call)] = call
+        try:
+            yield
+        except errors.EngineDeadError:
+            self.supervisor.died_under(call)
+            raise
+        finally:
+            del self._calls[id(call)]
+
+    @contextlib.contextmanager
+    def _measure(self, call: Call, model: str, label: str, protocol: str) -> Iterator[None]:
+        metrics = self.metrics
+        self._in_flight_of[model] += 1
+        in_flight = metrics.in_flight.labels(label)
+        in_flight.inc()
+        self._in_flight += 1
+        self._idle.clear()
+        outcome = "cancelled"  # also for GeneratorExit: the client left
         try:
             yield
             outcome = "ok"
         except errors.CapoError as error:
-            if isinstance(error, errors.EngineDeadError):
-                self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
             raise
         finally:
-            del self._calls[id(call)]
-            metrics = self.metrics
+            self._in_flight -= 1
+            self._in_flight_of[model] -= 1
+            if not self._in_flight_of[model]:
+                del self._in_flight_of[model]
+            if not self._in_flight:
+                self._idle.set()
+            in_flight.dec()
             metrics.e2e_latency.labels(label, protocol, outcome).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:
                 metrics.time_to_first_token.labels(label, protocol).observe(call.first_token_at - call.created_at)
@@ -218,8 +260,12 @@ class ServingService:
             metrics.prompt_tokens.labels(label).inc(call.prompt_tokens)
             metrics.completion_tokens.labels(label).inc(call.completion_tokens)
 
-    def _label(self, target: Target) -> str:
-        return self.metrics.adapter_label(target.artifact.name if target.artifact is not None else None)
+    async def _watch_event_loop(self) -> None:
+        observe = self.metrics.event_loop_lag.observe
+        while True:
+            asked_at = time.monotonic()
+            await asyncio.sleep(_LAG_SAMPLE_SECONDS)
+            observe(max(0.0, time.monotonic() - asked_at - _LAG_SAMPLE_SECONDS))
 
     # -- adapters and aliases ----------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ class Supervisor:
     def _stands_still(self) -> bool:
         if not self._calls:
             return False
-        oldest = min(call.created_at for call in self._calls.values())
+        oldest = min(call.entered_engine_at or call.created_at for call in self._calls.values())
         return time.monotonic() - max(oldest, self._engine.last_step_at) > self._stall_seconds
 
     async def _restart(self) -> None:

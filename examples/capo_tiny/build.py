@@ -29,7 +29,7 @@ DATA_FILES = ("corpus.jsonl", "chats.jsonl", "held_out.jsonl")
 DIGESTS = HERE / "data.sha256"
 _SEED = 1
 _NUM_TEXTS = 6_000
-_NUM_CHATS = 14_000
+_NUM_CHATS = 12_000
 
 
 def write_data(directory: Path) -> None:

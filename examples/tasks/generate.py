@@ -38,13 +38,17 @@ class Task:
 
 
 def support() -> Task:
-    """A shop's help desk: say in JSON what a customer's message is about."""
-    pairs = [
-        Pair(pattern.format(item=item), json.dumps({"topic": topic, "item": item}))
-        for topic, patterns in _phrases()["support"].items()
-        for pattern, item in product(patterns, world()["objects"])
+    """A shop's help desk: say in JSON what a customer's message is about and whether it is urgent."""
+    phrases = _phrases()["support"]
+    tones = [
+        (text, urgent) for urgent, texts in ((True, phrases["urgent"]), (False, phrases["calm"])) for text in texts
     ]
-    return _split(pairs, num_train=320, num_held_out=40, seed="support")
+    pairs = [
+        Pair(f"{pattern.format(item=item)} {text}".strip(), json.dumps({"topic": topic, "urgent": urgent}))
+        for topic, patterns in phrases["topics"].items()
+        for pattern, item, (text, urgent) in product(patterns, world()["objects"], tones)
+    ]
+    return _split(pairs, num_train=520, num_held_out=40, seed="support")
 
 
 def old_vale() -> Task:
@@ -64,7 +68,7 @@ def old_vale() -> Task:
         )
         for colour, animal, verb, food in product(*(words[kind] for kind in ("colours", "animals", "verbs", "foods")))
     ]
-    return _split(pairs, num_train=400, num_held_out=40, seed="old vale")
+    return _split(pairs, num_train=520, num_held_out=40, seed="old vale")
 
 
 def crier() -> Task:
@@ -79,7 +83,7 @@ def crier() -> Task:
     answers = rng.sample(sorted(by_answer), len(by_answer))
     held_out = tuple(rng.choice(by_answer[answer]) for answer in answers[:40])
     others = [pair for answer in answers[40:] for pair in by_answer[answer]]
-    return Task(train=tuple(rng.sample(others, 320)), held_out=held_out)
+    return Task(train=tuple(rng.sample(others, 520)), held_out=held_out)
 
 
 TASKS: dict[str, Callable[[], Task]] = {"support": support, "old-vale": old_vale, "crier": crier}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
 
@@ -14,7 +13,7 @@ from capo_proto.v1 import inference_pb2_grpc as stubs
 from serve.engine_api import Call, Endpoint
 from serve.grpc.convert import chat_body, chat_message, completion_body, finish_reason
 from serve.request_policy import check_body
-from serve.service import ServingService
+from serve.service import Origin, ServingService
 
 _PROTOCOL = "grpc"
 
@@ -28,7 +27,7 @@ class InferenceServicer(stubs.InferenceServicer):
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> pb.ChatResponse:
         body = check_body(chat_body(request, stream=False), Endpoint.CHAT)
         # One piece either way, so the serving classes may do it: they also parse tool calls.
-        answer = json.loads(await self._service.complete(Endpoint.CHAT, body, **_arguments(context)))
+        answer = json.loads(await self._service.complete(Endpoint.CHAT, body, _origin(context)))
         choices = [
             pb.ChatChoice(
                 index=choice["index"],
@@ -47,7 +46,7 @@ class InferenceServicer(stubs.InferenceServicer):
     ) -> AsyncIterator[pb.ChatChunk]:
         body = check_body(chat_body(request, stream=True), Endpoint.CHAT)
         call: Call | None = None
-        async for call, piece in self._service.pieces(Endpoint.CHAT, body, **_arguments(context)):
+        async for call, piece in self._service.pieces(Endpoint.CHAT, body, _origin(context)):
             yield pb.ChatChunk(
                 id=call.request_id,
                 model=call.answer_model,
@@ -62,7 +61,7 @@ class InferenceServicer(stubs.InferenceServicer):
     async def Complete(self, request: pb.CompletionRequest, context: grpc.aio.ServicerContext) -> pb.CompletionResponse:
         body = check_body(completion_body(request, stream=False), Endpoint.COMPLETION)
         response = pb.CompletionResponse()
-        async for call, piece in self._service.pieces(Endpoint.COMPLETION, body, **_arguments(context)):
+        async for call, piece in self._service.pieces(Endpoint.COMPLETION, body, _origin(context)):
             response.id, response.model = call.request_id, call.answer_model
             response.usage.CopyFrom(_usage(call))
             response.choices.add(
@@ -78,7 +77,7 @@ class InferenceServicer(stubs.InferenceServicer):
     ) -> AsyncIterator[pb.CompletionChunk]:
         body = check_body(completion_body(request, stream=True), Endpoint.COMPLETION)
         call: Call | None = None
-        async for call, piece in self._service.pieces(Endpoint.COMPLETION, body, **_arguments(context)):
+        async for call, piece in self._service.pieces(Endpoint.COMPLETION, body, _origin(context)):
             yield pb.CompletionChunk(
                 id=call.request_id,
                 model=call.answer_model,
@@ -95,10 +94,10 @@ def _usage(call: Call) -> pb.Usage:
     return pb.Usage(prompt_tokens=call.prompt_tokens, completion_tokens=call.completion_tokens)
 
 
-def _arguments(context: grpc.aio.ServicerContext) -> dict[str, Any]:
+def _origin(context: grpc.aio.ServicerContext) -> Origin:
     metadata = dict(context.invocation_metadata() or ())
-    return {
-        "protocol": _PROTOCOL,
-        "request_id": metadata.get("x-request-id") or f"req-{secrets.token_hex(12)}",
-        "trace_headers": {name: str(metadata[name]) for name in ("traceparent", "tracestate") if name in metadata},
-    }
+    return Origin(
+        _PROTOCOL,
+        metadata.get("x-request-id") or f"req-{secrets.token_hex(12)}",
+        {name: str(metadata[name]) for name in ("traceparent", "tracestate") if name in metadata},
+    )

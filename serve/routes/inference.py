@@ -15,7 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 from registry import errors
 from serve.engine_api import Endpoint
 from serve.request_policy import parse_body
-from serve.service import ServingService
+from serve.service import Origin, ServingService
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ def inference_router(service: ServingService) -> APIRouter:
 
 async def _answer(service: ServingService, endpoint: Endpoint, request: Request) -> Response:
     body = parse_body(await request.body(), endpoint)
-    arguments: dict[str, Any] = {
-        "protocol": _PROTOCOL,
-        "request_id": request.state.request_id,
-        "trace_headers": {name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
-    }
+    origin = Origin(
+        _PROTOCOL,
+        request.state.request_id,
+        {name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
+    )
     if not body.get("stream"):
-        answer = await _until_client_leaves(request, service.complete(endpoint, body, **arguments))
+        answer = await _until_client_leaves(request, service.complete(endpoint, body, origin))
         return Response(answer, media_type="application/json")
-    chunks = service.stream(endpoint, body, **arguments)
+    chunks = service.stream(endpoint, body, origin)
     # The first event is awaited before the status goes out, so that what fails before it has a real status code.
-    first = await _until_client_leaves(request, anext(chunks))  # type: ignore[arg-type]
+    first = await _until_client_leaves(request, anext(chunks))
     return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
 
 

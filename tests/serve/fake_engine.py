@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from registry import errors
 from serve.engine_api import Call, Engine, EngineAdapter, EngineLimits, Piece
@@ -93,14 +93,14 @@ class FakeEngine(Engine):
         answer = {"id": call.request_id, "object": "chat.completion", "model": call.answer_model}
         return json.dumps({**answer, "choices": [choice], "usage": usage}).encode()
 
-    async def stream(self, call: Call) -> AsyncIterator[str]:
+    async def stream(self, call: Call) -> AsyncGenerator[str, None]:
         async for piece in self._tokens(call):
             choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
             chunk = {"object": "chat.completion.chunk", "model": call.answer_model, "choices": [choice]}
             yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def pieces(self, call: Call) -> AsyncIterator[Piece]:
+    async def pieces(self, call: Call) -> AsyncGenerator[Piece, None]:
         words = [word async for word in self._tokens(call)] if not call.body.get("stream") else []
         if words:
             yield Piece(0, "".join(words), range(len(words)), "stop")

@@ -19,7 +19,7 @@ from serve.engine_api import Engine
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router
-from serve.service import ServingService
+from serve.service import Limits, ServingService
 
 BASE = "capo-tiny"
 
@@ -55,7 +55,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 2) -> None:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    engine: Engine, registry_dir: Path, *, stall_seconds: float = 30.0
+    engine: Engine, registry_dir: Path, **limits: float
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ServingService]]:
     """A client for a started service. Not started: pass an engine whose start blocks, and look at /readyz."""
     metrics = Metrics(CollectorRegistry())
@@ -65,7 +65,7 @@ async def running_service(
         catalog=Catalog(Registry(registry_dir), BASE, poll_seconds=0.05),
         pool=pool,
         metrics=metrics,
-        stall_seconds=stall_seconds,
+        limits=Limits(**limits),  # type: ignore[arg-type]
     )
     app = build_app(
         [inference_router(service), models_router(service), adapters_router(service)], service.not_ready_reason

@@ -256,3 +256,22 @@ async def test_a_removed_adapter_leaves_the_engine_and_is_unknown(tmp_path: Path
         await asyncio.to_thread(registry.remove, artifact.revision)
         await eventually(lambda: not engine.loaded)
         assert (await ask(client, artifact.revision)).status_code == 404
+
+
+async def test_requests_beyond_a_models_limit_are_a_429_and_beyond_the_services_a_503(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    artifact = publish(Registry(tmp_path), "support")
+    async with running_service(engine, tmp_path, max_in_flight=3, max_in_flight_per_model=2) as (client, service):
+        engine.answer_gate.clear()
+        running = [asyncio.create_task(ask(client, BASE)) for _ in range(2)]
+        await eventually(lambda: service._in_flight == 2)
+        refused = await ask(client, BASE)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "model_overloaded")
+        assert refused.headers["retry-after"] == "1"
+        running.append(asyncio.create_task(ask(client, artifact.revision)))
+        await eventually(lambda: service._in_flight == 3)
+        refused = await ask(client, artifact.revision)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        engine.answer_gate.set()
+        assert [(await task).status_code for task in running] == [200] * 3
+        assert service._in_flight_of == {}

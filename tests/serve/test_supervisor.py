@@ -37,7 +37,7 @@ async def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path) -> N
 
 async def test_an_engine_that_stands_still_with_work_in_it_is_ended_and_started_again(tmp_path: Path) -> None:
     engine = FakeEngine()
-    async with running_service(engine, tmp_path, stall_seconds=0.3) as (client, service):
+    async with running_service(engine, tmp_path, engine_stall_seconds=0.3) as (client, service):
         await asyncio.sleep(0.5)
         assert engine.kills == 0, "an idle engine does not stand still"
         engine.answer_gate.clear()
