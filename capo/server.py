@@ -31,10 +31,11 @@ from serve.engine_arguments import Choice, max_lora_rank
 from serve.engine_arguments import choose as choose_engine_arguments
 from serve.gate import Gate
 from serve.grpc import GrpcServer
+from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router
-from serve.service import Limits, ServingService
+from serve.service import ServingService
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage

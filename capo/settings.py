@@ -12,8 +12,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from registry import errors
 from registry.names import check_name
+from serve.limits import Limits
 
 DEFAULT_DATA_DIR = Path("capo-data")
+_LIMITS = Limits()
 
 
 class Settings(BaseSettings):
@@ -54,17 +56,12 @@ class Settings(BaseSettings):
     adapter_wait_seconds: float = Field(
         default=30.0, gt=0, description="How long a request waits for an adapter slot before 503."
     )
-    max_in_flight: int = Field(
-        default=1024, ge=1, description="Requests in flight at once; beyond it 503. Four times what vLLM runs on a CPU."
-    )
+    max_in_flight: int = Field(default=_LIMITS.max_in_flight, ge=1, description="Requests at once; beyond it 503.")
     max_in_flight_per_model: int = Field(
-        default=256, ge=1, description="The same for one revision or the base; beyond it 429, so one cannot take all."
+        default=_LIMITS.max_in_flight_per_model, ge=1, description="The same for one revision or the base; then 429."
     )
     engine_stall_seconds: float = Field(
-        default=30.0,
-        gt=0,
-        description="An engine that finishes no step for so long with work in it is ended and started again. Above the "
-        "longest step: a large model's prefill on a CPU may take seconds.",
+        default=_LIMITS.engine_stall_seconds, gt=0, description="Without a finished step the engine counts as hanging."
     )
     max_metric_adapters: int = Field(
         default=100, ge=1, description="Adapters with metric series of their own; the rest share 'other'."

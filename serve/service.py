@@ -17,6 +17,7 @@ from typing import Any
 from registry import Alias, Artifact, errors
 from serve.catalog import Catalog, Snapshot
 from serve.engine_api import Call, Endpoint, Engine, Piece
+from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pool import AdapterPool, AdapterStatus
 from serve.supervisor import Supervisor
@@ -29,16 +30,6 @@ _NOT_READY = {
     "draining": "The service is shutting down. Try another replica.",
     "engine_dead": "The engine died and is being started again. Try again shortly.",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one service; the defaults stand in :class:`capo.settings.Settings` with their reasons."""
-
-    max_in_flight: int = 1024
-    max_in_flight_per_model: int = 256
-    """For one revision, or the base model."""
-    engine_stall_seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +191,8 @@ class ServingService:
             )
         if self._in_flight_of[model] >= limits.max_in_flight_per_model:
             raise errors.RateLimitedError(
-                f"{self._in_flight_of[model]} requests to {model} are in flight, the limit for one model. Send fewer at "
-                "a time, or try again shortly.",
+                f"{self._in_flight_of[model]} requests to {model} are in flight, the limit for one model. Send fewer "
+                "at a time, or try again shortly.",
                 code="model_overloaded",
                 param="model",
                 retry_after_seconds=1,

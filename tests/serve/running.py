@@ -16,10 +16,11 @@ from capo.app import build_app
 from registry import Artifact, BaseModelIdentity, LoraShape, ManifestDraft, Registry
 from serve.catalog import Catalog
 from serve.engine_api import Engine
+from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router
-from serve.service import Limits, ServingService
+from serve.service import ServingService
 
 BASE = "capo-tiny"
 
