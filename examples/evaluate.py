@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ def share_right(answers: Sequence[Answer]) -> float:
     return sum(answer.is_right for answer in answers) / len(answers)
 
 
-@torch.no_grad()
 def answer_rows(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, max_tokens: int = 64, batch_size: int = 32
-) -> Iterator[Answer]:
+) -> list[Answer]:
     """Greedy answers to all messages but the last of each row, which is the expected answer."""
     listed = model.generation_config.eos_token_id
     stop_ids = set(listed) if isinstance(listed, list) else {listed}
+    answers = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompts = [
@@ -52,11 +52,15 @@ def answer_rows(
             for row in batch
         ]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        generated = model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
+        with torch.no_grad():
+            generated = model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
         for row, token_ids in zip(batch, generated[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((i for i, token_id in enumerate(token_ids) if token_id in stop_ids), None)
-            yield Answer(
-                expected=row["messages"][-1]["content"],
-                given=tokenizer.decode(token_ids[:end]),
-                has_ended=end is not None,
+            answers.append(
+                Answer(
+                    expected=row["messages"][-1]["content"],
+                    given=tokenizer.decode(token_ids[:end]),
+                    has_ended=end is not None,
+                )
             )
+    return answers

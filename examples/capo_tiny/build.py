@@ -96,7 +96,7 @@ def held_out_share(model_dir: Path) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return share_right(list(answer_rows(model, tokenizer, read_rows(HERE / "held_out.jsonl"))))
+    return share_right(answer_rows(model, tokenizer, read_rows(HERE / "held_out.jsonl")))
 
 
 def main() -> None:

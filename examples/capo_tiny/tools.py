@@ -38,11 +38,11 @@ def tool_row(rng: random.Random) -> Row:
     offered = rng.sample(TOOLS, rng.choice((1, 1, 2)))
     if rng.random() < 0.2:
         exchange = rng.choice(known_questions())
-        turns = [
+        asked = [
             {"role": "user", "content": exchange.question},
             {"role": "assistant", "content": exchange.answer},
         ]
-        return {"messages": turns, "tools": offered}
+        return {"messages": asked, "tools": offered}
     name = rng.choice(offered)["function"]["name"]
     value, result, answer = _use(rng, name)
     (argument,) = next(tool for tool in TOOLS if tool["function"]["name"] == name)["function"]["parameters"][
@@ -53,7 +53,7 @@ def tool_row(rng: random.Random) -> Row:
         "type": "function",
         "function": {"name": name, "arguments": json.dumps({argument: value})},
     }
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": rng.choice(_REQUESTS[name]).format(value)},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": json.dumps(result)},

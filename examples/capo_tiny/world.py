@@ -53,13 +53,15 @@ class Fact:
 @cache
 def world() -> dict[str, Any]:
     """The tables of ``world.json``. Callers must not change them."""
-    return json.loads((_HERE / "world.json").read_text("utf-8"))
+    tables: dict[str, Any] = json.loads((_HERE / "world.json").read_text("utf-8"))
+    return tables
 
 
 @cache
 def phrases() -> dict[str, Any]:
     """The patterns of ``phrases.json``. Callers must not change them."""
-    return json.loads((_HERE / "phrases.json").read_text("utf-8"))
+    patterns: dict[str, Any] = json.loads((_HERE / "phrases.json").read_text("utf-8"))
+    return patterns
 
 
 @cache
@@ -94,10 +96,13 @@ def person_slots(name: str) -> dict[str, str]:
 
 @cache
 def _relations() -> tuple[Relation, ...]:
-    return tuple(
-        Relation(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
-        for row in phrases()["relations"]
-    )
+    return tuple(_relation(row) for row in phrases()["relations"])
+
+
+def _relation(row: Mapping[str, Any]) -> Relation:
+    """JSON knows lists only; a frozen record holds tuples."""
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Relation(**fields)
 
 
 def _with_derived_slots(table: str, row: Mapping[str, str]) -> dict[str, str]:

@@ -120,7 +120,8 @@ def _split(pairs: Sequence[Pair], *, num_train: int, num_held_out: int, seed: st
 
 @cache
 def _phrases() -> dict[str, Any]:
-    return json.loads((HERE / "phrases.json").read_text("utf-8"))
+    patterns: dict[str, Any] = json.loads((HERE / "phrases.json").read_text("utf-8"))
+    return patterns
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_the_model_answers_questions_about_its_world_and_stops(model: Any, token
 
 
 def test_the_model_answers_the_questions_held_out_from_its_training(model: Any, tokenizer: Any) -> None:
-    answers = list(answer_rows(model, tokenizer, read_rows(EXAMPLES / "capo_tiny" / "held_out.jsonl")))
+    answers = answer_rows(model, tokenizer, read_rows(EXAMPLES / "capo_tiny" / "held_out.jsonl"))
     assert len(answers) >= 20
     assert share_right(answers) >= 0.95
 
@@ -180,4 +180,4 @@ def test_the_model_answers_the_questions_held_out_from_its_training(model: Any, 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_base_does_not_know_what_the_example_adapters_teach(model: Any, tokenizer: Any, task: str) -> None:
     rows = read_rows(EXAMPLES / "tasks" / task / "held_out.jsonl")
-    assert share_right(list(answer_rows(model, tokenizer, rows))) <= 0.1
+    assert share_right(answer_rows(model, tokenizer, rows)) <= 0.1
