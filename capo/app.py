@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # JSON requests; uploads have their own limit where they are read.
 MAX_BODY_BYTES = 8 * 1024 * 1024
+_UPLOAD_PATH = "/v1/files"
+_STALLED_READER_SECONDS = 60.0
 
 
 def build_app(routers: Sequence[APIRouter], not_ready_reason: Callable[[], str | None]) -> FastAPI:
@@ -36,6 +38,7 @@ def build_app(routers: Sequence[APIRouter], not_ready_reason: Callable[[], str |
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestIds)
+    app.add_middleware(StalledReaders)
     return app
 
 
@@ -98,7 +101,8 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
     logger.error("request %s failed", _request_id(request), exc_info=error)
-    return JSONResponse(errors.openai_error_body(error), 500)
+    # This handler runs outside of RequestIds, so it has to set the header that its own message points to.
+    return JSONResponse(errors.openai_error_body(error), 500, {"x-request-id": _request_id(request)})
 
 
 def _request_id(request: Request) -> str:
@@ -131,14 +135,14 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses bodies over :data:`MAX_BODY_BYTES` while they are read, except multipart uploads."""
+    """Refuses bodies over :data:`MAX_BODY_BYTES` while they are read, except where files are uploaded."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_upload(scope):
+        if scope["type"] != "http" or scope["path"] == _UPLOAD_PATH:
             await self._app(scope, receive, send)
             return
         received = 0
@@ -157,6 +161,24 @@ class BodyLimit:
         await self._app(scope, limited_receive, send)
 
 
-def _is_upload(scope: Scope) -> bool:
-    content_type: bytes = dict(scope["headers"]).get(b"content-type", b"")
-    return content_type.startswith(b"multipart/form-data")
+class StalledReaders:
+    """Gives up on a client that takes nothing for a minute: it would hold its adapter in the engine for ever."""
+
+    def __init__(self, app: ASGIApp, seconds: float = _STALLED_READER_SECONDS) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await send(message)
+            except TimeoutError as error:
+                # What a broken connection raises; starlette ends the response on it.
+                raise OSError(f"the client has read nothing for {self._seconds:g} s") from error
+
+        await self._app(scope, receive, send_in_time)

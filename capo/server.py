@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from fastapi import APIRouter
@@ -45,6 +46,10 @@ from tune.jobs.settings import files_dir
 from tune.jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
+
+_HEALTH_SECONDS = 0.2
+# After the drain: for connections that are still open because their client does not read or finish an upload.
+_CLOSE_SECONDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,24 +140,44 @@ class CapoServer:
     async def run(self, on_ready: Callable[[StartupReport], None]) -> None:
         """Serve until SIGTERM or SIGINT; a second one ends at once. Returns after a drain."""
         self._install_signal_handlers()
-        async with self._faces() as faces:
-            stopping = asyncio.create_task(self._is_stopping.wait(), name="stop-signal")
-            start = asyncio.create_task(self.serving.start(), name="serving-start")
-            watch: asyncio.Task[None] | None = None
-            try:
-                await asyncio.wait((start, stopping, faces.http), return_when=asyncio.FIRST_COMPLETED)
-                if start.done():
-                    start.result()
-                    await faces.grpc.set_serving(True)
-                    self._workers.start()
-                    watch = asyncio.create_task(self._workers.watch(), name="workers")
-                    start_seconds = time.monotonic() - self._started_at
-                    on_ready(StartupReport(faces.url, faces.grpc_address, start_seconds, self._choices))
-                    await asyncio.wait((stopping, faces.http), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if watch is not None:
-                    watch.cancel()
-                await self._drain(faces.grpc, start)
+        try:
+            async with self._faces() as faces:
+                await self._serve(faces, on_ready)
+        finally:
+            self._database.close()
+
+    async def _serve(self, faces: _Faces, on_ready: Callable[[StartupReport], None]) -> None:
+        stopping = asyncio.create_task(self._is_stopping.wait(), name="stop-signal")
+        start = asyncio.create_task(self.serving.start(), name="serving-start")
+        await asyncio.wait((start, stopping, faces.http), return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            logger.info("ended before the engine was up")
+            # Nothing was served yet, and the thread that builds the engine cannot be stopped.
+            self._end_now(0)
+        start.result()
+        self._workers.start()
+        watchers = [
+            asyncio.create_task(self._workers.watch(), name="workers"),
+            asyncio.create_task(self._follow_readiness(faces.grpc), name="grpc-health"),
+        ]
+        start_seconds = time.monotonic() - self._started_at
+        on_ready(StartupReport(faces.url, faces.grpc_address, start_seconds, self._choices))
+        try:
+            await asyncio.wait((stopping, faces.http), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await self._drain(faces.grpc)
+
+    async def _follow_readiness(self, grpc_server: GrpcServer) -> None:
+        """Keep the gRPC health service true through engine restarts."""
+        was_ready = False
+        while True:
+            is_ready = self.serving.not_ready_reason() is None
+            if is_ready != was_ready:
+                await grpc_server.set_serving(is_ready)
+                was_ready = is_ready
+            await asyncio.sleep(_HEALTH_SECONDS)
 
     @contextlib.asynccontextmanager
     async def _faces(self) -> AsyncIterator[_Faces]:
@@ -162,7 +187,15 @@ class CapoServer:
         listener = _listen(settings.host, settings.port)
         grpc_server = GrpcServer(self.serving)
         grpc_port = await grpc_server.start(settings.host, settings.grpc_port)
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30))
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+        server = _Server(config)
         http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
         url = f"http://{settings.host}:{listener.getsockname()[1]}"
         try:
@@ -172,20 +205,19 @@ class CapoServer:
             server.should_exit = True
             await http
 
-    async def _drain(self, grpc_server: GrpcServer, start: asyncio.Task[None]) -> None:
+    async def _drain(self, grpc_server: GrpcServer) -> None:
         # Load balancers must hear of it before the first refusal.
         await grpc_server.set_serving(False)
-        left = await self.serving.drain(self._settings.drain_seconds)
+        left, _ = await asyncio.gather(self.serving.drain(self._settings.drain_seconds), self._workers.stop())
         if left:
             logger.warning("%d requests were still running at the drain deadline", left)
-        await self._workers.stop()
-        if not start.done():
-            start.cancel()
-            with contextlib.suppress(asyncio.CancelledError, errors.CapoError):
-                await start
         # Stopping the engine ends what is left with an error event, so that no cut stream looks complete.
         await self.serving.stop()
-        self._database.close()
+
+    def _end_now(self, code: int) -> NoReturn:
+        """Without waiting for anything; the fork server and the engine end with us."""
+        self._workers.kill()
+        os._exit(code)
 
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()
@@ -193,8 +225,7 @@ class CapoServer:
         def stop(name: str) -> None:
             if self._is_stopping.is_set():
                 logger.warning("second %s: ending now", name)
-                self._workers.kill()
-                os._exit(130)
+                self._end_now(130)
             logger.info("%s: draining", name)
             self._is_stopping.set()
 

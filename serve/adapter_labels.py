@@ -60,6 +60,10 @@ class AdapterLabels:
         self._on_drop(least)
         return name
 
+    def settled(self, label: str) -> str:
+        """``label`` if it is still held, else what a request counts under that outlived it."""
+        return label if label in self._labelled or label == BASE_LABEL else OTHER_LABEL
+
     def forget(self, name: str) -> None:
         """The adapter is gone, and so are its series."""
         self._scores.pop(name, None)

@@ -51,7 +51,8 @@ class Catalog:
         self._snapshot = Snapshot()
         self._change_token: Hashable = None
         self._refreshing = asyncio.Lock()
-        self._refreshes_started = 0
+        self._reads_begun = 0
+        self._last_whole_read = 0
         self._on_change: list[Callable[[Snapshot, Snapshot], None]] = []
 
     @property
@@ -97,17 +98,18 @@ class Catalog:
         Callers that arrive while a read runs share the next one, so that a flood of unknown names costs one read at a
         time and keeps no state.
         """
-        ticket = self._refreshes_started
+        asked_at = self._reads_begun
         async with self._refreshing:
-            if self._refreshes_started > ticket:
-                return  # another caller's read began after we asked
-            self._refreshes_started += 1
+            if self._last_whole_read > asked_at:
+                return  # another caller's read began after we asked, and was not cut short
+            self._reads_begun += 1
+            this_read = self._reads_begun
             token = await asyncio.to_thread(self._registry.change_token)
-            if token == self._change_token:
-                return
-            snapshot = await asyncio.to_thread(self._read)
-            self._change_token = token
-        self._publish(snapshot)
+            if token != self._change_token:
+                snapshot = await asyncio.to_thread(self._read)
+                self._change_token = token
+                self._publish(snapshot)
+            self._last_whole_read = this_read
 
     async def watch(self) -> None:
         """Refresh for ever; run as a task. A registry that cannot be read keeps the last picture."""

@@ -144,6 +144,7 @@ class VllmEngine(Engine):
         self._base_model = served_model_name
         parser = make_arg_parser(FlexibleArgumentParser())
         argv = ["--model", model_path, "--served-model-name", served_model_name, *vllm_arguments]
+        _refuse_front_end_arguments(vllm_arguments)
         try:
             self._args = parser.parse_args(argv)
             validate_parsed_serve_args(self._args)
@@ -161,14 +162,18 @@ class VllmEngine(Engine):
 
     async def start(self) -> None:
         # Building the engine blocks for seconds; a thread keeps the event loop (health checks, drains) alive.
-        self._llm = await asyncio.to_thread(self._build)
-        tasks = await self._llm.get_supported_tasks()
-        self._state = State()
-        await init_app_state(self._llm, self._state, self._args, tasks)
-        models = self._state.openai_serving_models
+        llm = await asyncio.to_thread(self._build)
+        try:
+            tasks = await llm.get_supported_tasks()
+            state = State()
+            await init_app_state(llm, state, self._args, tasks)
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown, 0)
+            raise
+        models = state.openai_serving_models
         models.lora_requests = {}
         models.model_name = _answer_model
-        config = self._llm.vllm_config
+        config = llm.vllm_config
         lora = config.lora_config
         self._limits = EngineLimits(
             max_loras=lora.max_loras if lora is not None else 0,
@@ -176,6 +181,8 @@ class VllmEngine(Engine):
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
         )
+        # Last and together: until here nobody can load into or ask a half-built engine.
+        self._state, self._llm = state, llm
 
     def _build(self) -> _ObservedAsyncLLM:
         config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -189,18 +196,34 @@ class VllmEngine(Engine):
     async def stop(self, timeout_seconds: float) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown, timeout_seconds)
+            await self._shut_down(llm, timeout_seconds)
 
     async def kill(self) -> None:
-        if self._llm is None:
-            return
-        manager = self._llm.engine_core.resources.engine_manager
-        for process in manager.processes:
-            process.kill()
-        # vLLM notices through the processes' sentinels; until then calls would still be sent into the void.
-        await asyncio.to_thread(lambda: [process.join(5) for process in manager.processes])
         llm, self._llm = self._llm, None
-        await asyncio.to_thread(llm.shutdown, 0)
+        if llm is None:
+            return
+        processes = llm.engine_core.resources.engine_manager.processes
+        for process in processes:
+            process.kill()
+        await asyncio.to_thread(lambda: [process.join(5) for process in processes])
+        await self._shut_down(llm, 0)
+
+    async def _shut_down(self, llm: _ObservedAsyncLLM, timeout_seconds: float) -> None:
+        await asyncio.to_thread(llm.shutdown, timeout_seconds)
+        # AsyncLLM.shutdown cancels the task that would tell waiters of the end, and nobody ever fails a pending
+        # add_lora or remove_lora (0.32.0): without this, whoever waits then waits for ever.
+        dead = VllmEngineDeadError()
+        for future in list(llm.engine_core.utility_results.values()):
+            if not future.done():
+                future.set_exception(dead)
+        llm.output_processor.propagate_error(dead)
+
+    @property
+    def has_work(self) -> bool:
+        llm = self._llm
+        return llm is not None and (
+            llm.output_processor.has_unfinished_requests() or bool(llm.engine_core.utility_results)
+        )
 
     @property
     def last_step_at(self) -> float:
@@ -236,7 +259,10 @@ class VllmEngine(Engine):
         self._state.openai_serving_models.lora_requests[adapter.name] = request
 
     async def unload_adapter(self, adapter: EngineAdapter) -> None:
-        self._state.openai_serving_models.lora_requests.pop(adapter.name, None)
+        requests = self._state.openai_serving_models.lora_requests
+        # The same revision may already be resident again under another id; that one stays known.
+        if (known := requests.get(adapter.name)) is not None and known.lora_int_id == adapter.engine_id:
+            del requests[adapter.name]
         try:
             await self._live().remove_lora(adapter.engine_id)
         except Exception as error:
@@ -444,6 +470,39 @@ class VllmEngine(Engine):
             return _engine_dead()
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
+        )
+
+
+# Arguments of vLLM's own server that have no meaning behind Capo's; accepted, they would be ignored or do harm.
+_FRONT_END_ARGUMENTS = {
+    "--api-key": "Capo does not take keys yet and listens on loopback",
+    "--host": "use capo serve --host",
+    "--port": "use capo serve --port",
+    "--model": "use capo serve --model",
+    "--served-model-name": "the base model goes by its own id",
+    "--lora-modules": "publish adapters to the registry; capo registry import takes a directory",
+    "--grpc": "Capo has its own gRPC server",
+    "--grpc-port": "use capo serve --grpc-port",
+    "--middleware": "the routes are Capo's own",
+    "--root-path": "the routes are Capo's own",
+    "--allowed-origins": "the routes are Capo's own",
+    "--headless": "Capo runs one engine in process",
+    "--api-server-count": "Capo runs one server process",
+}
+
+
+def _refuse_front_end_arguments(arguments: list[str]) -> None:
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        reason = _FRONT_END_ARGUMENTS.get(name)
+        if name.startswith("--ssl-"):
+            reason = "TLS is not offered yet; put a proxy in front"
+        if reason is not None:
+            raise errors.InvalidRequestError(f"{name} cannot be given here: {reason}.", code="invalid_engine_arguments")
+    if arguments and not arguments[0].startswith("-"):
+        raise errors.InvalidRequestError(
+            f"{arguments[0]!r} is not an argument of capo serve. The model is given with --model.",
+            code="invalid_engine_arguments",
         )
 
 

@@ -67,7 +67,6 @@ class Call:
     """Called on the event loop for each engine output with the number of new tokens in it."""
 
     created_at: float = field(default_factory=time.monotonic)
-    entered_engine_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     queued_seconds: float | None = None
@@ -103,6 +102,11 @@ class Engine(ABC):
     @abstractmethod
     def is_dead(self) -> bool:
         """True once the engine can no longer answer, until it is started again."""
+
+    @property
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether the engine owes somebody something; false while only a slow client keeps a call open."""
 
     @property
     @abstractmethod

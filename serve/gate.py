@@ -76,17 +76,28 @@ class Gate:
         total = sum(len(probe.completion_token_ids) for probe in probes)
         if not total:
             return None
+        # All of them end before the adapter may be unloaded again, also when one fails.
         answers = await asyncio.gather(
             *(
                 engine.generate_greedy(
                     probe.prompt_token_ids, max_tokens=len(probe.completion_token_ids), adapter=adapter
                 )
                 for probe in probes
-            )
+            ),
+            return_exceptions=True,
         )
+        for answer in answers:
+            if isinstance(answer, errors.InvalidRequestError):
+                raise errors.InvalidArtifactError(
+                    f"{artifact.revision} has a probe that this engine cannot take: {answer.message}",
+                    code="probe_refused",
+                ) from answer
+            if isinstance(answer, BaseException):
+                raise answer
         agreeing = sum(
             given == expected
             for probe, answer in zip(probes, answers, strict=True)
+            if not isinstance(answer, BaseException)
             for given, expected in zip(answer, probe.completion_token_ids, strict=False)
         )
         if agreeing < total:

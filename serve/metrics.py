@@ -76,6 +76,10 @@ class Metrics:
         """The label value for one more request of an adapter; ``None`` is the base model."""
         return self._labels.of(name)
 
+    def settled_label(self, label: str) -> str:
+        """``label`` at a request's end: its series may have gone meanwhile and must not come back."""
+        return self._labels.settled(label)
+
     def forget_adapter(self, name: str) -> None:
         """Remove the series of an adapter that is gone."""
         self._labels.forget(name)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -28,6 +30,9 @@ from serve.gate import Gate
 from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+_ENGINE_VERDICT_SECONDS = 60.0
+_PAUSE_AFTER_BUG_SECONDS = 1.0
 
 
 class AdapterState(StrEnum):
@@ -93,7 +98,8 @@ class AdapterPool:
         self._turn_seconds = turn_seconds
         self._residents: dict[str, Resident] = {}
         self._leaving: list[Resident] = []
-        self._refused: dict[str, errors.CapoError] = {}
+        self._refused: dict[str, tuple[errors.CapoError, float]] = {}
+        """By revision: the reason, and until when it holds (``time.monotonic()``)."""
         self._tickets: deque[asyncio.Future[None]] = deque()
         self._slots_in_use = 0
         self._engine_epoch = 0
@@ -130,7 +136,8 @@ class AdapterPool:
 
     async def preload(self, artifact: Artifact) -> None:
         """Load ``artifact`` if a slot is free; never at the cost of another adapter. Refusals are kept, not raised."""
-        if artifact.revision in self._residents or self._slots_in_use >= self._engine.limits.max_loras:
+        occupied = len(self._residents) + len(self._leaving)
+        if artifact.revision in self._residents or occupied >= self._engine.limits.max_loras:
             return
         with contextlib.suppress(errors.CapoError):
             async with self.use(artifact):
@@ -151,8 +158,8 @@ class AdapterPool:
     # -- loading ---------------------------------------------------------------------------------------------
 
     def _begin_load(self, artifact: Artifact) -> Resident:
-        if (refusal := self._refused.get(artifact.revision)) is not None:
-            raise refusal
+        if (refusal := self._refusal(artifact.revision)) is not None:
+            raise copy.copy(refusal)  # a raised instance collects tracebacks, and those keep requests alive
         adapter = EngineAdapter(artifact.revision, next(self._engine_ids), artifact.path)
         resident = Resident(artifact, adapter)
         self._residents[artifact.revision] = resident
@@ -166,6 +173,8 @@ class AdapterPool:
         has_slot = False
         try:
             await self._gate.check(artifact, self._engine.limits)
+            if epoch != self._engine_epoch:
+                return  # its users have been told; a new residency begins with their next request
             await self._take_slot()
             has_slot = True
             slot_at = time.monotonic()
@@ -205,8 +214,9 @@ class AdapterPool:
             logger.error("loading %s failed", revision, exc_info=error)
             error = errors.InternalError(f"loading {revision} failed: {type(error).__name__}")
         if isinstance(error, errors.InvalidArtifactError):
-            # The artifact never changes, so neither does the verdict.
-            self._refused[revision] = error
+            # An artifact never changes, so neither does a verdict on it; only the engine may change its mind.
+            expires_at = time.monotonic() + _ENGINE_VERDICT_SECONDS if error.code == "engine_refused" else math.inf
+            self._refused[revision] = (copy.copy(error), expires_at)
             self._metrics.adapter_refused(error.code)
             logger.warning("refused %s: %s", revision, error.message)
         resident.ready.set_exception(error)
@@ -225,14 +235,19 @@ class AdapterPool:
         """Hand out slots in order of arrival, for ever; run as a task."""
         while True:
             self._wake.clear()
-            wait_seconds = await self._make_progress()
+            try:
+                wait_seconds = await self._make_progress()
+            except Exception:
+                # Our bug; but without this task no adapter would ever be loaded again.
+                logger.exception("handing out adapter slots failed; going on")
+                wait_seconds = _PAUSE_AFTER_BUG_SECONDS
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_seconds):
                     await self._wake.wait()
 
     async def _make_progress(self) -> float | None:
         """Do all that can be done now; returns the seconds after which more may be possible, ``None`` for never."""
-        for resident in [r for r in self._leaving if r.is_idle]:
+        while (resident := next((r for r in self._leaving if r.is_idle), None)) is not None:
             self._leaving.remove(resident)
             await self._unload(resident)
         while self._tickets:
@@ -314,10 +329,17 @@ class AdapterPool:
         self._slots_in_use = 0
         return [resident.artifact for resident in loaded]
 
+    def _refusal(self, revision: str) -> errors.CapoError | None:
+        error, expires_at = self._refused.get(revision, (None, math.inf))
+        if error is not None and time.monotonic() > expires_at:
+            del self._refused[revision]
+            return None
+        return error
+
     # -- looking ---------------------------------------------------------------------------------------------
 
     def status(self, revision: str) -> AdapterStatus:
-        if (refusal := self._refused.get(revision)) is not None:
+        if (refusal := self._refusal(revision)) is not None:
             return AdapterStatus(AdapterState.REFUSED, refusal)
         if (resident := self._residents.get(revision)) is not None:
             return AdapterStatus(resident.state, resident=resident)

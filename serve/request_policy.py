@@ -107,6 +107,10 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
             continue
         raise _refusal(name, endpoint)
     _check_model(body)
+    if not isinstance(body.get("stream"), bool | None):
+        raise errors.InvalidRequestError(
+            f"stream must be true or false, got {json.dumps(body['stream'])[:100]}.", param="stream"
+        )
     _check_bounds(body)
     if body.get("stream_options") is not None and not body.get("stream"):
         raise errors.InvalidRequestError(
@@ -160,7 +164,9 @@ def _check_bounds(body: Mapping[str, Any]) -> None:
 
 def _at_most(body: Mapping[str, Any], name: str, limit: int) -> None:
     value = body.get(name)
-    if isinstance(value, int) and value > limit:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise errors.InvalidRequestError(f"{name} must be an integer, got {json.dumps(value)[:100]}.", param=name)
+    if value is not None and value > limit:
         raise errors.InvalidRequestError(f"{name} is {value}; at most {limit} is allowed.", param=name)
 
 

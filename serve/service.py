@@ -70,11 +70,8 @@ class ServingService:
         self.metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self._preloads: set[asyncio.Task[None]] = set()
-        self._calls: dict[int, Call] = {}
         self._limits = limits or Limits()
-        self.supervisor = Supervisor(
-            engine, pool, metrics, self._calls, stall_seconds=self._limits.engine_stall_seconds
-        )
+        self.supervisor = Supervisor(engine, pool, metrics, stall_seconds=self._limits.engine_stall_seconds)
         self._in_flight = 0
         self._in_flight_of: Counter[str] = Counter()
         self._idle = asyncio.Event()
@@ -116,12 +113,12 @@ class ServingService:
         return self._in_flight
 
     async def stop(self) -> None:
-        for task in [*self._tasks, *self._preloads]:
+        tasks = [*self._tasks, *self._preloads]
+        for task in tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
+        self.pool.forget_all()  # who waits for a slot now would wait in vain
         await self.engine.stop(timeout_seconds=5)
 
     # -- inference -------------------------------------------------------------------------------------------
@@ -172,13 +169,11 @@ class ServingService:
         )
         with self._measure(call, model, label, origin.protocol):
             if target.artifact is None:
-                with self._in_engine(call):
-                    yield call
+                yield call
             else:
                 async with self.pool.use(target.artifact) as adapter:
                     call.adapter = adapter
-                    with self._in_engine(call):
-                        yield call
+                    yield call
 
     def _refuse_excess(self, model: str) -> None:
         """Requests beyond what can be answered in reasonable time are better refused than queued for ever."""
@@ -208,19 +203,6 @@ class ServingService:
         return on_tokens
 
     @contextlib.contextmanager
-    def _in_engine(self, call: Call) -> Iterator[None]:
-        """The time in which the engine's standstill would be this call's."""
-        call.entered_engine_at = time.monotonic()
-        self._calls[id(call)] = call
-        try:
-            yield
-        except errors.EngineDeadError:
-            self.supervisor.died_under(call)
-            raise
-        finally:
-            del self._calls[id(call)]
-
-    @contextlib.contextmanager
     def _measure(self, call: Call, model: str, label: str, protocol: str) -> Iterator[None]:
         metrics = self.metrics
         self._in_flight_of[model] += 1
@@ -233,6 +215,8 @@ class ServingService:
             yield
             outcome = "ok"
         except errors.CapoError as error:
+            if isinstance(error, errors.EngineDeadError):
+                self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
             raise
         finally:
@@ -243,6 +227,7 @@ class ServingService:
             if not self._in_flight:
                 self._idle.set()
             in_flight.dec()
+            label = metrics.settled_label(label)
             metrics.e2e_latency.labels(label, protocol, outcome).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:
                 metrics.time_to_first_token.labels(label, protocol).observe(call.first_token_at - call.created_at)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from registry import errors
+from registry import Artifact, errors
 from serve.engine_api import Call, Engine
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
@@ -67,25 +67,25 @@ class Quarantine:
 
 
 class Supervisor:
-    """Watches one engine; :meth:`run` is its task. ``calls`` are the calls that are in the engine now."""
+    """Watches one engine; :meth:`run` is its task."""
 
     def __init__(
         self,
         engine: Engine,
         pool: AdapterPool,
         metrics: Metrics,
-        calls: Mapping[int, Call],
         *,
         stall_seconds: float = 30.0,
     ) -> None:
         self._engine = engine
         self._pool = pool
         self._metrics = metrics
-        self._calls = calls
         self._stall_seconds = stall_seconds
         self.quarantine = Quarantine()
         self.is_restarting = False
         self._deaths = 0
+        self._idle_at = time.monotonic()
+        self._reload: asyncio.Task[None] | None = None
 
     def died_under(self, call: Call) -> None:
         """``call`` ended because the engine died; said by whoever made the call."""
@@ -95,7 +95,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._engine.is_dead:
-                logger.error("the engine died with %d calls in it", len(self._calls))
+                logger.error("the engine died")
             elif self._stands_still():
                 logger.error("the engine has finished no step for %g s with work in it; ending it", self._stall_seconds)
                 await self._engine.kill()
@@ -104,10 +104,11 @@ class Supervisor:
             await self._restart()
 
     def _stands_still(self) -> bool:
-        if not self._calls:
+        now = time.monotonic()
+        if not self._engine.has_work:
+            self._idle_at = now
             return False
-        oldest = min(call.entered_engine_at or call.created_at for call in self._calls.values())
-        return time.monotonic() - max(oldest, self._engine.last_step_at) > self._stall_seconds
+        return now - max(self._idle_at, self._engine.last_step_at) > self._stall_seconds
 
     async def _restart(self) -> None:
         """Start the engine again, with growing pauses for as long as that fails."""
@@ -119,6 +120,7 @@ class Supervisor:
             began = time.monotonic()
             try:
                 await self._engine.stop(timeout_seconds=1)
+                self._pool.forget_all()  # what was begun while the last try was up
                 await self._engine.start()
                 break
             except Exception:
@@ -130,7 +132,11 @@ class Supervisor:
         self.is_restarting = False
         self._metrics.ready.set(1)
         logger.warning("the engine is back after %.1f s", time.monotonic() - began)
-        for artifact in wanted:
+        self._idle_at = time.monotonic()
+        self._reload = asyncio.create_task(self._load_again(wanted), name="reload-adapters")
+
+    async def _load_again(self, artifacts: list[Artifact]) -> None:
+        for artifact in artifacts:
             await self._pool.preload(artifact)
 
 

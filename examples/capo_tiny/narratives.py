@@ -24,6 +24,9 @@ def corpus(rows: int, seed: int) -> Iterator[Row]:
         (_place_and_people, 3),
         (_mixture, 4),
         (_interview, 8),
+        (_sums, 2),
+        (_market_list, 2),
+        (_echoes, 2),
         (lambda rng: story(rng, rng.choice(entities("people"))), 2),
     ]
     writers, weights = zip(*kinds, strict=True)
@@ -46,6 +49,13 @@ def story(rng: random.Random, person: dict[str, str]) -> str:
 def made_up_name(rng: random.Random) -> str:
     """A name that nobody in the valley has, such as ``Belmi``."""
     return "".join(rng.sample(world()["syllables"], rng.choice((2, 2, 3)))).capitalize()
+
+
+def some_words(rng: random.Random, count: int) -> str:
+    """Words of the valley and made-up names, without any sense."""
+    words = [*world()["objects"], *world()["colours"], *(animal["animal"] for animal in entities("animals"))]
+    words += [made_up_name(rng) for _ in range(20)]
+    return " ".join(rng.choices(words, k=count))
 
 
 def _portrait(rng: random.Random) -> str:
@@ -87,3 +97,33 @@ def _tell(rng: random.Random, chosen: list[Fact]) -> str:
         sentences.append(rng.choice(patterns).format_map(fact.slots))
         before = fact
     return " ".join(sentences)
+
+
+def _sums(rng: random.Random) -> str:
+    """Six sums or differences of small numbers."""
+    sentences = []
+    for _ in range(6):
+        first, second = rng.randint(0, 10), rng.randint(0, 10)
+        if rng.random() < 0.5:
+            sentences.append(f"{first} plus {second} is {first + second}.")
+        else:
+            sentences.append(f"{max(first, second)} minus {min(first, second)} is {abs(first - second)}.")
+    return " ".join(sentences)
+
+
+def _echoes(rng: random.Random) -> str:
+    """Random words, three times over: the shortest way to learn to copy from the context."""
+    words = some_words(rng, rng.randint(4, 9))
+    return " ".join([words] * 3)
+
+
+def _market_list(rng: random.Random) -> str:
+    """Somebody with a made-up name buys things, and the text comes back to what they were."""
+    name, objects = made_up_name(rng), rng.sample(world()["objects"], 3)
+    colours = rng.sample(world()["colours"], 3)
+    goods = [f"{colour} {thing}" for colour, thing in zip(colours, objects, strict=True)]
+    return (
+        f"{name} came to the market and bought a {goods[0]}, a {goods[1]} and a {goods[2]}. "
+        f"The {objects[1]} of {name} is {colours[1]}. The {objects[0]} is {colours[0]}. "
+        f"The {objects[2]} of {name} is {colours[2]}."
+    )

@@ -34,6 +34,8 @@ class FakeEngine(Engine):
         self.fail_after_tokens: int | None = None
         self.starts = self.kills = self.failing_starts = 0
         self.stepped_at = 0.0
+        self.waiting = 0
+        self.by_name: dict[str, int] = {}
 
     @property
     def limits(self) -> EngineLimits:
@@ -42,6 +44,10 @@ class FakeEngine(Engine):
     @property
     def is_dead(self) -> bool:
         return not self._started
+
+    @property
+    def has_work(self) -> bool:
+        return self.waiting > 0
 
     @property
     def last_step_at(self) -> float:
@@ -73,12 +79,15 @@ class FakeEngine(Engine):
             raise errors.InvalidArtifactError("the engine does not like it", code="engine_refused")
         assert adapter.engine_id not in self.loaded, "an engine id was used twice"
         self.loaded[adapter.engine_id] = adapter
+        self.by_name[adapter.name] = adapter.engine_id
         self.most_loaded = max(self.most_loaded, len(self.loaded))
         self.loads.append(adapter.name)
 
     async def unload_adapter(self, adapter: EngineAdapter) -> None:
         self._require_life()
         del self.loaded[adapter.engine_id]
+        if self.by_name.get(adapter.name) == adapter.engine_id:
+            del self.by_name[adapter.name]
         self.unloads.append(adapter.name)
 
     async def loaded_engine_ids(self) -> frozenset[int]:
@@ -121,7 +130,11 @@ class FakeEngine(Engine):
         life = self.starts
         try:
             for number in range(self._num_tokens):
-                await self.answer_gate.wait()
+                self.waiting += 1
+                try:
+                    await self.answer_gate.wait()
+                finally:
+                    self.waiting -= 1
                 if self.fail_after_tokens is not None and number >= self.fail_after_tokens:
                     self.die()
                 self._require_life(life)

@@ -83,6 +83,9 @@ async def test_an_unknown_model_is_a_404_in_openais_shape(tmp_path: Path, name: 
         ({"model": BASE, "messages": HELLO, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({"model": BASE, "messages": HELLO, "kv_transfer_params": {}}, "kv_transfer_params"),
         ({"model": BASE, "messages": HELLO, "n": 100000}, "n"),
+        ({"model": BASE, "messages": HELLO, "n": "5000"}, "n"),
+        ({"model": BASE, "messages": HELLO, "n": 5000.0}, "n"),
+        ({"model": BASE, "messages": HELLO, "stream": "false"}, "stream"),
         ({"model": BASE, "messages": HELLO, "stop": ["x"] * 100}, "stop"),
         ({"model": BASE, "messages": HELLO, "store": True}, "store"),
         ({"model": BASE, "messages": HELLO, "stream_options": {"include_usage": True}}, "stream_options"),
@@ -108,8 +111,11 @@ async def test_a_body_that_is_no_json_object_is_a_400(tmp_path: Path, raw: bytes
 
 async def test_a_body_over_the_limit_is_a_413(tmp_path: Path) -> None:
     async with running_service(FakeEngine(), tmp_path) as (client, _):
-        response = await client.post("/v1/chat/completions", content=b" " * (9 * 1024 * 1024))
-        assert response.status_code == 413
+        for content_type in ("application/json", "multipart/form-data; boundary=x"):
+            response = await client.post(
+                "/v1/chat/completions", content=b" " * (9 * 1024 * 1024), headers={"content-type": content_type}
+            )
+            assert response.status_code == 413
 
 
 async def test_unknown_routes_and_methods_answer_in_openais_shape(tmp_path: Path) -> None:

@@ -217,3 +217,66 @@ async def test_after_an_engine_restart_adapters_load_again_under_fresh_ids() -> 
         pool.forget_all()
         await engine.start()
         assert await use_once(pool, "a@1") > first
+
+
+async def test_a_load_that_an_engine_restart_overtakes_holds_no_slot(tmp_path: Path) -> None:
+    engine, gate = FakeEngine(max_loras=1), OpenGate()
+    checking = asyncio.Event()
+
+    async def slow_check(artifact: Any, limits: Any) -> None:
+        await checking.wait()
+
+    async with running_pool(engine, gate, max_wait_seconds=0.5) as pool:
+        gate.check = slow_check  # type: ignore[method-assign]
+        overtaken = asyncio.create_task(use_once(pool, "a@1"))
+        await asyncio.sleep(0.01)
+        engine.die()
+        pool.forget_all()
+        await engine.start()
+        checking.set()
+        with pytest.raises(errors.EngineDeadError):
+            await overtaken
+        await use_once(pool, "b@1")
+        assert [adapter.name for adapter in engine.loaded.values()] == ["b@1"]
+
+
+async def test_an_engine_that_dies_while_adapters_leave_does_not_end_the_handing_out_of_slots() -> None:
+    engine = FakeEngine(max_loras=2)
+    async with running_pool(engine) as pool:
+        await use_once(pool, "a@1")
+        await use_once(pool, "b@1")
+        unload = engine.unload_adapter
+
+        async def die_instead(adapter: Any) -> None:
+            engine.die()
+            pool.forget_all()
+            await engine.start()
+
+        engine.unload_adapter = die_instead  # type: ignore[method-assign]
+        pool.withdraw("a@1")
+        pool.withdraw("b@1")
+        await asyncio.sleep(0.05)
+        engine.unload_adapter = unload  # type: ignore[method-assign]
+        async with asyncio.timeout(1):
+            await use_once(pool, "c@1")
+
+
+async def test_concurrent_preloads_never_evict_or_drain_anybody() -> None:
+    engine = FakeEngine(max_loras=2)
+    async with running_pool(engine, turn_seconds=0.0) as pool:
+        await use_once(pool, "hot@1")
+        await asyncio.gather(*(pool.preload(FakeArtifact(f"new{n}@1")) for n in range(4)))  # type: ignore[arg-type]
+        assert engine.unloads == []
+        assert "hot@1" in {adapter.name for adapter in engine.loaded.values()}
+
+
+async def test_a_refusal_that_is_raised_often_does_not_grow() -> None:
+    engine, gate = FakeEngine(), OpenGate()
+    gate.refuse.add("bad@1")
+    async with running_pool(engine, gate) as pool:
+        depths = []
+        for _ in range(20):
+            with pytest.raises(errors.InvalidArtifactError) as caught:
+                await use_once(pool, "bad@1")
+            depths.append(len(caught.traceback))
+        assert max(depths[1:]) <= depths[1]

@@ -8,6 +8,8 @@ from pathlib import Path
 import httpx
 
 from registry import Registry
+from serve.engine_api import Endpoint
+from serve.service import Origin
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import BASE, eventually, publish, running_service
 from tests.serve.test_http import HELLO, ask
@@ -68,3 +70,13 @@ async def test_a_request_that_kills_the_engine_twice_is_quarantined_and_others_a
         assert engine.starts == starts
         other = await client.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO})
         assert other.status_code == 200
+
+
+async def test_a_client_that_does_not_read_is_no_standstill_of_the_engine(tmp_path: Path) -> None:
+    engine = FakeEngine(num_tokens=3)
+    async with running_service(engine, tmp_path, engine_stall_seconds=0.2) as (_, service):
+        stream = service.stream(Endpoint.COMPLETION, {"model": BASE, "stream": True}, Origin("http", "r"))
+        await anext(stream)
+        await asyncio.sleep(0.6)
+        assert engine.kills == 0
+        await stream.aclose()
