@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from rich.table import Table
 from capo.memory import MemoryWatch
 from registry import ManifestDraft, Registry, errors
 
-TASKS = ("support", "old-vale")
+TASKS = ("support", "crier")
 NUM_QUESTIONS = 24
 LEAST_ADAPTER_SHARE = 0.9
 MOST_BASE_SHARE = 0.1
@@ -119,11 +120,15 @@ def _service(data_dir: Path, report: Report) -> Iterator[tuple[str, MemoryWatch]
 
 def _wait_ready(process: subprocess.Popen[str], report: Report, log_path: Path) -> str:
     assert process.stdout is not None
+    watchdog = threading.Timer(_START_SECONDS, process.kill)  # the loop below then ends with the output
+    watchdog.start()
     for line in process.stdout:
         console.print(f"  {line.rstrip()}", highlight=False, markup=False)
         if match := _READY.search(line):
             report.start_seconds = float(match[2])
+            watchdog.cancel()
             return match[1]
+    watchdog.cancel()
     raise errors.UnavailableError(f"The service did not start:\n{log_path.read_text()[-4000:]}")
 
 

@@ -49,9 +49,9 @@ class Settings(BaseSettings):
     )
     organization: str = Field(default="capo", description="The organisation in ft:<base>:<organization>:<suffix>:<id>.")
     drain_seconds: float = Field(
-        default=25.0,
+        default=20.0,
         ge=0,
-        description="How long SIGTERM waits for running requests; below Kubernetes' 30 s grace.",
+        description="How long SIGTERM waits for running requests; with closing, below Kubernetes' grace of 30 s.",
     )
     adapter_wait_seconds: float = Field(
         default=30.0, gt=0, description="How long a request waits for an adapter slot before 503."

@@ -144,7 +144,6 @@ class VllmEngine(Engine):
         self._base_model = served_model_name
         parser = make_arg_parser(FlexibleArgumentParser())
         argv = ["--model", model_path, "--served-model-name", served_model_name, *vllm_arguments]
-        _refuse_front_end_arguments(vllm_arguments)
         try:
             self._args = parser.parse_args(argv)
             validate_parsed_serve_args(self._args)
@@ -470,39 +469,6 @@ class VllmEngine(Engine):
             return _engine_dead()
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
-        )
-
-
-# Arguments of vLLM's own server that have no meaning behind Capo's; accepted, they would be ignored or do harm.
-_FRONT_END_ARGUMENTS = {
-    "--api-key": "Capo does not take keys yet and listens on loopback",
-    "--host": "use capo serve --host",
-    "--port": "use capo serve --port",
-    "--model": "use capo serve --model",
-    "--served-model-name": "the base model goes by its own id",
-    "--lora-modules": "publish adapters to the registry; capo registry import takes a directory",
-    "--grpc": "Capo has its own gRPC server",
-    "--grpc-port": "use capo serve --grpc-port",
-    "--middleware": "the routes are Capo's own",
-    "--root-path": "the routes are Capo's own",
-    "--allowed-origins": "the routes are Capo's own",
-    "--headless": "Capo runs one engine in process",
-    "--api-server-count": "Capo runs one server process",
-}
-
-
-def _refuse_front_end_arguments(arguments: list[str]) -> None:
-    for argument in arguments:
-        name = argument.partition("=")[0].replace("_", "-")
-        reason = _FRONT_END_ARGUMENTS.get(name)
-        if name.startswith("--ssl-"):
-            reason = "TLS is not offered yet; put a proxy in front"
-        if reason is not None:
-            raise errors.InvalidRequestError(f"{name} cannot be given here: {reason}.", code="invalid_engine_arguments")
-    if arguments and not arguments[0].startswith("-"):
-        raise errors.InvalidRequestError(
-            f"{arguments[0]!r} is not an argument of capo serve. The model is given with --model.",
-            code="invalid_engine_arguments",
         )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registry import errors
+
 MAX_LORAS = 8
 MAX_LORA_RANK = 16
 
@@ -36,6 +38,7 @@ class Choice:
 
 def choose(model_path: Path, *, use_gpu: bool, user_arguments: list[str]) -> list[Choice]:
     """Our choices for what the user left open. They go before the user's on the command line: the last one wins."""
+    refuse_front_end_arguments(user_arguments)
     config = _read_config(model_path)
     max_loras = _user_value(user_arguments, "--max-loras") or str(MAX_LORAS)
     choices = [
@@ -53,6 +56,44 @@ def choose(model_path: Path, *, use_gpu: bool, user_arguments: list[str]) -> lis
         choices.append(Choice("--kv-cache-memory-bytes", str(bytes_), why))
         choices.append(Choice("--enforce-eager", None, "with LoRA on a CPU vLLM compiles nothing anyway"))
     return [c for c in choices if _user_value(user_arguments, c.argument) is None or c.argument == "--enable-lora"]
+
+
+# Arguments of vLLM's own server that have no meaning behind Capo's; accepted, they would be ignored or do harm.
+_FRONT_END_ARGUMENTS = {
+    "--api-key": "Capo does not take keys yet and listens on loopback",
+    "--host": "use capo serve --host",
+    "--port": "use capo serve --port",
+    "--model": "use capo serve --model",
+    "--served-model-name": "the base model goes by its own id",
+    "--lora-modules": "publish adapters to the registry; capo registry import takes a directory",
+    "--grpc": "Capo has its own gRPC server",
+    "--grpc-port": "use capo serve --grpc-port",
+    "--middleware": "the routes are Capo's own",
+    "--root-path": "the routes are Capo's own",
+    "--allowed-origins": "the routes are Capo's own",
+    "--headless": "Capo runs one engine in process",
+    "--api-server-count": "Capo runs one server process",
+}
+
+
+def refuse_front_end_arguments(arguments: list[str]) -> None:
+    """Refuse what would be accepted by vLLM's parser and then ignored, or do harm.
+
+    Raises:
+        InvalidRequestError: naming the argument and what to use instead.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        reason = _FRONT_END_ARGUMENTS.get(name)
+        if name.startswith("--ssl-"):
+            reason = "TLS is not offered yet; put a proxy in front"
+        if reason is not None:
+            raise errors.InvalidRequestError(f"{name} cannot be given here: {reason}.", code="invalid_engine_arguments")
+    if arguments and not arguments[0].startswith("-"):
+        raise errors.InvalidRequestError(
+            f"{arguments[0]!r} is not an argument of capo serve. The model is given with --model.",
+            code="invalid_engine_arguments",
+        )
 
 
 def max_lora_rank(user_arguments: list[str]) -> int:

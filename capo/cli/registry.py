@@ -11,23 +11,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from capo.settings import DEFAULT_DATA_DIR
+from capo.cli.serve import read_settings
 from registry import Registry, errors
 
 app = typer.Typer(help="List, check and change what a registry directory holds.", no_args_is_help=True)
 
-RegistryOption = Annotated[Path, typer.Option("--registry", envvar="CAPO_REGISTRY_DIR", help="The registry directory.")]
-_DEFAULT = DEFAULT_DATA_DIR / "registry"
+RegistryOption = Annotated[
+    Path | None, typer.Option("--registry", help="The registry directory; default as for capo serve.")
+]
 
 
-def _open(directory: Path, *, read_only: bool = False) -> Registry:
+def _open(given: Path | None, *, read_only: bool = False) -> Registry:
+    directory = read_settings(registry_dir=given).registry_path
     if read_only and not directory.exists():
         raise errors.NotFoundError(f"There is no registry at {directory}. Name one with --registry.")
     return Registry(directory, read_only=read_only, create=not read_only)
 
 
 @app.command("list")
-def list_artifacts(registry: RegistryOption = _DEFAULT) -> None:
+def list_artifacts(registry: RegistryOption = None) -> None:
     """Every artifact, newest first, with the aliases that point to it."""
     opened = _open(registry, read_only=True)
     aliases: dict[str, list[str]] = {}
@@ -50,7 +52,7 @@ def list_artifacts(registry: RegistryOption = _DEFAULT) -> None:
 
 
 @app.command()
-def show(reference: str, registry: RegistryOption = _DEFAULT) -> None:
+def show(reference: str, registry: RegistryOption = None) -> None:
     """The manifest of a revision, alias or ft: name, as JSON."""
     artifact = _open(registry, read_only=True).resolve(reference)
     document = {"revision": artifact.revision, "digest": artifact.digest, "path": str(artifact.path)}
@@ -63,7 +65,7 @@ def import_adapter(
     name: Annotated[str, typer.Option(help="Name under which the adapter is published.")],
     base_model: Annotated[str, typer.Option(help="The base model that the adapter was made for.")] = "capo-tiny",
     alias: Annotated[bool, typer.Option(help="Point the alias NAME to the new revision.")] = True,
-    registry: RegistryOption = _DEFAULT,
+    registry: RegistryOption = None,
 ) -> None:
     """Take in a PEFT adapter directory made by any other tool, after checking it."""
     from registry import locate_base_model
@@ -76,7 +78,7 @@ def import_adapter(
 
 
 @app.command()
-def alias(name: str, revision: str, registry: RegistryOption = _DEFAULT) -> None:
+def alias(name: str, revision: str, registry: RegistryOption = None) -> None:
     """Point alias NAME to REVISION, at once for every reader."""
     record = _open(registry).set_alias(name, revision)
     typer.echo(f"{record.alias} -> {record.revision}")
@@ -85,7 +87,7 @@ def alias(name: str, revision: str, registry: RegistryOption = _DEFAULT) -> None
 @app.command()
 def verify(
     reference: Annotated[str | None, typer.Argument(help="A revision or alias; left out: everything.")] = None,
-    registry: RegistryOption = _DEFAULT,
+    registry: RegistryOption = None,
 ) -> None:
     """Read every byte again and compare with the manifest. Exit code 1 if anything differs."""
     opened = _open(registry, read_only=True)
@@ -103,7 +105,7 @@ def verify(
 def remove(
     revision: str,
     force: Annotated[bool, typer.Option(help="Also when aliases point to it; they are deleted.")] = False,
-    registry: RegistryOption = _DEFAULT,
+    registry: RegistryOption = None,
 ) -> None:
     """Remove a revision. A running service lets its users finish."""
     _open(registry).remove(revision, force=force)
@@ -116,7 +118,7 @@ def gc(
         int | None,
         typer.Option(help="Also remove all but this many of the newest unaliased revisions per name."),
     ] = None,
-    registry: RegistryOption = _DEFAULT,
+    registry: RegistryOption = None,
 ) -> None:
     """Remove what interrupted publishers left behind."""
     typer.echo(str(_open(registry).gc(keep_unaliased)))

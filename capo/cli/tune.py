@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from capo.settings import DEFAULT_DATA_DIR
+from capo.cli.serve import read_settings
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,8 +17,8 @@ def add_to(app: typer.Typer) -> None:
 def tune(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     registry: Annotated[
-        Path, typer.Option(envvar="CAPO_REGISTRY_DIR", help="Where the result is published.")
-    ] = DEFAULT_DATA_DIR / "registry",
+        Path | None, typer.Option(help="Where the result is published; default as for capo serve.")
+    ] = None,
     work_dir: Annotated[
         Path | None,
         typer.Option(help="Checkpoints and TensorBoard logs; default capo-data/runs/RECIPE. Resumes what is there."),
@@ -29,8 +29,9 @@ def tune(
     from tune.cli import tune_recipe
     from tune.progress import StopRequested
 
+    settings = read_settings(registry_dir=registry)
     try:
-        tune_recipe(recipe, registry, work_dir or DEFAULT_DATA_DIR / "runs" / recipe.stem, alias)
+        tune_recipe(recipe, settings.registry_path, work_dir or settings.data_dir / "runs" / recipe.stem, alias)
     except StopRequested as stop:
         typer.echo(f"stopped ({stop.reason}); run the same command again to go on", err=True)
         raise typer.Exit(130) from stop

@@ -1,0 +1,57 @@
+"""What Capo chooses for vLLM, and what it does not let through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from registry import errors
+from serve.engine_arguments import choose, max_lora_rank
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "max_position_embeddings": 1024,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def chosen(model: Path, *arguments: str, use_gpu: bool = False) -> dict[str, str | None]:
+    return {c.argument: c.value for c in choose(model, use_gpu=use_gpu, user_arguments=list(arguments))}
+
+
+def test_a_cpu_gets_an_explicit_cache_and_a_gpu_leaves_it_to_vllm(model: Path) -> None:
+    # 2 (K and V) * 2 layers * 2 heads * 16 wide * 2 bytes * 1024 tokens * 32 sequences
+    assert chosen(model)["--kv-cache-memory-bytes"] == str(max(64 * 1024**2, 2 * 2 * 2 * 16 * 2 * 1024 * 32))
+    assert "--kv-cache-memory-bytes" not in chosen(model, use_gpu=True)
+
+
+def test_what_the_user_gives_is_not_chosen_again(model: Path) -> None:
+    mine = chosen(model, "--max-lora-rank", "64", "--max_loras=3")
+    assert "--max-lora-rank" not in mine
+    assert "--max-loras" not in mine
+    assert mine["--max-cpu-loras"] == "3"
+
+
+@pytest.mark.parametrize(("arguments", "rank"), [([], 16), (["--max-lora-rank", "64"], 64), (["--max-lora-rank=8"], 8)])
+def test_the_largest_rank_is_known_before_the_engine_is_up(arguments: list[str], rank: int) -> None:
+    assert max_lora_rank(arguments) == rank
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["foo"], ["--api-key", "x"], ["--ssl-keyfile=x"], ["--lora-modules", "a=b"], ["--served_model_name", "x"]],
+)
+def test_an_argument_that_would_be_ignored_or_do_harm_is_refused(model: Path, arguments: list[str]) -> None:
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        chosen(model, *arguments)
+    assert caught.value.code == "invalid_engine_arguments"
+    assert arguments[0].partition("=")[0].replace("_", "-") in caught.value.message
