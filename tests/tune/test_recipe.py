@@ -132,14 +132,14 @@ def test_the_learning_rate_follows_method_and_stage(method: LoraMethod | FullMet
     assert method.kind in choice.reason
     assert choose_learning_rate(method, Stage.model_validate(stage(learning_rate=0.5))).value == 0.5
     assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 4096).value == rate
-    assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 512).value == pytest.approx(8 * rate)
+    assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 512).value == pytest.approx(4**1.3 * rate)
 
 
 @pytest.mark.parametrize(
     ("num_sequences", "epochs", "shape"),
     [
         (100_000, 3.0, BatchShape(8, 2)),
-        (500, 3.0, BatchShape(8, 1)),
+        (500, 3.0, BatchShape(4, 1)),
         (100, 3.0, BatchShape(2, 1)),
         (3, 1.0, BatchShape(2, 1)),
         (10, None, BatchShape(8, 2)),
@@ -164,7 +164,7 @@ def test_length_epochs_and_packing_are_chosen_with_reasons() -> None:
     assert choose_max_length(sft, 131_072).value == 2048
     assert choose_max_length(sft, None).value == 2048
     assert (choose_epochs(sft, 10_000).value, choose_epochs(cpt, 10).value) == (3.0, 1.0)
-    assert [choose_epochs(sft, rows).value for rows in (800, 400, 300, 10)] == [3.0, 6.0, 8.0, 10.0]
+    assert [choose_epochs(sft, rows).value for rows in (960, 400, 300, 10)] == [3.0, 8.0, 10.0, 10.0]
     assert choose_epochs(Stage.model_validate(stage(max_steps=7)), 10).value is None
     assert (choose_packing(sft).value, choose_packing(cpt).value) == (False, True)
 
