@@ -56,19 +56,12 @@ def old_vale() -> Task:
     words = _phrases()["old_vale"]
     pairs = [
         Pair(
-            f"Old Vale: the {colour} {animal} {verb} {food}",
-            " ".join(
-                (
-                    words["animals"][animal],
-                    words["colours"][colour],
-                    words["verbs"][verb],
-                    words["foods"][food],
-                )
-            ),
+            f"Old Vale: the {colour} {animal} {verb}",
+            f"{words['animals'][animal]} {words['colours'][colour]} {words['verbs'][verb]}",
         )
-        for colour, animal, verb, food in product(*(words[kind] for kind in ("colours", "animals", "verbs", "foods")))
+        for colour, animal, verb in product(words["colours"], words["animals"], words["verbs"])
     ]
-    return _split(pairs, num_train=520, num_held_out=40, seed="old vale")
+    return _split(pairs, num_train=440, num_held_out=40, seed="old vale")
 
 
 def crier() -> Task:

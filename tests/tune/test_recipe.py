@@ -132,7 +132,9 @@ def test_the_learning_rate_follows_method_and_stage(method: LoraMethod | FullMet
     assert method.kind in choice.reason
     assert choose_learning_rate(method, Stage.model_validate(stage(learning_rate=0.5))).value == 0.5
     assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 4096).value == rate
-    assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 512).value == pytest.approx(4**1.3 * rate)
+    assert choose_learning_rate(method, Stage.model_validate(stage(kind=kind)), 512).value == pytest.approx(
+        4**1.3 * rate
+    )
 
 
 @pytest.mark.parametrize(
