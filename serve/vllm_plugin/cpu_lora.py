@@ -56,23 +56,22 @@ def group_rows(slots: list[int]) -> list[_Group]:
 class _StepRows:
     """Which rows of one step belong to which slot, in the forms that the products need."""
 
-    def __init__(self, slots: list[int], num_slots: int) -> None:
+    def __init__(self, slots: list[int]) -> None:
         self.num_rows = len(slots)
         self.groups = group_rows(slots)
         self._slots = slots
-        self._num_slots = num_slots
-        self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
 
     @property
     def is_small_mix(self) -> bool:
         """Several adapters and few rows: one product over all slots beats several over a few rows each."""
         return len(self.groups) > 1 and self.num_rows <= _SMALL_STEP_ROWS
 
-    def mask(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, num_slots: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
         """(N, S * R): 1 where a row and a rank column belong to the same slot; made once a step."""
-        key = (rank, dtype)
+        key = (num_slots, rank, dtype)
         if key not in self._masks:
-            own = torch.zeros(self.num_rows, self._num_slots, 1, dtype=dtype)
+            own = torch.zeros(self.num_rows, num_slots, 1, dtype=dtype)
             rows = [row for row, slot in enumerate(self._slots) if slot >= 0]
             own[rows, [self._slots[row] for row in rows]] = 1
             self._masks[key] = own.expand(-1, -1, rank).reshape(self.num_rows, -1)
@@ -84,16 +83,14 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens = _StepRows([], 0)
-        self._samples = _StepRows([], 0)
+        self._tokens = _StepRows([])
+        self._samples = _StepRows([])
 
-    def update_metadata(
-        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, *args: Any, **kwargs: Any
-    ) -> None:
+    def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         """Called once per step before the model runs."""
-        super().update_metadata(mapping, lora_index_to_id, max_loras, *args, **kwargs)
-        self._tokens = _StepRows(self.token_lora_indices.tolist(), max_loras)
-        self._samples = _StepRows(self.sampler_indices.tolist(), max_loras)
+        super().update_metadata(mapping, *args, **kwargs)
+        self._tokens = _StepRows(self.token_lora_indices.tolist())
+        self._samples = _StepRows(self.sampler_indices.tolist())
 
     def add_lora_linear(
         self,
@@ -156,7 +153,7 @@ def _add_low_rank(
     if rows.is_small_mix:
         num_slots, _, rank, num_in = a.shape
         hidden = x.to(a.dtype) @ a.view(-1, num_in).T  # (N, S * R)
-        hidden = hidden * rows.mask(rank, a.dtype)  # rank columns of other slots are nothing to a row
+        hidden = hidden * rows.mask(num_slots, rank, a.dtype)  # rank columns of other slots are nothing to a row
         if scale != 1.0:
             hidden = hidden * scale
         by_slot = hidden.view(-1, num_slots, rank).transpose(0, 1)  # (S, N, R)

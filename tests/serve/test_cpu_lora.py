@@ -23,7 +23,8 @@ def wrapper_for(slots: list[int]):
         prompt_mapping=tuple(slot + 1 for slot in slots),
         is_prefill=False,
     )
-    wrapper.update_metadata(mapping, list(range(1, NUM_SLOTS + 1)), NUM_SLOTS, 100)
+    # vLLM 0.32 counts one slot more here than the stacked weights have (worker_manager: max_loras + 1).
+    wrapper.update_metadata(mapping, list(range(1, NUM_SLOTS + 1)), NUM_SLOTS + 1, 100)
     return wrapper
 
 
