@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import openai
@@ -29,12 +30,12 @@ class Service:
     start_seconds: float
     data_dir: Path
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    @property
     def async_client(self) -> openai.AsyncOpenAI:
+        """Use it in ``async with``: it belongs to one event loop."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     @property
@@ -74,7 +75,9 @@ def running(data_dir: Path, *arguments: str, start_seconds: float = 180) -> Iter
             if (match := _READY.search(line)) or time.monotonic() > deadline:
                 break
         assert match is not None, f"the service did not start: {(data_dir / 'service.log').read_text()[-3000:]}"
-        yield Service(process, match[1], match[3], float(match[2]), data_dir)
+        service = Service(process, match[1], match[3], float(match[2]), data_dir)
+        yield service
+        service.client.close()
     finally:
         left = []
         with contextlib.suppress(psutil.NoSuchProcess):
