@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import secrets
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,15 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry import errors
+from serve import faces
 from serve.routes.inference import ClientGoneError
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# JSON requests; uploads have their own limit where they are read.
-MAX_BODY_BYTES = 8 * 1024 * 1024
-_UPLOAD_PATH = "/v1/files"
-_STALLED_READER_SECONDS = 60.0
+_UPLOAD_PATH = "/v1/files"  # uploads have their own limit where they are read
 
 
 def build_app(routers: Sequence[APIRouter], not_ready_reason: Callable[[], str | None]) -> FastAPI:
@@ -123,7 +118,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        request_id = faces.request_id(given)
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
@@ -135,9 +130,9 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses bodies over :data:`MAX_BODY_BYTES` while they are read, except where files are uploaded."""
+    """Refuses bodies over :data:`~serve.faces.MAX_REQUEST_BYTES` while they are read, except of uploads."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int = faces.MAX_REQUEST_BYTES) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
 
@@ -164,7 +159,7 @@ class BodyLimit:
 class StalledReaders:
     """Gives up on a client that takes nothing for a minute: it would hold its adapter in the engine for ever."""
 
-    def __init__(self, app: ASGIApp, seconds: float = _STALLED_READER_SECONDS) -> None:
+    def __init__(self, app: ASGIApp, seconds: float = faces.STALLED_READER_SECONDS) -> None:
         self._app = app
         self._seconds = seconds
 

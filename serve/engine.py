@@ -240,6 +240,10 @@ class VllmEngine(Engine):
     def is_dead(self) -> bool:
         return self._llm is None or self._llm.errored
 
+    @property
+    def parses_chat(self) -> bool:
+        return self._llm is not None and self._state.openai_serving_chat.parser_cls is not None
+
     # -- adapters --------------------------------------------------------------------------------------------
 
     async def load_adapter(self, adapter: EngineAdapter) -> None:
@@ -356,7 +360,11 @@ class VllmEngine(Engine):
                     if completion.finish_reason in ("abort", "error"):
                         raise self._aborted(call)
                     yield Piece(
-                        first_index + completion.index, completion.text, completion.token_ids, completion.finish_reason
+                        first_index + completion.index,
+                        completion.text,
+                        completion.token_ids,
+                        completion.finish_reason,
+                        completion.stop_reason,
                     )
         except Exception as error:
             raise self._translate(error) from error

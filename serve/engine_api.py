@@ -85,6 +85,8 @@ class Piece:
     text: str
     token_ids: Sequence[int]
     finish_reason: str | None
+    stop_reason: int | str | None = None
+    """The stop string or token that ended it."""
 
 
 class Engine(ABC):
@@ -112,6 +114,11 @@ class Engine(ABC):
     @abstractmethod
     def last_step_at(self) -> float:
         """``time.monotonic()`` of the last step that the engine finished; steps happen only while there is work."""
+
+    @property
+    def parses_chat(self) -> bool:
+        """Whether a tool or reasoning parser stands behind chat answers: their markup is text in :meth:`pieces`."""
+        return False
 
     @abstractmethod
     async def kill(self) -> None:

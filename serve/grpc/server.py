@@ -5,44 +5,48 @@ Runs on the same event loop as HTTP, and calls the same service.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
-
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from capo_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from registry import errors
+from serve import faces
 from serve.grpc.adapters import AdaptersServicer
 from serve.grpc.inference import InferenceServicer
+from serve.grpc.interceptor import CallInterceptor
 from serve.service import ServingService
 
-logger = logging.getLogger(__name__)
-
-_SERVICES = (
-    inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
-    adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name,
+_SERVICES = tuple(
+    service.full_name
+    for definition in (inference_pb2, adapters_pb2)
+    for service in definition.DESCRIPTOR.services_by_name.values()
 )
-MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""The same as the HTTP face's largest body."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", faces.MAX_REQUEST_BYTES),
+    # What an answer may grow to is bounded by what a request may ask for; a client sets what it takes.
+    ("grpc.max_send_message_length", -1),
     # Without it two servers share a taken port in silence, each getting some of the requests.
     ("grpc.so_reuseport", 0),
-    # Clients may keep an idle connection alive; a ping every 10 s is not an attack.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # A client whose machine or network is gone says nothing; without pings its stream would hold its adapter for ever.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Clients may keep a channel alive in the same way, idle or not: a ping every 10 s is not an attack.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 
 class GrpcServer:
     """Owns the server between :meth:`start` and :meth:`stop`. Health says NOT_SERVING until told otherwise."""
 
-    def __init__(self, service: ServingService) -> None:
-        self._server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+    def __init__(
+        self, service: ServingService, *, stalled_reader_seconds: float = faces.STALLED_READER_SECONDS
+    ) -> None:
+        interceptor = CallInterceptor(_SERVICES, stalled_reader_seconds)
+        self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
         self._health = health.aio.HealthServicer()
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
         adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersServicer(service), self._server)
@@ -75,51 +79,3 @@ class GrpcServer:
     async def stop(self) -> None:
         """End at once; the caller has drained."""
         await self._server.stop(grace=None)
-
-
-class _ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns our errors into status codes, and everything else into an INTERNAL without detail."""
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        if handler.unary_unary is not None:
-            behaviour = handler.unary_unary
-
-            async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-                try:
-                    return await behaviour(request, context)
-                except Exception as error:
-                    await _abort(context, error, details.method)
-
-            return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
-        if handler.unary_stream is not None:
-            streaming = handler.unary_stream
-
-            async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-                try:
-                    async for message in streaming(request, context):
-                        yield message
-                except Exception as error:
-                    await _abort(context, error, details.method)
-
-            return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
-        return handler  # reflection streams both ways and raises nothing of ours
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    kind = errors.wire_kind(error)
-    body = errors.openai_error_body(error)["error"]
-    if kind.http_status == 500:
-        logger.error("%s failed", method, exc_info=error)
-    trailers = [("capo-error-code", str(body["code"]))]
-    if isinstance(error, errors.CapoError) and error.retry_after_seconds is not None:
-        trailers.append(("retry-after", str(max(1, round(error.retry_after_seconds)))))
-    await context.abort(getattr(grpc.StatusCode, kind.grpc_code), str(body["message"]), tuple(trailers))

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from serve.model_list import callable_models
 from serve.service import ServingService
 
 
@@ -14,13 +15,9 @@ def models_router(service: ServingService) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        snapshot = service.catalog.snapshot
-        models = [_model(service.catalog.base_model, created=0)]
-        for name, alias in sorted(snapshot.aliases.items()):
-            artifact = snapshot.artifacts.get(alias.revision)
-            if artifact is not None and artifact.manifest.kind == "lora":
-                models.append(_model(name, artifact.manifest.created_at, service.catalog.base_model, artifact.revision))
-        return {"object": "list", "data": models}
+        models = callable_models(service.catalog)
+        data = [_model(model.name, model.created_at, model.parent, model.revision) for model in models]
+        return {"object": "list", "data": data}
 
     @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> dict[str, Any]:

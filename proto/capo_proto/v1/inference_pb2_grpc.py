@@ -54,6 +54,11 @@ class InferenceStub:
                 request_serializer=capo_dot_v1_dot_inference__pb2.CompletionRequest.SerializeToString,
                 response_deserializer=capo_dot_v1_dot_inference__pb2.CompletionChunk.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/capo.v1.Inference/ListModels',
+                request_serializer=capo_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -87,6 +92,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListModels(self, request, context):
+        """Every name that is meant to be called: the base model and the aliases. The same as GET /v1/models.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.CompleteStream,
                     request_deserializer=capo_dot_v1_dot_inference__pb2.CompletionRequest.FromString,
                     response_serializer=capo_dot_v1_dot_inference__pb2.CompletionChunk.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=capo_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class Inference:
             '/capo.v1.Inference/CompleteStream',
             capo_dot_v1_dot_inference__pb2.CompletionRequest.SerializeToString,
             capo_dot_v1_dot_inference__pb2.CompletionChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Inference/ListModels',
+            capo_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+            capo_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,22 @@
+"""What both faces, HTTP and gRPC, agree on: request ids, the size of a request, patience with slow readers."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+"""The largest JSON body and gRPC message; several times the text of the longest context."""
+
+STALLED_READER_SECONDS = 60.0
+"""A client that takes nothing for so long is given up: it would hold its adapter in the engine for ever."""
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C trace context, passed on to the engine."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def request_id(given: str) -> str:
+    """The client's own id where it is a plain token, which cannot break a log line or a header; else a new one."""
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"

@@ -1,0 +1,115 @@
+"""What every call of Capo's services gets: a request id, a checked message, patience with an end, and our errors.
+
+Other services on the same server (health, reflection) keep their own manners.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from registry import errors
+from serve import faces
+from serve.grpc.requests import refuse_unknown_fields
+from serve.grpc.stalled_writes import StalledWrites
+
+logger = logging.getLogger(__name__)
+
+request_id: ContextVar[str] = ContextVar("capo_grpc_request_id")
+"""Set for the length of a call, in the task that handles it."""
+
+# Details travel as a header, of which a client takes 8 KiB by default; other than ASCII becomes three times as long.
+_MAX_DETAILS_CHARACTERS = 1000
+
+# The client has left, or the status has gone out already; nobody is left to tell.
+_CALL_IS_OVER = (grpc.aio.AbortError, grpc.aio.InternalError)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """``own_services`` are the full names of the services whose calls it looks after."""
+
+    def __init__(self, own_services: tuple[str, ...], stalled_reader_seconds: float) -> None:
+        self._prefixes = tuple(f"/{service}/" for service in own_services)
+        self._stalled_reader_seconds = stalled_reader_seconds
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefixes):
+            return handler
+        # Without a deserializer the bytes come here: what grpc says of bad ones is UNKNOWN and the text of a traceback.
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(handler, details.method), None, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler, details.method), None, handler.response_serializer
+        )
+
+    def _unary(self, handler: Any, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
+        async def unary(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
+            async with _call(context, method):
+                return await handler.unary_unary(_decode(raw, handler.request_deserializer), context)
+
+        return unary
+
+    def _streaming(self, handler: Any, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[None]]:
+        async def streaming(raw: bytes, context: grpc.aio.ServicerContext) -> None:
+            async with _call(context, method), StalledWrites(self._stalled_reader_seconds) as writes:
+                messages = handler.unary_stream(_decode(raw, handler.request_deserializer), context)
+                async with contextlib.aclosing(messages):
+                    async for message in messages:
+                        writes.begin()
+                        await context.write(message)
+                        writes.end()
+
+        return streaming
+
+
+@contextlib.asynccontextmanager
+async def _call(context: grpc.aio.ServicerContext, method: str) -> AsyncGenerator[None, None]:
+    given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
+    call_id = faces.request_id(str(given))
+    request_id.set(call_id)
+    try:
+        await context.send_initial_metadata((("x-request-id", call_id),))
+        yield
+    except _CALL_IS_OVER:
+        raise
+    except Exception as error:
+        await _abort(context, error, f"request {call_id} ({method})")
+
+
+def _decode(raw: bytes, deserialize: Callable[[bytes], Any]) -> Any:
+    try:
+        message = deserialize(raw)
+    except DecodeError as error:
+        raise errors.InvalidRequestError(
+            "The message cannot be read as this method's request. Server reflection shows what it takes.",
+            code="invalid_message",
+        ) from error
+    refuse_unknown_fields(message)
+    return message
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, what: str) -> None:
+    kind = errors.wire_kind(error)
+    body = errors.openai_error_body(error)["error"]
+    if not isinstance(error, errors.CapoError):
+        logger.error("%s failed", what, exc_info=error)
+    elif kind.http_status >= 500:
+        logger.warning("%s: %s", what, error)
+    trailers = [("capo-error-code", str(body["code"]))]
+    if (param := body["param"]) is not None and str(param).isascii() and str(param).isprintable():
+        trailers.append(("capo-error-param", str(param)))
+    if isinstance(error, errors.CapoError) and error.retry_after_seconds is not None:
+        trailers.append(("retry-after", str(max(1, round(error.retry_after_seconds)))))
+    details = str(body["message"])[:_MAX_DETAILS_CHARACTERS]
+    await context.abort(getattr(grpc.StatusCode, kind.grpc_code), details, tuple(trailers))
