@@ -17,7 +17,7 @@ Importing this package costs the standard library and pydantic: no torch, numpy,
 
 from registry.adapter_config import MAX_RANK, AdapterConfig
 from registry.adapter_files import AdapterReport, check_adapter
-from registry.aliases import Alias, HistoryEntry
+from registry.aliases import Alias, Canary, CanaryRequest, HistoryEntry
 from registry.artifacts import Artifact
 from registry.base_model import EMBEDDED_MODEL_ID, BaseModel, fingerprint, identify, locate_base_model
 from registry.durable import Filesystem
@@ -55,6 +55,8 @@ __all__ = [
     "Artifact",
     "BaseModel",
     "BaseModelIdentity",
+    "Canary",
+    "CanaryRequest",
     "DataRecord",
     "FileRecord",
     "Filesystem",

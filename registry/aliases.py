@@ -1,7 +1,8 @@
 """The mutable half of a registry: aliases, each one small JSON file that is replaced as a whole.
 
 A flip is one rename, so a reader sees the old revision or the new one. Writers hold the registry's lock and
-may compare before they set. Fine-tuned names (``ft:``) are aliases that are set once.
+may compare before they set. Fine-tuned names (``ft:``) are aliases that are set once. An alias may run a canary: a
+second revision that answers a share of its requests; who gets which is decided where requests are served.
 """
 
 from __future__ import annotations
@@ -9,13 +10,21 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from registry.artifacts import Artifact
 from registry.durable import Filesystem, replace_file
-from registry.errors import ConflictError, InvalidArtifactError, InvalidNameError, ModelNotFoundError
+from registry.errors import (
+    ConflictError,
+    InvalidArtifactError,
+    InvalidNameError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from registry.files import read_limited
 from registry.layout import Layout
 from registry.manifest import Count, Record, Sha256
@@ -38,6 +47,13 @@ class HistoryEntry(Record):
     """Unix seconds when the alias was set to this revision."""
 
 
+class Canary(Record):
+    revision: str
+    digest: Sha256
+    percent: Annotated[int, Field(ge=1, le=99)]
+    """Of a hundred requests to the alias, so many go to this revision."""
+
+
 class Alias(Record):
     alias: str
     revision: str
@@ -46,7 +62,35 @@ class Alias(Record):
     """Earlier revisions, oldest first, at most 20. A rollback takes from the end."""
     write_once: bool
     updated_at: Count
-    """Unix seconds when the alias was set to its present revision."""
+    """Unix seconds when the alias was set to its present revision; a canary that begins or ends leaves it alone."""
+    canary: Canary | None = None
+    ended_canaries: list[HistoryEntry] = Field(default_factory=list)
+    """Canaries that were taken away, each with the time of its end, oldest first, at most 20. Nothing rolls back to
+    them; they are kept so that garbage collection spares what ran a moment ago."""
+
+    def serves(self, digest: str) -> bool:
+        """Whether requests to the alias may reach the artifact with this digest."""
+        return digest == self.digest or (self.canary is not None and digest == self.canary.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryRequest:
+    """The canary that a caller wants beside an alias's main revision.
+
+    Raises:
+        InvalidRequestError: a share that is none.
+    """
+
+    revision: str
+    percent: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.percent <= 99:
+            raise InvalidRequestError(
+                f"A canary takes 1 to 99 percent of an alias's requests, got {self.percent}. For all of them, set the "
+                "alias to its revision; for none, set the alias without a canary.",
+                param="canary",
+            )
 
 
 class AliasStore:
@@ -101,11 +145,14 @@ class AliasStore:
                     raise
         return found
 
-    def check(self, alias: MutableReference, artifact: Artifact, *, expected: str | None) -> Alias | None:
-        """The present record, after making sure that the alias may be set to ``artifact``.
+    def check(
+        self, alias: MutableReference, artifact: Artifact, *, canary: Canary | None = None, expected: str | None
+    ) -> Alias | None:
+        """The present record, after making sure that the alias may be set to ``artifact`` with this canary.
 
         Raises:
             ConflictError: it does not point to ``expected``, or it is write-once and points elsewhere.
+            InvalidRequestError: it can take no canary, or not this one.
         """
         present = self.get(alias)
         if expected is not None and not _is_revision(present, expected):
@@ -120,54 +167,108 @@ class AliasStore:
                 "Use a plain alias for something that changes.",
                 code="alias_is_write_once",
             )
+        if canary is not None:
+            _check_canary(alias, artifact, canary)
         return present
 
-    def put(self, alias: MutableReference, artifact: Artifact, *, expected: str | None, now: int) -> Alias:
-        """Point the alias to the artifact, durably. Setting it to what it points to changes nothing."""
-        present = self.check(alias, artifact, expected=expected)
-        if present is not None and present.revision == artifact.revision:
-            return present
-        history: list[HistoryEntry] = []
-        if present is not None:
-            last = HistoryEntry(revision=present.revision, at=present.updated_at)
-            history = [*present.history, last][-HISTORY_LENGTH:]
-        return self._write(alias, artifact, history, now)
+    def put(
+        self,
+        alias: MutableReference,
+        artifact: Artifact,
+        *,
+        canary: Canary | None = None,
+        expected: str | None,
+        now: int,
+    ) -> Alias:
+        """Point the alias to the artifact, with this canary or none, durably. Setting what is set changes nothing."""
+        present = self.check(alias, artifact, canary=canary, expected=expected)
+        if present is None:
+            record = Alias(
+                alias=alias.text,
+                revision=artifact.revision,
+                digest=artifact.digest,
+                history=[],
+                write_once=isinstance(alias, FineTunedName),
+                updated_at=now,
+                canary=canary,
+            )
+        else:
+            record = _moved(present, artifact, canary, now)
+        return record if record == present else self._write(alias, record)
 
-    def put_back(self, alias: MutableReference, artifact: Artifact, history: list[HistoryEntry], now: int) -> Alias:
+    def put_back(
+        self, alias: MutableReference, present: Alias, artifact: Artifact, history: list[HistoryEntry], now: int
+    ) -> Alias:
         """Point the alias to an earlier artifact and keep only the history before it."""
-        return self._write(alias, artifact, history, now)
+        update = {"revision": artifact.revision, "digest": artifact.digest, "history": history, "updated_at": now}
+        return self._write(alias, present.model_copy(update=update))
+
+    def end_canary(self, alias: MutableReference, present: Alias, now: int) -> Alias:
+        """Send every request of the alias to its main revision again."""
+        update = {"canary": None, "ended_canaries": _ended(present, now)}
+        return self._write(alias, present.model_copy(update=update))
 
     def remove(self, alias: MutableReference) -> None:
         path = self._layout.alias(alias)
         self._filesystem.remove_file(path)
         self._filesystem.fsync_dir(path.parent)
 
-    def _write(self, alias: MutableReference, artifact: Artifact, history: list[HistoryEntry], now: int) -> Alias:
-        record = Alias(
-            alias=alias.text,
-            revision=artifact.revision,
-            digest=artifact.digest,
-            history=history,
-            write_once=isinstance(alias, FineTunedName),
-            updated_at=now,
-        )
-        data = json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1).encode("ascii")
+    def _write(self, alias: MutableReference, record: Alias) -> Alias:
+        # Without defaults: a file that needs no newer field is one that an older Capo reads.
+        document = record.model_dump(mode="json", exclude_defaults=True)
+        data = json.dumps(document, sort_keys=True, indent=1).encode("ascii")
         replace_file(self._filesystem, self._layout.alias(alias), data)
         return record
+
+
+def _check_canary(alias: MutableReference, artifact: Artifact, canary: Canary) -> None:
+    if isinstance(alias, FineTunedName):
+        raise InvalidRequestError(
+            f"The name '{alias.text}' is write-once, so it can take no canary. Use a plain alias.",
+            code="alias_is_write_once",
+            param="canary",
+        )
+    if canary.digest == artifact.digest:
+        raise InvalidRequestError(
+            f"The canary '{canary.revision}' is the alias's main revision. Give two different revisions.",
+            param="canary",
+        )
+
+
+def _moved(present: Alias, artifact: Artifact, canary: Canary | None, now: int) -> Alias:
+    update: dict[str, object] = {"canary": canary}
+    serving_on = {artifact.revision} | ({canary.revision} if canary is not None else set())
+    if present.canary is not None and present.canary.revision not in serving_on:
+        update["ended_canaries"] = _ended(present, now)
+    if present.revision != artifact.revision:
+        last = HistoryEntry(revision=present.revision, at=present.updated_at)
+        history = [*present.history, last][-HISTORY_LENGTH:]
+        update |= {"revision": artifact.revision, "digest": artifact.digest, "history": history, "updated_at": now}
+    return present.model_copy(update=update)
+
+
+def _ended(present: Alias, now: int) -> list[HistoryEntry]:
+    if present.canary is None:
+        return present.ended_canaries
+    return [*present.ended_canaries, HistoryEntry(revision=present.canary.revision, at=now)][-HISTORY_LENGTH:]
 
 
 def _read(path: Path) -> Alias:
     data = read_limited(path, _MAX_ALIAS_BYTES)
     with suppress(ValidationError, InvalidNameError):
         record = Alias.model_validate_json(data)
-        revision = parse_reference(record.revision)
         if (
             alias_file_stem(parse_alias(record.alias)) == path.name.removesuffix(".json")
-            and isinstance(revision, RevisionReference)
-            and record.digest.startswith(revision.digest_prefix)
+            and _belong_together(record.revision, record.digest)
+            and (record.canary is None or _belong_together(record.canary.revision, record.canary.digest))
         ):
             return record
     raise InvalidArtifactError(f"The alias file {path.name!r} is damaged. Set the alias again.", code="invalid_alias")
+
+
+def _belong_together(revision: str, digest: str) -> bool:
+    reference = parse_reference(revision)
+    return isinstance(reference, RevisionReference) and digest.startswith(reference.digest_prefix)
 
 
 def _is_revision(present: Alias | None, expected: str) -> bool:

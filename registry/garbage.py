@@ -1,8 +1,8 @@
 """What a registry may forget: leftovers of dead writers, and old revisions that nothing points to.
 
-A revision stays while anything needs it: an alias points to it; it is where some alias would roll back to; an
-alias left it a short time ago (requests may still run on it, and an engine may read it again); it is young
-(somebody may be about to point to it); or it is the base of an artifact that stays.
+A revision stays while anything needs it: an alias serves it; it is where some alias would roll back to; an
+alias left it or ended it as its canary a short time ago (requests may still run on it, and an engine may read it
+again); it is young (somebody may be about to point to it); or it is the base of an artifact that stays.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def unneeded(
     ``artifacts`` is in the order of :meth:`registry.artifacts.ArtifactStore.all`: by name, oldest first.
     """
     by_revision = {artifact.revision: artifact for artifact in artifacts}
-    needed = {alias.revision for alias in aliases}
+    needed = {alias.revision for alias in aliases} | {a.canary.revision for a in aliases if a.canary is not None}
     for alias in aliases:
         needed |= _recent_history(alias, by_revision, oldest=now - min_age_seconds)
     needed |= {a.revision for a in artifacts if now - a.manifest.created_at < min_age_seconds}
@@ -70,6 +70,7 @@ def _recent_history(alias: Alias, by_revision: dict[str, Artifact], *, oldest: f
     recent: set[str] = set()
     left_at = alias.updated_at
     has_target = False
+    recent |= {entry.revision for entry in alias.ended_canaries if entry.at > oldest}
     for entry in reversed(alias.history):
         is_target = not has_target and entry.revision in by_revision
         has_target = has_target or is_target

@@ -2,7 +2,7 @@
 
 registry.json                    format and schema version; written last when a registry is made
 registry.lock                    writers hold its flock while they change what readers see
-generation                       random text, replaced before every change; see registry/changes.py
+generation                       random text, replaced before and after every change; see registry/changes.py
 artifacts/<name>/<sha256>/       one immutable artifact: files and manifest.json
 aliases/<encoded alias>.json     one alias
 staging/<uuid>/, <uuid>.lock     being written; the writer holds the lock's flock

@@ -33,12 +33,12 @@ class Removal:
         self._changes = changes
         self._staging = staging
 
-    def remove(self, reference: RevisionReference, *, force: bool) -> None:
-        """See :meth:`registry.store.Registry.remove`."""
+    def remove(self, reference: RevisionReference, *, force: bool, now: int) -> None:
+        """See :meth:`registry.store.Registry.remove`; ``now`` is in unix seconds."""
         action = f"remove '{reference.text}'"
         with self._changes.one(action):
             artifact = self._artifacts.find(reference)
-            aliases = [a for a in self._aliases.all(skip_damaged=False) if a.digest == artifact.digest]
+            aliases = [a for a in self._aliases.all(skip_damaged=False) if a.serves(artifact.digest)]
             users = [a.revision for a in self._artifacts.all() if a.manifest.base_model.id == artifact.revision]
             if (aliases or users) and not force:
                 holders = ", ".join([*(a.alias for a in aliases), *users][:5])
@@ -49,7 +49,10 @@ class Removal:
                     code="artifact_in_use",
                 )
             for alias in aliases:
-                self._aliases.remove(parse_alias(alias.alias))
+                if alias.digest == artifact.digest:
+                    self._aliases.remove(parse_alias(alias.alias))
+                else:
+                    self._aliases.end_canary(parse_alias(alias.alias), alias, now)
             trash = self._artifacts.discard(artifact)
         with storage_errors(action):
             self._filesystem.remove_tree(trash)

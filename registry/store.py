@@ -1,6 +1,7 @@
 """The registry's front: says what can be done, checks names and rights, and leaves the work to its parts.
 
-Publishing is :mod:`registry.publishing`, taking away :mod:`registry.removal`, reading and the rules of
+Publishing is :mod:`registry.publishing`, flipping aliases :mod:`registry.flips`, taking away
+:mod:`registry.removal`, reading and the rules of
 directories and aliases :mod:`registry.artifacts` and :mod:`registry.aliases`. Readers need no lock and no write
 access; what they see changes only under one lock and by one rename.
 """
@@ -9,16 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Hashable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from registry.adapter_files import check_adapter, draft_for_adapter
-from registry.aliases import Alias, AliasStore
+from registry.aliases import Alias, AliasStore, CanaryRequest
 from registry.artifacts import Artifact, ArtifactStore, revision_of
 from registry.base_model import BaseModel
 from registry.changes import Changes
 from registry.durable import Filesystem, storage_errors
-from registry.errors import ConflictError, InvalidNameError, ModelNotFoundError, StorageError
+from registry.errors import InvalidNameError, ModelNotFoundError, StorageError
+from registry.flips import Flips, revision_reference
 from registry.garbage import DEFAULT_MIN_AGE_SECONDS, GcReport
 from registry.layout import Layout, check_layout, create_layout
 from registry.manifest import ManifestDraft
@@ -68,6 +70,7 @@ class Registry:
         self._aliases = AliasStore(self._layout, self._filesystem)
         self._staging = StagingArea(self._layout.staging, self._filesystem)
         self._publisher = Publisher(self._filesystem, self._artifacts, self._aliases, self._changes, self._staging)
+        self._flips = Flips(self._artifacts, self._aliases, self._changes)
         self._removal = Removal(
             self._layout, self._filesystem, self._artifacts, self._aliases, self._changes, self._staging
         )
@@ -210,55 +213,60 @@ class Registry:
             return problems[digests[0]]
         return [f"{revision_of(parsed.name, digest)}: {line}" for digest in digests for line in problems[digest]]
 
-    def change_token(self) -> Hashable:
-        """A value that differs whenever artifacts or aliases changed; see
-        :meth:`registry.changes.Changes.token`.
+    def change_token(self, *, thorough: bool = False) -> Hashable:
+        """A value that differs whenever artifacts or aliases changed; see :class:`registry.changes.Changes`.
 
-        Take it before you read what you compare it for. Costs one stat and one listing per name, one stat per
-        alias.
+        Take it before you read what you compare it for. Costs the same whatever the registry holds, and sees what
+        registries do. ``thorough`` ones are comparable only among themselves, cost one stat and one listing per
+        name and one stat per alias, and also see what was changed by hand.
         """
         with storage_errors("look for changes"):
-            return self._changes.token()
+            return self._changes.scan() if thorough else self._changes.token()
 
     # Changing what names mean
 
-    def set_alias(self, alias: str, revision: str, *, expected: str | None = None) -> Alias:
+    def set_alias(
+        self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
+    ) -> Alias:
         """Point ``alias`` (or a new ``ft:`` name) to ``revision``, atomically and durably.
 
-        With ``expected``, only if the alias points to that revision at this moment.
+        Without ``canary`` a running one ends. With ``expected``, only if the alias points to that revision at this
+        moment.
 
         Raises:
-            ModelNotFoundError: no such revision. ConflictError: the alias points elsewhere than ``expected``,
-            or is a ``ft:`` name that is set already.
+            ModelNotFoundError: no such revision.
+            ConflictError: the alias points elsewhere than ``expected``, or is a ``ft:`` name that is set already.
+            InvalidRequestError: a canary for a ``ft:`` name, or one that is the main revision.
         """
         self._require_writable("set an alias")
-        target = self._new_alias(alias)
-        reference = self._revision(revision)
-        with self._changes.one(f"set the alias '{alias}'"):
-            artifact = self._artifacts.find(reference)
-            return self._aliases.put(target, artifact, expected=expected, now=self._now())
+        target, reference = self._new_alias(alias), revision_reference(revision)
+        return self._flips.set(target, reference, canary, expected=expected, now=self._now())
+
+    def check_alias(
+        self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
+    ) -> list[Artifact]:
+        """What :meth:`set_alias` would make the alias serve, the main revision first; writes nothing.
+
+        Raises:
+            as :meth:`set_alias`.
+        """
+        target, reference = self._new_alias(alias), revision_reference(revision)
+        with storage_errors(f"read the alias '{alias}'"):
+            return self._flips.check(target, reference, canary, expected=expected)
 
     def rollback_alias(self, alias: str) -> Alias:
-        """Point ``alias`` to the revision it pointed to before, and forget the one it points to now.
+        """Undo the alias's last step: end its canary if one runs; else point it to the revision before, and forget
+        the present one.
 
-        Revisions of the history that were removed meanwhile are skipped. Called again, it goes back further.
+        A canary ends first because the main revision beside it is the one that is known to be good. Revisions of
+        the history that were removed meanwhile are skipped. Called again, it goes back further.
 
         Raises:
             ModelNotFoundError: the alias is not set.
             ConflictError: there is nothing to go back to.
         """
         self._require_writable("roll back an alias")
-        target = parse_alias(alias)
-        with self._changes.one(f"roll back the alias '{alias}'"):
-            present = self._aliases.require(target)
-            for index in reversed(range(len(present.history))):
-                with suppress(ModelNotFoundError):
-                    artifact = self._artifacts.find(self._revision(present.history[index].revision))
-                    return self._aliases.put_back(target, artifact, present.history[:index], self._now())
-        raise ConflictError(
-            f"The alias '{alias}' has no earlier revision that still exists. Set it to a revision instead.",
-            code="no_earlier_revision",
-        )
+        return self._flips.roll_back(parse_alias(alias), now=self._now())
 
     def delete_alias(self, alias: str) -> None:
         """Remove an alias or ``ft:`` name; the artifact stays.
@@ -267,25 +275,23 @@ class Registry:
             ModelNotFoundError: it is not set.
         """
         self._require_writable("delete an alias")
-        target = parse_alias(alias)
-        with self._changes.one(f"delete the alias '{alias}'"):
-            self._aliases.require(target)
-            self._aliases.remove(target)
+        self._flips.delete(parse_alias(alias))
 
     # Removing
 
     def remove(self, revision: str, force: bool = False) -> None:
         """Remove one revision and its files.
 
-        Aliases that point to it, and artifacts that have it as their base, forbid this. With ``force`` the aliases
-        go with it, and such artifacts stay without their base.
+        Aliases that serve it, and artifacts that have it as their base, forbid this. With ``force`` the aliases that
+        point to it go with it, those that have it as their canary lose the canary, and such artifacts stay without
+        their base.
 
         Raises:
             ModelNotFoundError: no such revision.
-            ConflictError: aliases point to it, or another artifact has it as its base.
+            ConflictError: aliases serve it, or another artifact has it as its base.
         """
         self._require_writable("remove an artifact")
-        self._removal.remove(self._revision(revision), force=force)
+        self._removal.remove(revision_reference(revision), force=force, now=self._now())
 
     def gc(self, keep_unaliased: int | None = None, *, min_age_seconds: float = DEFAULT_MIN_AGE_SECONDS) -> GcReport:
         """Remove what dead writers left and, unless ``keep_unaliased`` is None, old revisions that nothing
@@ -306,12 +312,6 @@ class Registry:
             check_name(alias.name, reserved=self._reserved_names)
         self._layout.alias(alias)
         return alias
-
-    def _revision(self, text: str) -> RevisionReference:
-        reference = parse_reference(text)
-        if not isinstance(reference, RevisionReference):
-            raise InvalidNameError(f"{shown(text)} is not a revision. Give <name>@<digits of its digest>.")
-        return reference
 
     def _now(self) -> int:
         return int(self._clock())

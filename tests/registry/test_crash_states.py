@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from registry import Registry
+from registry import CanaryRequest, Registry
 from registry.errors import ModelNotFoundError, NotFoundError
 from tests.registry.crash import CrashModel, RecordingFilesystem, State, write_state
 from tests.registry.samples import draft, tree, write_files
@@ -59,6 +59,7 @@ def _read(root: Path) -> tuple[set[str], str | None]:
         revisions.add(artifact.revision)
     for alias in reader.aliases():
         assert alias.revision in revisions, f"alias {alias.alias} points to nothing"
+        assert alias.canary is None or alias.canary.revision in revisions, f"the canary of {alias.alias} is nothing"
     try:
         return revisions, reader.resolve("support").revision
     except ModelNotFoundError:
@@ -188,6 +189,48 @@ def test_a_crash_while_an_artifact_is_removed_leaves_it_whole_or_gone(scratch: P
     assert _check_all(scratch, recorder, before, check, per_op=32) >= 100
 
 
+class _RunCanaries:
+    """An alias gets a canary, a larger share of it, loses it by a rollback, and gets it back to become the main."""
+
+    def __init__(self, scratch: Path, recorder_type: type[RecordingFilesystem] = RecordingFilesystem) -> None:
+        root = scratch / "registry"
+        registry = _registry(root)
+        v1 = registry.publish(write_files(scratch / "one", b"one"), draft(), alias="support").revision
+        v2 = registry.publish(write_files(scratch / "two", b"two"), draft()).revision
+        self.before = tree(root)
+        self.recorder = recorder_type(root)
+        recorded = _registry(root, self.recorder, now=2000)
+        self.steps: list[tuple[str, tuple[str, int] | None]] = [(v1, None)]
+        for percent in (10, 50):
+            recorded.set_alias("support", v1, canary=CanaryRequest(v2, percent))
+            self._done((v1, (v2, percent)))
+        recorded.rollback_alias("support")
+        self._done((v1, None))
+        recorded.set_alias("support", v1, canary=CanaryRequest(v2, 99))
+        self._done((v1, (v2, 99)))
+        recorded.set_alias("support", v2)
+        self._done((v2, None))
+        recorded.set_alias("support", v2, canary=CanaryRequest(v1, 1))
+        self._done((v2, (v1, 1)))
+        recorded.remove(v1, force=True)
+        self._done((v2, None))
+
+    def _done(self, state: tuple[str, tuple[str, int] | None]) -> None:
+        self.steps.append(state)
+        self.recorder.acknowledge(f"step {len(self.steps)}")
+
+    def check(self, root: Path, acknowledged: list[str]) -> None:
+        _read(root)
+        (alias,) = Registry(root, read_only=True).aliases()
+        seen = alias.revision, None if alias.canary is None else (alias.canary.revision, alias.canary.percent)
+        assert seen in self.steps[len(acknowledged) : len(acknowledged) + 2], "neither the old state nor the next"
+
+
+def test_a_reader_of_any_crash_state_sees_the_old_split_or_the_new_one(scratch: Path) -> None:
+    run = _RunCanaries(scratch)
+    assert _check_all(scratch, run.recorder, run.before, run.check, per_op=100) >= 300
+
+
 class _NoFileFsync(RecordingFilesystem):
     def fsync(self, path: Path) -> None:
         pass
@@ -206,12 +249,13 @@ class _NoFsyncOfArtifacts(RecordingFilesystem):
             super().fsync_dir(path)
 
 
+@pytest.mark.parametrize("run_type", [_PublishAndFlip, _RunCanaries])
 @pytest.mark.parametrize("recorder_type", [_NoFileFsync, _NoDirectoryFsync])
-def test_the_enumeration_notices_a_publisher_that_does_not_fsync(
-    scratch: Path, recorder_type: type[RecordingFilesystem]
+def test_the_enumeration_notices_a_writer_that_does_not_fsync(
+    scratch: Path, run_type: type[_PublishAndFlip | _RunCanaries], recorder_type: type[RecordingFilesystem]
 ) -> None:
-    run = _PublishAndFlip(scratch, recorder_type)
-    with pytest.raises((AssertionError, ModelNotFoundError)):
+    run = run_type(scratch, recorder_type)
+    with pytest.raises((AssertionError, ModelNotFoundError, ValueError)):
         _check_all(scratch, run.recorder, run.before, run.check, per_op=81)
 
 

@@ -129,45 +129,6 @@ def test_a_fine_tuned_name_is_set_once(registry: Registry) -> None:
         _publish(registry, "two", fine_tuned_name="support")
 
 
-def test_an_alias_flips_only_from_the_expected_revision(registry: Registry) -> None:
-    first, second = _publish(registry, "one"), _publish(registry, "two")
-    with pytest.raises(ConflictError, match="is not set"):
-        registry.set_alias("prod", first.revision, expected=second.revision)
-    registry.set_alias("prod", first.revision)
-    with pytest.raises(ConflictError, match="points to"):
-        registry.set_alias("prod", second.revision, expected=second.revision)
-    assert registry.set_alias("prod", second.revision, expected=first.revision).revision == second.revision
-    with pytest.raises(InvalidNameError, match="revision"):
-        registry.set_alias("prod", first.revision, expected="prod")
-
-
-def test_an_alias_keeps_20_earlier_revisions_and_rolls_back_through_those_that_exist(registry: Registry) -> None:
-    artifacts = [_publish(registry, str(index), alias="prod") for index in range(25)]
-    history = [entry.revision for entry in registry.alias("prod").history]
-    assert history == [artifact.revision for artifact in artifacts[4:24]]
-    registry.remove(artifacts[23].revision)
-    assert registry.rollback_alias("prod").revision == artifacts[22].revision
-    assert registry.rollback_alias("prod").revision == artifacts[21].revision
-    assert len(registry.alias("prod").history) == 17
-
-
-def test_a_rollback_with_nothing_to_go_back_to_is_a_conflict(registry: Registry) -> None:
-    artifact = _publish(registry, "one", alias="prod")
-    registry.set_alias("prod", artifact.revision)
-    with pytest.raises(ConflictError, match="no earlier revision"):
-        registry.rollback_alias("prod")
-
-
-def test_a_deleted_alias_is_gone_and_its_artifact_stays(registry: Registry) -> None:
-    artifact = _publish(registry, "one", alias="prod")
-    registry.delete_alias("prod")
-    with pytest.raises(ModelNotFoundError):
-        registry.resolve("prod")
-    with pytest.raises(ModelNotFoundError):
-        registry.delete_alias("prod")
-    assert registry.artifacts() == [artifact]
-
-
 @pytest.mark.parametrize("position", [0, 7, -1])
 def test_verify_finds_a_single_flipped_bit(registry: Registry, position: int) -> None:
     artifact = _publish(registry, "some weights", alias="prod")
@@ -375,59 +336,6 @@ def test_a_recipe_with_nan_is_refused_and_nothing_is_published(registry: Registr
 def test_a_kind_and_its_lora_shape_belong_together() -> None:
     with pytest.raises(ValueError, match="lora"):
         draft(kind="lora")
-
-
-def test_the_change_token_differs_after_every_change_however_fast(registry: Registry) -> None:
-    first, second = _publish(registry, "one"), _publish(registry, "two")
-    tokens = [registry.change_token()]
-    for index in range(100):
-        registry.set_alias("prod", (first, second)[index % 2].revision)
-        tokens.append(registry.change_token())
-    registry.rollback_alias("prod")
-    tokens.append(registry.change_token())
-    registry.delete_alias("prod")
-    tokens.append(registry.change_token())
-    _publish(registry, "three")
-    tokens.append(registry.change_token())
-    registry.remove(second.revision)
-    tokens.append(registry.change_token())
-    assert len(set(tokens)) == len(tokens)
-
-
-def test_the_change_token_stays_while_nothing_changes(registry: Registry) -> None:
-    _publish(registry, "one", alias="prod")
-    token = registry.change_token()
-    registry.resolve("prod")
-    registry.verify("prod")
-    with registry.stage():
-        assert Registry(registry.root, read_only=True).change_token() == token
-
-
-def test_the_change_token_shows_a_change_whose_writer_died_before_the_next(registry: Registry) -> None:
-    """Without the generation, from the entries alone: as if a writer had been killed right after its one change."""
-    artifact = _publish(registry, "one", alias="prod")
-    tokens = [registry.change_token()]
-    alias = registry.root / "aliases" / "prod.json"
-    replacement = alias.with_name("copy")
-    replacement.write_bytes(alias.read_bytes())
-    replacement.rename(alias)
-    tokens.append(registry.change_token())
-    artifact.path.rename(registry.root / "trash" / "x")
-    tokens.append(registry.change_token())
-    assert len(set(tokens)) == 3
-
-
-def test_the_change_token_is_cheap_with_a_thousand_names(registry: Registry) -> None:
-    for index in range(1000):
-        (registry.root / "artifacts" / f"name-{index}" / f"{index:064x}").mkdir(parents=True)
-        (registry.root / "aliases" / f"name-{index}.json").write_text("{}")
-    registry.change_token()
-    times = []
-    for _ in range(10):
-        started = time.perf_counter()
-        registry.change_token()
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.1
 
 
 def test_a_thousand_artifacts_are_listed_quickly_once_known(registry: Registry) -> None:

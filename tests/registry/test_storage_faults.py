@@ -99,13 +99,18 @@ def _publish_or_refusal(registry: Registry, source: Path) -> StorageError | None
 def test_a_publish_that_fails_anywhere_leaves_the_old_state_and_can_be_repeated(
     tmp_path: Path, error: int, for_ever: bool, advice: str
 ) -> None:
+    unnoticed = 0
     for place, filesystem in _failures(tmp_path, error, for_ever=for_ever):
         root = place / "registry"
         old = Registry(root).resolve("support")
         source = write_files(place / "two", b"two")
         refusal = _publish_or_refusal(Registry(root, filesystem=filesystem), source)
-        assert (refusal is None) == (filesystem.failed_call == "")
-        if refusal is not None:
+        if refusal is None:
+            unnoticed += filesystem.failed_call != ""
+            reader = Registry(root, read_only=True)
+            assert reader.resolve("support") == reader.resolve("ft:tiny:acme::a1") != old
+        else:
+            assert filesystem.failed_call
             assert advice in refusal.message
             assert str(tmp_path) not in refusal.message
             assert isinstance(refusal.__cause__, OSError)
@@ -122,6 +127,7 @@ def test_a_publish_that_fails_anywhere_leaves_the_old_state_and_can_be_repeated(
         new = healthy.publish(source, draft(), alias="support", fine_tuned_name="ft:tiny:acme::a1")
         assert healthy.resolve("support") == healthy.resolve("ft:tiny:acme::a1") == new
         assert healthy.verify("support") == []
+    assert unnoticed == 2, "only writing and renaming the generation that settles a change may fail in silence"
 
 
 def test_an_alias_that_fails_to_flip_still_points_to_the_old_revision(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Changing what an alias serves: its main revision, its canary, one step back, or gone."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from registry.aliases import Alias, AliasStore, Canary, CanaryRequest
+from registry.artifacts import Artifact, ArtifactStore
+from registry.changes import Changes
+from registry.errors import ConflictError, InvalidNameError, ModelNotFoundError
+from registry.names import MutableReference, RevisionReference, parse_reference, shown
+
+
+class Flips:
+    """Names are checked already, ``now`` is in unix seconds."""
+
+    def __init__(self, artifacts: ArtifactStore, aliases: AliasStore, changes: Changes) -> None:
+        self._artifacts = artifacts
+        self._aliases = aliases
+        self._changes = changes
+
+    def set(
+        self,
+        alias: MutableReference,
+        revision: RevisionReference,
+        canary: CanaryRequest | None,
+        *,
+        expected: str | None,
+        now: int,
+    ) -> Alias:
+        """See :meth:`registry.store.Registry.set_alias`."""
+        with self._changes.one(f"set the alias '{alias.text}'"):
+            artifact, running = self._found(revision, canary)
+            return self._aliases.put(alias, artifact, canary=_record(canary, running), expected=expected, now=now)
+
+    def check(
+        self,
+        alias: MutableReference,
+        revision: RevisionReference,
+        canary: CanaryRequest | None,
+        *,
+        expected: str | None,
+    ) -> list[Artifact]:
+        """See :meth:`registry.store.Registry.check_alias`."""
+        artifact, running = self._found(revision, canary)
+        self._aliases.check(alias, artifact, canary=_record(canary, running), expected=expected)
+        return [artifact] if running is None else [artifact, running]
+
+    def roll_back(self, alias: MutableReference, *, now: int) -> Alias:
+        """See :meth:`registry.store.Registry.rollback_alias`."""
+        with self._changes.one(f"roll back the alias '{alias.text}'"):
+            present = self._aliases.require(alias)
+            if present.canary is not None:
+                return self._aliases.end_canary(alias, present, now)
+            for index in reversed(range(len(present.history))):
+                with suppress(ModelNotFoundError):
+                    artifact = self._artifacts.find(revision_reference(present.history[index].revision))
+                    return self._aliases.put_back(alias, present, artifact, present.history[:index], now)
+        raise ConflictError(
+            f"The alias '{alias.text}' has no earlier revision that still exists. Set it to a revision instead.",
+            code="no_earlier_revision",
+        )
+
+    def delete(self, alias: MutableReference) -> None:
+        """See :meth:`registry.store.Registry.delete_alias`."""
+        with self._changes.one(f"delete the alias '{alias.text}'"):
+            self._aliases.require(alias)
+            self._aliases.remove(alias)
+
+    def _found(self, revision: RevisionReference, canary: CanaryRequest | None) -> tuple[Artifact, Artifact | None]:
+        artifact = self._artifacts.find(revision)
+        return artifact, None if canary is None else self._artifacts.find(revision_reference(canary.revision))
+
+
+def revision_reference(text: str) -> RevisionReference:
+    """``text`` as a revision.
+
+    Raises:
+        InvalidNameError: it is something else.
+    """
+    reference = parse_reference(text)
+    if not isinstance(reference, RevisionReference):
+        raise InvalidNameError(f"{shown(text)} is not a revision. Give <name>@<digits of its digest>.")
+    return reference
+
+
+def _record(canary: CanaryRequest | None, artifact: Artifact | None) -> Canary | None:
+    if canary is None or artifact is None:
+        return None
+    return Canary(revision=artifact.revision, digest=artifact.digest, percent=canary.percent)

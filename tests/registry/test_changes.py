@@ -1,0 +1,178 @@
+"""Noticing changes: no change is missed, and looking costs the same whatever the registry holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from registry import Artifact, CanaryRequest, Filesystem, Registry
+from tests.registry.samples import draft
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
+
+
+def _publish(registry: Registry, content: str, **options: str) -> Artifact:
+    with registry.stage() as staging:
+        (staging / "model.safetensors").write_text(content)
+        return registry.publish(staging, draft(), **options)  # type: ignore[arg-type]
+
+
+def test_the_change_token_differs_after_every_change_however_fast(registry: Registry) -> None:
+    first, second = _publish(registry, "one"), _publish(registry, "two")
+    tokens = [registry.change_token()]
+
+    def note(_: object) -> None:
+        tokens.append(registry.change_token())
+
+    for index in range(100):
+        note(registry.set_alias("prod", (first, second)[index % 2].revision))
+    note(registry.set_alias("prod", second.revision, canary=CanaryRequest(first.revision, 10)))
+    note(registry.rollback_alias("prod"))
+    note(registry.rollback_alias("prod"))
+    registry.delete_alias("prod")
+    note(None)
+    note(_publish(registry, "three"))
+    registry.remove(second.revision)
+    note(None)
+    assert len(set(tokens)) == len(tokens)
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_the_change_token_stays_while_nothing_changes(registry: Registry, thorough: bool) -> None:
+    _publish(registry, "one", alias="prod")
+    token = registry.change_token(thorough=thorough)
+    registry.resolve("prod")
+    registry.verify("prod")
+    with registry.stage():
+        assert Registry(registry.root, read_only=True).change_token(thorough=thorough) == token
+
+
+class _DiesAt(Filesystem):
+    """Ends its process, as kill -9 does, right before or after the n-th operation that moves or removes a name."""
+
+    def __init__(self, number: int, *, after: bool) -> None:
+        self._left = number
+        self._after = after
+
+    def rename(self, source: Path, target: Path) -> None:
+        with self._deadly():
+            super().rename(source, target)
+
+    def remove_file(self, path: Path) -> None:
+        with self._deadly():
+            super().remove_file(path)
+
+    @contextmanager
+    def _deadly(self) -> Iterator[None]:
+        self._left -= 1
+        if self._left == 0 and not self._after:
+            os._exit(9)
+        yield
+        if self._left == 0:
+            os._exit(9)
+
+
+@pytest.mark.parametrize("change", ["set", "canary", "delete", "publish", "remove"])
+def test_a_writer_that_dies_anywhere_hides_no_change(tmp_path: Path, change: str) -> None:
+    """A reader that took its token at any moment before sees another token, whenever what it read is no more true."""
+    deaths = 0
+    for number in range(1, 20):
+        for after in (False, True):
+            registry = Registry(tmp_path / f"{number}-{after}")
+            first, second = _publish(registry, "one", alias="prod"), _publish(registry, "two")
+            reader = Registry(registry.root, read_only=True)
+            token, seen = reader.change_token(), (reader.artifacts(), reader.aliases())
+            child = os.fork()
+            if child == 0:
+                writer = Registry(registry.root, filesystem=_DiesAt(number, after=after))
+                match change:
+                    case "set":
+                        writer.set_alias("prod", second.revision)
+                    case "canary":
+                        writer.set_alias("prod", first.revision, canary=CanaryRequest(second.revision, 10))
+                    case "delete":
+                        writer.delete_alias("prod")
+                    case "publish":
+                        _publish(writer, "three", alias="prod")
+                    case _:
+                        writer.remove(second.revision)
+                os._exit(0)
+            died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            deaths += died
+            between, now = reader.change_token(), (reader.artifacts(), reader.aliases())
+            assert token != between or seen == now
+            # The next change, by a writer that lives, is seen from whatever the dead one left.
+            registry.set_alias("other", first.revision)
+            assert reader.change_token() != between
+            if not died:
+                assert deaths >= 6
+                return
+    raise AssertionError("the writer never came to its end")
+
+
+def test_a_token_taken_while_a_change_is_made_is_not_the_one_after_it(registry: Registry) -> None:
+    """Readers look between any two operations of a writer; none may keep a token that outlives what it saw."""
+    first, second = _publish(registry, "one", alias="prod"), _publish(registry, "two")
+    reader = Registry(registry.root, read_only=True)
+    looks: list[tuple[object, str]] = []
+
+    class Watched(Filesystem):
+        def rename(self, source: Path, target: Path) -> None:
+            super().rename(source, target)
+            looks.append((reader.change_token(), reader.resolve("prod").revision))
+
+    writer = Registry(registry.root, filesystem=Watched())
+    for revision in (second.revision, first.revision) * 10:
+        writer.set_alias("prod", revision)
+    meaning: dict[object, str] = {}
+    for token, revision in looks:
+        assert meaning.setdefault(token, revision) == revision
+    assert len(looks) == 60
+
+
+def test_a_writer_of_an_older_version_is_followed_too(registry: Registry) -> None:
+    """It replaced the generation by bare random text before its change, and did nothing after."""
+    artifact = _publish(registry, "one", alias="prod")
+    (registry.root / "generation").write_text("5f0c" * 8)
+    tokens = [registry.change_token()]
+    alias = registry.root / "aliases" / "prod.json"
+    replacement = alias.with_name("copy")
+    replacement.write_bytes(alias.read_bytes())
+    replacement.rename(alias)
+    tokens.append(registry.change_token())
+    artifact.path.rename(registry.root / "trash" / "x")
+    tokens.append(registry.change_token())
+    assert len(set(tokens)) == 3
+
+
+def test_a_thorough_token_shows_what_was_done_by_hand(registry: Registry) -> None:
+    artifact = _publish(registry, "one")
+    token = registry.change_token(thorough=True)
+    artifact.path.rename(registry.root / "trash" / "x")
+    assert registry.change_token(thorough=True) != token
+
+
+def test_the_change_token_costs_the_same_with_a_thousand_names_as_with_ten(tmp_path: Path) -> None:
+    best: dict[int, float] = {}
+    for num_names in (10, 1000):
+        registry = Registry(tmp_path / str(num_names))
+        artifact = _publish(registry, "one", alias="prod")
+        for index in range(num_names):
+            (registry.root / "artifacts" / f"name-{index}" / f"{index:064x}").mkdir(parents=True)
+            (registry.root / "aliases" / f"name-{index}.json").write_text("{}")
+        registry.set_alias("beta", artifact.revision)
+        times = []
+        for _ in range(200):
+            started = time.perf_counter()
+            registry.change_token()
+            times.append(time.perf_counter() - started)
+        best[num_names] = min(times)
+    assert best[1000] < 3 * best[10], best
