@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -47,6 +47,15 @@ class BaseModel:
     path: Path
     """Directory with config.json, tokenizer and safetensors files."""
     identity: BaseModelIdentity
+    quantized_from: str | None = None
+    """Fingerprint of the model of which this one is a quantised copy, where its manifest says so."""
+
+    def takes_adapters_of(self, base_fingerprint: str) -> bool:
+        """Whether adapters trained on the base of this fingerprint belong here: it is this base, or this one is a
+        quantised copy of exactly it. A copy of something merged or tuned first names that, and so does not take
+        adapters of the model below it.
+        """
+        return base_fingerprint in (self.identity.fingerprint, self.quantized_from)
 
 
 class ArtifactResolver(Protocol):
@@ -136,7 +145,8 @@ def _from_registry(reference: str, registry: ArtifactResolver | None) -> BaseMod
             "merged model.",
             code="base_is_an_adapter",
         )
-    return _described(artifact.revision, artifact.path)
+    described = _described(artifact.revision, artifact.path)
+    return replace(described, quantized_from=artifact.manifest.quantized_from)
 
 
 def _download(model_id: str) -> Path:

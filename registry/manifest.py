@@ -102,6 +102,8 @@ class ManifestDraft(Record):
     job_id: str | None = None
     parents: list[str] = []
     """Revisions this one was made from."""
+    quantized_from: Sha256 | None = None
+    """Fingerprint of the model whose weights were quantised, for kind ``gptq``: its adapters fit this one too."""
     metrics: dict[str, FiniteFloat] = {}
     probes: list[Probe] = []
 

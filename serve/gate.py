@@ -42,7 +42,7 @@ class Gate:
                 code="not_an_adapter",
             )
         trained_for = manifest.base_model.fingerprint
-        if trained_for is not None and trained_for != self._base_model.identity.fingerprint:
+        if trained_for is not None and not self._base_model.takes_adapters_of(trained_for):
             raise errors.InvalidArtifactError(
                 f"{artifact.revision} was made for another base model ({manifest.base_model.id}, fingerprint "
                 f"{trained_for[:16]}); this service runs {self._base_model.id} "
