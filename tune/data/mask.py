@@ -10,6 +10,11 @@ prefixes. For the assistant message *i*::
 refused. The span is what ``turn`` adds, up to its last end-of-turn token; what follows (a newline, say) is
 never generated. A span without any end-of-turn token is refused too: such a model would never stop.
 
+Two families need more. Some templates open the reasoning in the prompt (``<think>``) and cut it out of the
+answer that they render (DeepSeek-R1): where the row's answer brings its reasoning, the turn is the prompt and the
+answer as the row has it, with the end that the template gives it. And in some (GLM-4) no token ends a turn but the
+first one of the next message, at which serving stops: that token is asked for and joins the span.
+
 The whole row is tokenised once and each prompt's ids must be its prefix. Where they are not (a token that
 straddles the border), or where the template rewrites earlier turns (Qwen3 removes their thinking), each
 trained turn becomes an example of its own, which again is exactly what serving sees.
@@ -26,11 +31,15 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 
-from registry.errors import InvalidDataError, InvalidRequestError
+from registry.errors import InvalidRequestError
+from tune.data.faults import RowFault
 from tune.data.rows import ChatRow, TextRow
 
 Tokenizer = Any
 """A fast Hugging Face tokenizer; transformers ships no types for it that mypy could follow."""
+
+
+_REASONING_START, _REASONING_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +84,17 @@ class ChatEncoder:
                 "train text rows (stage kind cpt)"
             )
         self._tokenizer = tokenizer
-        special = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._stop_ids = special | ({int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set())
+        special = {int(i): token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if tokenizer.eos_token_id is not None:
+            special[int(tokenizer.eos_token_id)] = str(tokenizer.eos_token)
+        self._stop_ids = frozenset(special)
+        self._stop_tokens = tuple(sorted(special.values(), key=len, reverse=True))
 
     def encode(self, row: ChatRow) -> list[Example]:
         """One example, or one for each trained turn where a single one would differ from what serving sees.
 
         Raises:
-            InvalidDataError: the template refuses the row, is not prefix-stable, or ends no turn.
+            RowFault: the template refuses the row, is not prefix-stable, or ends no turn.
         """
         turns = self._render_turns(row)
         _check_tools_are_rendered(row, turns)
@@ -91,6 +103,12 @@ class ChatEncoder:
             if example is not None:
                 return [example]
         return [self._encode_alone(row, turn) for turn in turns]
+
+    def encode_answer(self, row: ChatRow) -> Example:
+        """The last message behind the prompt's own ids, alone trained: one side of a preference row."""
+        (turn,) = self._render_turns(row)
+        _check_tools_are_rendered(row, [turn])
+        return self._encode_alone(row, turn)
 
     def render_prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
         """The text that serving tokenises (without adding special tokens) for these messages."""
@@ -106,14 +124,50 @@ class ChatEncoder:
                 text = self._render(row.messages[: index + 1], row.tools, add_generation_prompt=False)
             except (TemplateError, TypeError, ValueError) as error:
                 reason = f"the chat template refuses messages[:{index + 1}]: {error}"
-                raise InvalidDataError(f"line {row.line}: {reason}", line=row.line, code="chat_template") from error
+                raise _template_fault(row.line, reason) from error
             if not text.startswith(prompt):
-                raise _not_prefix_stable(row.line, index, prompt, text)
+                text = self._with_reasoning(row, index, prompt, text)
             if len(text) == len(prompt):
-                reason = f"the chat template renders nothing for messages[{index}]"
-                raise InvalidDataError(f"line {row.line}: {reason}", line=row.line, code="chat_template")
+                raise _template_fault(row.line, f"the chat template renders nothing for messages[{index}]")
+            if not prompt:
+                reason = f"the chat template renders nothing before messages[{index}], so all tokens would be trained"
+                raise _template_fault(row.line, reason)
+            if not any(token in text[len(prompt) :] for token in self._stop_tokens):
+                text += self._closing(row, index)
             turns.append(_Turn(index, prompt, text))
         return turns
+
+    @staticmethod
+    def _with_reasoning(row: ChatRow, index: int, prompt: str, text: str) -> str:
+        """The turn's text where the template cuts out of it the reasoning that its prompt opens."""
+        content: str = row.messages[index]["content"]
+        shown = content.rpartition(_REASONING_END)[2].strip()
+        opening = prompt[prompt.rfind(_REASONING_START) :] if _REASONING_START in prompt else ""
+        if not opening or opening.strip() != _REASONING_START:
+            raise _not_prefix_stable(row.line, index, prompt, text)
+        if not content.startswith(_REASONING_START) or not shown or shown not in text:
+            hint = (
+                f"; the prompt opens the reasoning ({opening!r}), so begin the answer with its own: "
+                f"{_REASONING_START}...{_REASONING_END}"
+            )
+            raise _not_prefix_stable(row.line, index, prompt, text, hint)
+        ending = text[text.rindex(shown) + len(shown) :]
+        return prompt + content.removeprefix(_REASONING_START).removeprefix(opening[len(_REASONING_START) :]) + ending
+
+    def _closing(self, row: ChatRow, index: int) -> str:
+        """The token that the template writes after this turn when another message follows, if it is a special one."""
+        following = row.messages[index + 1] if index + 1 < len(row.messages) else {"role": "user", "content": "x"}
+        for answer in (row.messages[index], {**row.messages[index], "content": "x"}):  # "x" has no reasoning to cut out
+            turns = [*row.messages[:index], answer]
+            try:
+                text = self._render(turns, row.tools, add_generation_prompt=False)
+                longer = self._render([*turns, following], row.tools, add_generation_prompt=False)
+            except (TemplateError, TypeError, ValueError):
+                continue
+            if longer.startswith(text):
+                after = longer[len(text) :]
+                return next((token for token in self._stop_tokens if after.startswith(token)), "")
+        return ""
 
     def _render(
         self,
@@ -168,7 +222,7 @@ class ChatEncoder:
             f"the chat template writes no end-of-turn token after messages[{index}], so the model would never learn to "
             "stop; use a template that writes the tokenizer's eos token or another special token there"
         )
-        raise InvalidDataError(f"line {line}: {reason}", line=line, code="chat_template")
+        raise _template_fault(line, reason)
 
     def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         encoded = self._tokenizer(
@@ -217,14 +271,18 @@ def _check_tools_are_rendered(row: ChatRow, turns: Sequence[_Turn]) -> None:
         missing = sorted(name for name in names if name not in text)
         if missing:
             reason = f"the chat template does not render the {what} {missing}; use a base whose template knows tools"
-            raise InvalidDataError(f"line {row.line}: {reason}", line=row.line, code="chat_template")
+            raise _template_fault(row.line, reason)
 
 
-def _not_prefix_stable(line: int, index: int, prompt: str, text: str) -> InvalidDataError:
+def _template_fault(line: int, reason: str) -> RowFault:
+    return RowFault(f"line {line}: {reason}", kind="chat_template", line=line, code="chat_template")
+
+
+def _not_prefix_stable(line: int, index: int, prompt: str, text: str, hint: str = "") -> RowFault:
     same = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
     reason = (
         f"the chat template is not prefix-stable: with its answer, messages[{index}] renders "
         f"{text[same : same + 30]!r} where the prompt alone has {prompt[same : same + 30]!r}; serving would send other "
         "text than training saw"
     )
-    return InvalidDataError(f"line {line}: {reason}", line=line, code="chat_template")
+    return _template_fault(line, reason + hint)

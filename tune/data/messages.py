@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from registry.errors import InvalidDataError
+from tune.data.faults import row_fault
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEYS_OF_ROLE = {
@@ -49,9 +49,9 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
         InvalidDataError: with ``line`` and a reason that names the message by its index.
     """
     if not isinstance(given, list):
-        _refuse(line, "messages", f"messages must be a list, got {_shown(given)}")
+        _refuse(line, "messages", f"messages must be a list, got {_shown(given)}", "messages_shape")
     if not given:
-        _refuse(line, "messages", "messages is empty")
+        _refuse(line, "messages", "messages is empty", "messages_shape")
     messages: list[dict[str, Any]] = []
     trained: list[bool] = []
     previous_role: str | None = None
@@ -63,14 +63,12 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
         if role == "tool":
             call_id = cleaned["tool_call_id"]
             if call_id not in open_calls:
-                _refuse(line, f"{where}.tool_call_id", f"{where} answers the call {call_id!r}, which is not open")
+                reason = f"{where} answers the call {call_id!r}, which is not open"
+                _refuse(line, f"{where}.tool_call_id", reason, "tool_order")
             open_calls.remove(call_id)
         elif open_calls:
-            _refuse(
-                line,
-                where,
-                f"{where}: the tool calls {sorted(open_calls)} have no answer before this message",
-            )
+            reason = f"{where}: the tool calls {sorted(open_calls)} have no answer before this message"
+            _refuse(line, where, reason, "tool_order")
         if "tool_calls" in cleaned:
             open_calls = {call["id"] for call in cleaned["tool_calls"]}
         messages.append(cleaned)
@@ -85,48 +83,46 @@ def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
     if given is None:
         return None
     if not isinstance(given, list) or not given:
-        _refuse(line, "tools", f"tools must be a list with at least one tool, got {_shown(given)}")
+        reason = f"tools must be a list with at least one tool, got {_shown(given)}"
+        _refuse(line, "tools", reason, "tool_definition")
     for index, tool in enumerate(given):
         where = f"tools[{index}]"
         if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-            _refuse(line, where, f"{where} must be {{type: 'function', function: {{...}}}}, got {_shown(tool)}")
+            reason = f"{where} must be {{type: 'function', function: {{...}}}}, got {_shown(tool)}"
+            _refuse(line, where, reason, "tool_definition")
         _check_keys(tool, ("type", "function"), where, line)
         function = tool["function"]
         _check_keys(function, ("name", "description", "parameters", "strict"), f"{where}.function", line)
         if not isinstance(function.get("name"), str) or not function["name"]:
-            _refuse(line, f"{where}.function.name", f"{where}.function.name must be a name")
+            _refuse(line, f"{where}.function.name", f"{where}.function.name must be a name", "tool_definition")
         if not isinstance(function.get("parameters", {}), dict):
-            _refuse(
-                line,
-                f"{where}.function.parameters",
-                f"{where}.function.parameters must be a JSON schema object",
-            )
+            reason = f"{where}.function.parameters must be a JSON schema object"
+            _refuse(line, f"{where}.function.parameters", reason, "tool_definition")
     return tuple(given)
 
 
 def _check_role(message: object, previous_role: str | None, where: str, line: int) -> str:
     if not isinstance(message, dict):
-        _refuse(line, where, f"{where} must be an object with role and content, got {_shown(message)}")
+        reason = f"{where} must be an object with role and content, got {_shown(message)}"
+        _refuse(line, where, reason, "messages_shape")
     if "role" not in message:
-        _refuse(line, f"{where}.role", f"{where} has no role; allowed: {', '.join(_ROLES)}")
+        _refuse(line, f"{where}.role", f"{where} has no role; allowed: {', '.join(_ROLES)}", "unknown_role")
     role = message["role"]
     if not isinstance(role, str) or role not in _ROLES:
-        _refuse(
-            line,
-            f"{where}.role",
-            f"{where} has the unknown role {_shown(role)}; allowed: {', '.join(_ROLES)}",
-        )
+        reason = f"{where} has the unknown role {_shown(role)}; allowed: {', '.join(_ROLES)}"
+        _refuse(line, f"{where}.role", reason, "unknown_role")
     if role not in _MAY_FOLLOW[previous_role]:
         place = "stand first" if previous_role is None else f"follow {previous_role!r}"
         allowed = ", ".join(_MAY_FOLLOW[previous_role])
-        _refuse(line, f"{where}.role", f"{where}: {role!r} cannot {place}; allowed here: {allowed}")
+        _refuse(line, f"{where}.role", f"{where}: {role!r} cannot {place}; allowed here: {allowed}", "role_order")
     return role
 
 
 def _check_message(message: dict[str, Any], role: str, where: str, line: int) -> tuple[dict[str, Any], int]:
     """One message in template form, and its weight (1 for roles that carry none)."""
     if "function_call" in message:
-        _refuse(line, f"{where}.function_call", f"{where}.function_call is the old form; write tool_calls instead")
+        reason = f"{where}.function_call is the old form; write tool_calls instead"
+        _refuse(line, f"{where}.function_call", reason, "old_format")
     _check_keys(message, _KEYS_OF_ROLE[role], where, line)
     cleaned: dict[str, Any] = {"role": role}
     calls = message.get("tool_calls")
@@ -135,15 +131,17 @@ def _check_message(message: dict[str, Any], role: str, where: str, line: int) ->
     cleaned["content"] = _check_content(message.get("content"), role, calls is not None, f"{where}.content", line)
     if role == "tool":
         if not isinstance(message.get("tool_call_id"), str) or not message["tool_call_id"]:
-            _refuse(line, f"{where}.tool_call_id", f"{where} (a tool's answer) needs the tool_call_id it answers")
+            reason = f"{where} (a tool's answer) needs the tool_call_id it answers"
+            _refuse(line, f"{where}.tool_call_id", reason, "tool_order")
         cleaned["tool_call_id"] = message["tool_call_id"]
     if "name" in message:
         if not isinstance(message["name"], str) or not message["name"]:
-            _refuse(line, f"{where}.name", f"{where}.name must be a name, got {_shown(message['name'])}")
+            reason = f"{where}.name must be a name, got {_shown(message['name'])}"
+            _refuse(line, f"{where}.name", reason, "name")
         cleaned["name"] = message["name"]
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
-        _refuse(line, f"{where}.weight", f"{where}.weight must be 0 or 1, got {_shown(weight)}")
+        _refuse(line, f"{where}.weight", f"{where}.weight must be 0 or 1, got {_shown(weight)}", "weight")
     return cleaned, int(weight)
 
 
@@ -153,9 +151,10 @@ def _check_content(content: object, role: str, has_calls: bool, where: str, line
     if content is None and has_calls:
         return ""  # what vLLM hands to the template for it
     if not isinstance(content, str):
-        _refuse(line, where, f"{where} must be a string or a list of text parts, got {_shown(content)}")
+        reason = f"{where} must be a string or a list of text parts, got {_shown(content)}"
+        _refuse(line, where, reason, "content_type")
     if not content.strip() and role != "tool" and not has_calls:
-        _refuse(line, where, f"{where} is empty")
+        _refuse(line, where, f"{where} is empty", "empty_content")
     return content
 
 
@@ -164,7 +163,7 @@ def _joined_parts(parts: Sequence[object], where: str, line: int) -> str:
     for index, part in enumerate(parts):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             reason = f"{where}[{index}] must be {{type: 'text', text: '...'}}, got {_shown(part)}; only text is trained"
-            _refuse(line, f"{where}[{index}]", reason)
+            _refuse(line, f"{where}[{index}]", reason, "content_type")
         _check_keys(part, ("type", "text"), f"{where}[{index}]", line)
         texts.append(part["text"])
     return "\n".join(texts)  # as vLLM joins them (renderers/chat_utils.py), so that training sees what serving sees
@@ -173,37 +172,41 @@ def _joined_parts(parts: Sequence[object], where: str, line: int) -> str:
 def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, Any]]:
     """Arguments come as a JSON text (OpenAI) and leave as an object, as templates and vLLM take them."""
     if not isinstance(calls, list) or not calls:
-        _refuse(line, where, f"{where} must be a list with at least one call, got {_shown(calls)}")
+        reason = f"{where} must be a list with at least one call, got {_shown(calls)}"
+        _refuse(line, where, reason, "tool_call")
     cleaned = []
     for index, call in enumerate(calls):
         place = f"{where}[{index}]"
         if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
-            _refuse(line, place, f"{place} must be {{id, type: 'function', function: {{name, arguments}}}}")
+            reason = f"{place} must be {{id, type: 'function', function: {{name, arguments}}}}"
+            _refuse(line, place, reason, "tool_call")
         _check_keys(call, ("id", "type", "function"), place, line)
         _check_keys(call["function"], ("name", "arguments"), f"{place}.function", line)
         if not isinstance(call.get("id"), str) or not call["id"]:
-            _refuse(line, f"{place}.id", f"{place}.id must be a text that the tool's answer repeats")
+            _refuse(line, f"{place}.id", f"{place}.id must be a text that the tool's answer repeats", "tool_call")
         name = call["function"].get("name")
         if not isinstance(name, str) or not name:
-            _refuse(line, f"{place}.function.name", f"{place}.function.name must be a name")
+            _refuse(line, f"{place}.function.name", f"{place}.function.name must be a name", "tool_call")
         arguments = _decoded_arguments(call["function"].get("arguments"), f"{place}.function.arguments", line)
         cleaned.append({"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}})
     ids = [call["id"] for call in cleaned]
     if len(set(ids)) != len(ids):
-        _refuse(line, where, f"{where}: two calls have the same id")
+        _refuse(line, where, f"{where}: two calls have the same id", "tool_call")
     return cleaned
 
 
 def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, Any]:
     if not isinstance(arguments, str):
-        _refuse(line, where, f"{where} must be a JSON object written as a string, got {_shown(arguments)}")
+        reason = f"{where} must be a JSON object written as a string, got {_shown(arguments)}"
+        _refuse(line, where, reason, "tool_arguments")
     try:
         decoded = json.loads(arguments, parse_constant=_refuse_constant)
         json.dumps(decoded, ensure_ascii=False).encode("utf-8")  # half a surrogate pair fails here
     except (ValueError, RecursionError) as error:
-        raise InvalidDataError(f"line {line}: {where} is not valid JSON: {error}", line=line, param=where) from error
+        reason = f"{where} is not valid JSON: {error}"
+        raise row_fault(line, reason, "tool_arguments", where) from error
     if not isinstance(decoded, dict):
-        _refuse(line, where, f"{where} must hold a JSON object, got {_shown(decoded)}")
+        _refuse(line, where, f"{where} must hold a JSON object, got {_shown(decoded)}", "tool_arguments")
     return decoded
 
 
@@ -213,17 +216,20 @@ def _refuse_constant(name: str) -> object:
 
 def _check_targets(messages: Sequence[dict[str, Any]], trained: Sequence[bool], line: int) -> None:
     if not any(message["role"] == "assistant" for message in messages):
-        _refuse(line, "messages", "there is no assistant message, so there is nothing to learn")
+        _refuse(line, "messages", "there is no assistant message, so there is nothing to learn", "nothing_to_learn")
     if messages[-1]["role"] != "assistant":
-        _refuse(line, "messages", f"the last message must be the assistant's, got {messages[-1]['role']!r}")
+        reason = f"the last message must be the assistant's, got {messages[-1]['role']!r}"
+        _refuse(line, "messages", reason, "role_order")
     if not any(trained):
-        _refuse(line, "messages", "every assistant message has weight 0, so there is nothing to learn")
+        _refuse(
+            line, "messages", "every assistant message has weight 0, so there is nothing to learn", "nothing_to_learn"
+        )
 
 
 def _check_keys(given: dict[str, Any], allowed: Sequence[str], where: str, line: int) -> None:
     for key in given:
         if key not in allowed:
-            _refuse(line, f"{where}.{key[:80]}", f"{where}: {unknown_key_reason(key, allowed)}")
+            _refuse(line, f"{where}.{key[:80]}", f"{where}: {unknown_key_reason(key, allowed)}", "unknown_key")
 
 
 def _shown(value: object) -> str:
@@ -232,8 +238,10 @@ def _shown(value: object) -> str:
         text = json.dumps(value, ensure_ascii=True)
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
+    except TypeError:  # a type that only Parquet and Arrow know: a date, bytes, a decimal
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _refuse(line: int, param: str, reason: str) -> NoReturn:
-    raise InvalidDataError(f"line {line}: {reason}", line=line, param=param)
+def _refuse(line: int, param: str, reason: str, kind: str) -> NoReturn:
+    raise row_fault(line, reason, kind, param)

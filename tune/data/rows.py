@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
 
 from registry.errors import InvalidDataError, NotFoundError
+from tune.data.faults import RowFault, row_fault
 from tune.data.messages import check_messages, check_tools, unknown_key_reason
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -96,14 +97,18 @@ def check_text_file(path: Path, limit_errors: int = 10) -> FileReport:
 
 def parse_chat_row(raw: bytes, line: int) -> ChatRow:
     """One line of a chat file, without its newline, to a row."""
-    row = _decode_object(raw, line)
+    return check_chat_object(decode_object(raw, line), line)
+
+
+def check_chat_object(row: JsonObject, line: int) -> ChatRow:
+    """A decoded chat row, checked."""
     for key in row:
         if key in _REFUSED_CHAT_KEYS:
-            raise InvalidDataError(f"line {line}: {key!r} {_REFUSED_CHAT_KEYS[key]}", line=line, param=key)
+            raise row_fault(line, f"{key!r} {_REFUSED_CHAT_KEYS[key]}", "wrong_format", key)
         if key not in _CHAT_KEYS:
-            raise InvalidDataError(f"line {line}: {unknown_key_reason(key, _CHAT_KEYS)}", line=line, param=key)
+            raise row_fault(line, unknown_key_reason(key, _CHAT_KEYS), "unknown_key", key)
     if "messages" not in row:
-        raise InvalidDataError(f"line {line}: the row has no messages", line=line, param="messages")
+        raise row_fault(line, "the row has no messages", "messages_shape", "messages")
     tools = check_tools(row.get("tools"), line)
     messages, trained = check_messages(row["messages"], line)
     _check_parallel_tool_calls(row, messages, line)
@@ -112,39 +117,41 @@ def parse_chat_row(raw: bytes, line: int) -> ChatRow:
 
 def parse_text_row(raw: bytes, line: int) -> TextRow:
     """One line of a text file, without its newline, to a row."""
-    row = _decode_object(raw, line)
+    return check_text_object(decode_object(raw, line), line)
+
+
+def check_text_object(row: JsonObject, line: int) -> TextRow:
+    """A decoded text row, checked."""
     for key in row:
         if key != "text":
-            raise InvalidDataError(f"line {line}: {unknown_key_reason(key, ('text',))}", line=line, param=key)
+            raise row_fault(line, unknown_key_reason(key, ("text",)), "unknown_key", key)
     text = row.get("text")
     if not isinstance(text, str):
-        raise InvalidDataError(
-            f"line {line}: text must be a string, got {type(text).__name__}", line=line, param="text"
-        )
+        raise row_fault(line, f"text must be a string, got {type(text).__name__}", "content_type", "text")
     if not text.strip():
-        raise InvalidDataError(f"line {line}: text is empty", line=line, param="text")
+        raise row_fault(line, "text is empty", "empty_content", "text")
     return TextRow(line=line, text=text)
 
 
 def _read(path: Path, parse: Callable[[bytes, int], Row]) -> Iterator[Row]:
     rows = 0
-    with _open(path) as file:
-        for line, raw in _lines(file):
-            if isinstance(raw, InvalidDataError):
+    with open_file(path) as file:
+        for line, raw in read_lines(file):
+            if isinstance(raw, RowFault):
                 raise raw
             yield parse(raw, line)
             rows += 1
     if rows == 0:
-        raise _no_rows()
+        raise no_rows()
 
 
 def _check(path: Path, parse: Callable[[bytes, int], Row], limit_errors: int) -> FileReport:
     rows = 0
     errors: list[RowError] = []
-    with _open(path) as file:
-        for line, raw in _lines(file):
+    with open_file(path) as file:
+        for line, raw in read_lines(file):
             try:
-                if isinstance(raw, InvalidDataError):
+                if isinstance(raw, RowFault):
                     raise raw
                 parse(raw, line)
                 rows += 1
@@ -153,18 +160,18 @@ def _check(path: Path, parse: Callable[[bytes, int], Row], limit_errors: int) ->
                 if len(errors) >= limit_errors:
                     break
     if rows == 0 and not errors:
-        errors.append(RowError(1, _no_rows().message))
+        errors.append(RowError(1, no_rows().message))
     return FileReport(rows=rows, errors=tuple(errors))
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise NotFoundError(f"there is no data file at {path}", param="path") from error
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | InvalidDataError]]:
+def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | RowFault]]:
     """Lines without their newline. Only ``\\n`` ends a line: U+2028 and friends are legal inside JSON strings."""
     line = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -173,8 +180,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | InvalidDataError]]:
             raw = raw[len(_UTF8_BOM) :]
         if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
             _skip_rest_of_line(file)
-            reason = f"line {line}: longer than {MAX_LINE_BYTES} bytes; JSONL holds one row on each line"
-            yield line, InvalidDataError(reason, line=line)
+            reason = f"longer than {MAX_LINE_BYTES} bytes; JSONL holds one row on each line"
+            yield line, row_fault(line, reason, "too_long")
             continue
         if raw:
             yield line, raw.rstrip(b"\r\n")
@@ -185,30 +192,28 @@ def _skip_rest_of_line(file: BinaryIO) -> None:
         continue
 
 
-def _no_rows() -> InvalidDataError:
-    return InvalidDataError("line 1: the file holds no rows; JSONL needs one JSON object on each line", line=1)
+def no_rows() -> RowFault:
+    return row_fault(1, "the file holds no rows; JSONL needs one JSON object on each line", "no_rows")
 
 
-def _decode_object(raw: bytes, line: int) -> JsonObject:
+def decode_object(raw: bytes, line: int) -> JsonObject:
     """Strict JSON: no NaN, no key given twice, nothing that cannot be written back as UTF-8."""
     if not raw.strip():
-        raise InvalidDataError(f"line {line}: the line is blank; remove it", line=line)
+        raise row_fault(line, "the line is blank; remove it", "blank_line")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        reason = f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
-        raise InvalidDataError(f"line {line}: {reason}", line=line) from error
+        raise row_fault(line, f"not UTF-8 ({error.reason} at byte {error.start} of the line)", "not_utf8") from error
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except RecursionError as error:
-        raise InvalidDataError(f"line {line}: nested too deeply", line=line) from error
+        raise row_fault(line, "nested too deeply", "broken_json") from error
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON: {error.msg} at character {error.pos + 1}"
-        raise InvalidDataError(f"line {line}: {reason}", line=line) from error
+        raise row_fault(line, f"not valid JSON: {error.msg} at character {error.pos + 1}", "broken_json") from error
     except ValueError as error:  # of the two hooks, and of integers beyond Python's digit limit
-        raise InvalidDataError(f"line {line}: not valid JSON: {error}", line=line) from error
+        raise row_fault(line, f"not valid JSON: {error}", "broken_json") from error
     if not isinstance(value, dict):
-        raise InvalidDataError(f"line {line}: each line must be a JSON object, got {_json_type(value)}", line=line)
+        raise row_fault(line, f"each line must be a JSON object, got {_json_type(value)}", "not_an_object")
     if "\\u" in text:  # only an escape can smuggle in half a surrogate pair, which no tokenizer can encode
         _refuse_lone_surrogates(value, line)
     return value
@@ -231,9 +236,9 @@ def _refuse_lone_surrogates(value: JsonObject, line: int) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InvalidDataError(f"line {line}: holds half a surrogate pair (\\ud800 to \\udfff)", line=line) from error
+        raise row_fault(line, "holds half a surrogate pair (\\ud800 to \\udfff)", "lone_surrogate") from error
     except RecursionError as error:
-        raise InvalidDataError(f"line {line}: nested too deeply", line=line) from error
+        raise row_fault(line, "nested too deeply", "broken_json") from error
 
 
 def _check_parallel_tool_calls(row: JsonObject, messages: tuple[JsonObject, ...], line: int) -> None:
@@ -243,11 +248,11 @@ def _check_parallel_tool_calls(row: JsonObject, messages: tuple[JsonObject, ...]
     allowed = row["parallel_tool_calls"]
     if not isinstance(allowed, bool):
         reason = f"parallel_tool_calls must be true or false, got {_json_type(allowed)}"
-        raise InvalidDataError(f"line {line}: {reason}", line=line, param="parallel_tool_calls")
+        raise row_fault(line, reason, "parallel_tool_calls", "parallel_tool_calls")
     for index, message in enumerate(messages):
         if not allowed and len(message.get("tool_calls", ())) > 1:
             reason = f"parallel_tool_calls is false, but messages[{index}] makes {len(message['tool_calls'])} calls"
-            raise InvalidDataError(f"line {line}: {reason}", line=line, param="parallel_tool_calls")
+            raise row_fault(line, reason, "parallel_tool_calls", "parallel_tool_calls")
 
 
 def _json_type(value: object) -> str:
