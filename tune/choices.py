@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from tune.recipe import FullMethod, LoraMethod, Stage
+from tune.methods import FreezeMethod, FullMethod, Method
+from tune.recipe import Stage
 
 Value = TypeVar("Value")
 
@@ -32,13 +33,18 @@ class BatchShape:
         return self.micro_batch_size * self.gradient_accumulation_steps
 
 
-# Peak rates by (method, stage kind). Adapters want about ten times the rate of full training, almost independent of
-# the rank (LoRA Without Regret, thinkingmachines.ai, 2025; TRL's peft_integration guide gives the same values).
+# Peak rates by (what is trained, stage kind). Adapters want about ten times the rate of full training, almost
+# independent of the rank (LoRA Without Regret, thinkingmachines.ai, 2025; TRL's peft_integration guide gives the same
+# values).
 _LEARNING_RATES: dict[tuple[str, str], float] = {
-    ("lora", "sft"): 2e-4,
-    ("lora", "cpt"): 1e-4,
-    ("full", "sft"): 2e-5,
-    ("full", "cpt"): 1e-5,
+    ("adapter", "sft"): 2e-4,
+    ("adapter", "cpt"): 1e-4,
+    ("adapter", "mixed"): 1e-4,  # most of a mixed stage is text
+    ("adapter", "dpo"): 1e-5,
+    ("weights", "sft"): 2e-5,
+    ("weights", "cpt"): 1e-5,
+    ("weights", "mixed"): 1e-5,
+    ("weights", "dpo"): 1e-6,  # TRL's default
 }
 # Adam's best rate falls with the width of the model: as 1 / width by muP (https://arxiv.org/abs/2203.03466). The rates
 # above were found on models 2,048 to 8,192 wide, where one value serves; below, the exponent 1.3 meets what capo-tiny
@@ -55,13 +61,12 @@ _SMALLEST_BATCH = 2
 _LARGEST_MICRO_BATCH = 8
 
 
-def choose_learning_rate(
-    method: LoraMethod | FullMethod, stage: Stage, hidden_size: int | None = None
-) -> Choice[float]:
+def choose_learning_rate(method: Method, stage: Stage, hidden_size: int | None = None) -> Choice[float]:
     """``hidden_size`` is the base's width, ``None`` where its config names none."""
     if stage.learning_rate is not None:
         return Choice(stage.learning_rate, "given in the recipe")
-    rate = _LEARNING_RATES[method.kind, stage.kind]
+    trains = "weights" if isinstance(method, FullMethod | FreezeMethod) else "adapter"
+    rate = _LEARNING_RATES[trains, stage.kind]
     reason = f"the usual peak for {method.kind} {stage.kind}"
     if hidden_size is not None and hidden_size < _USUAL_WIDTH:
         rate *= (_USUAL_WIDTH / hidden_size) ** _WIDTH_EXPONENT
@@ -75,8 +80,10 @@ def choose_learning_rate(
 def choose_packing(stage: Stage) -> Choice[bool]:
     if stage.packing is not None:
         return Choice(stage.packing, "given in the recipe")
-    if stage.kind == "cpt":
+    if stage.kind in ("cpt", "mixed"):
         return Choice(True, "text rows vary in length; packing wastes no compute on padding")
+    if stage.kind == "dpo":
+        return Choice(False, "a preference batch counts pairs")
     return Choice(False, "a chat batch counts rows")
 
 
@@ -94,7 +101,7 @@ def choose_epochs(stage: Stage, num_rows: int) -> Choice[float | None]:
         return Choice(None, f"max_steps={stage.max_steps} decides")
     if stage.epochs is not None:
         return Choice(stage.epochs, "given in the recipe")
-    if stage.kind == "cpt":
+    if stage.kind in ("cpt", "mixed"):
         return Choice(1.0, "one pass over text; repeats teach less than new text")
     wanted = math.ceil(_FEWEST_ROW_VISITS / max(1, num_rows))
     if wanted > _DEFAULT_EPOCHS:
@@ -121,3 +128,11 @@ def choose_batch(stage: Stage, num_sequences: int, epochs: float | None) -> Choi
         accumulation = max(1, batch // micro)
     reason = f"{num_sequences} sequences an epoch; the largest batch up to 16 that still leaves 250 steps"
     return Choice(BatchShape(micro, accumulation), reason)
+
+
+def choose_final_weights(stage: Stage) -> Choice[Literal["last", "best"]]:
+    if stage.final_weights is not None:
+        return Choice(stage.final_weights, "given in the recipe")
+    if stage.early_stopping is not None:
+        return Choice("best", "early stopping ends a stage after its best step")
+    return Choice("last", "the schedule brings the rate down for the last steps")

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 
 from registry.manifest import LoraShape
+from tune.adapters import resolved_patterns
 from tune.choices import Choice
-from tune.model import DtypeName, Trainable
-from tune.recipe import LoraMethod, Recipe
+from tune.methods import publishes_adapter
+from tune.model import DtypeName, StoredDtypeName, Trainable
+from tune.recipe import Recipe
 
 # What a model directory needs beside weights and config.json to render, tokenise and stop as its base does.
 _TOKENIZER_FILES = (
@@ -33,18 +34,18 @@ _TOKENIZER_FILES = (
 )
 
 
-def choose_save_dtype(recipe: Recipe, dtype: DtypeName) -> Choice[DtypeName]:
+def choose_save_dtype(recipe: Recipe, dtype: DtypeName) -> Choice[StoredDtypeName]:
     if recipe.save_dtype != "auto":
         return Choice(recipe.save_dtype, "given in the recipe")
-    if recipe.method.kind == "full":
+    if not publishes_adapter(recipe.method):
         return Choice("bfloat16", "engines serve whole models in it, and it halves the file")
+    if dtype == "float16":
+        return Choice("float32", "what is trained stays float32 beside a float16 base")
     return Choice(dtype, "an adapter keeps the dtype it was trained in")
 
 
-def export_adapter(
-    trainable: Trainable, method: LoraMethod, directory: Path, *, base_id: str, save_dtype: DtypeName
-) -> LoraShape:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format.
+def export_adapter(trainable: Trainable, directory: Path, *, base_id: str, save_dtype: StoredDtypeName) -> LoraShape:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, of a model PEFT wrapped.
 
     Tokenizer and template stay with the base; the manifest's digests tie the adapter to them.
     """
@@ -53,20 +54,24 @@ def export_adapter(
     config = trainable.model.peft_config["default"]
     config.base_model_name_or_path = base_id  # the id, not the directory it happened to be loaded from
     config.inference_mode = True
+    config.rank_pattern, config.alpha_pattern = resolved_patterns(trainable.model)
     weights = get_peft_model_state_dict(trainable.model, save_embedding_layers=False)
     stored = {name: _stored(weight, save_dtype) for name, weight in weights.items()}
     save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(directory)
     return LoraShape(
-        rank=method.rank,
-        alpha=method.scaled_alpha,
+        rank=max(len(weight) for name, weight in weights.items() if "lora_A" in name),
+        alpha=config.lora_alpha,
         target_modules=list(trainable.target_modules),
-        use_rslora=method.use_rslora,
+        use_rslora=config.use_rslora,
     )
 
 
-def export_model(trainable: Trainable, base_dir: Path, directory: Path, *, save_dtype: DtypeName) -> None:
-    """Write a model directory that transformers and vLLM load. Casts the model in place: it is used up."""
+def export_model(trainable: Trainable, base_dir: Path, directory: Path, *, save_dtype: StoredDtypeName) -> None:
+    """Write a model directory that transformers and vLLM load. Casts the model in place: it is used up.
+
+    Tied weights stay tied: ``save_pretrained`` writes them once, under the input embedding's name.
+    """
     model = trainable.model.to(torch.bfloat16 if save_dtype == "bfloat16" else torch.float32)
     model.config.use_cache = True  # switched off for training only
     model.save_pretrained(directory, safe_serialization=True)
@@ -75,6 +80,6 @@ def export_model(trainable: Trainable, base_dir: Path, directory: Path, *, save_
             shutil.copyfile(base_dir / name, directory / name)
 
 
-def _stored(weight: torch.Tensor, save_dtype: Literal["float32", "bfloat16"]) -> torch.Tensor:
+def _stored(weight: torch.Tensor, save_dtype: StoredDtypeName) -> torch.Tensor:
     dtype = torch.bfloat16 if save_dtype == "bfloat16" else torch.float32
     return weight.detach().to("cpu", dtype).contiguous()

@@ -63,6 +63,16 @@ def collate(examples: Sequence[Example], sequences: Sequence[Pack]) -> Batch:
 def token_losses(trainable: Trainable, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats and hit (0 or 1) of every trained token: two [N] float32 tensors, N = trained tokens.
 
+    They come row by row, as the targets stand in the batch.
+    """
+    chosen, labels = trained_logits(trainable, batch)
+    losses = torch.nn.functional.cross_entropy(chosen, labels, reduction="none")
+    return losses, (chosen.detach().argmax(dim=-1) == labels).float()
+
+
+def trained_logits(trainable: Trainable, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model says at every trained token, [N, V] float32, and the token itself, [N].
+
     No attention mask is passed: padding stands at the end, where causal attention never looks back from, and
     with restarting positions transformers blocks attention between packed examples itself
     (``masking_utils.find_packed_sequence_indices``), sliding windows included.
@@ -79,6 +89,4 @@ def token_losses(trainable: Trainable, batch: Batch) -> tuple[torch.Tensor, torc
         ).logits  # [B, wanted, V]
     targets = targets[:, wanted.to(device)]
     trained = targets != NOT_TRAINED
-    chosen, labels = logits[trained].float(), targets[trained]  # [N, V], [N]
-    losses = torch.nn.functional.cross_entropy(chosen, labels, reduction="none")
-    return losses, (chosen.detach().argmax(dim=-1) == labels).float()
+    return logits[trained].float(), targets[trained]

@@ -1,32 +1,32 @@
 """The base model in memory, and what of it is trained. Loads from local files only.
 
 Arithmetic: ``float32`` computes everything in float32. ``bfloat16`` computes in bfloat16 under autocast while
-every trained weight stays float32, because updates of 1e-4 of a weight vanish in bfloat16's 8 bits.
+every trained weight stays float32, because updates of 1e-4 of a weight vanish in bfloat16's 8 bits. ``float16`` does
+the same on a GPU, for those without bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from registry.errors import InvalidRequestError
+from tune.adapters import Model as Model
+from tune.adapters import attach_adapter
 from tune.choices import Choice
-from tune.recipe import FullMethod, LoraMethod
+from tune.freezing import train_some_weights
+from tune.methods import FreezeMethod, FullMethod, Method, QloraMethod
 
-DtypeName: TypeAlias = Literal["float32", "bfloat16"]
-Model: TypeAlias = Any
-"""A transformers causal language model, possibly wrapped by PEFT; neither ships types that mypy could follow."""
-
-_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""Of the arithmetic."""
+StoredDtypeName: TypeAlias = Literal["float32", "bfloat16"]
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,23 @@ class Trainable:
     model: Model
     device: torch.device
     dtype: DtypeName
-    target_modules: tuple[str, ...]
-    """Leaf names of the adapted layers; empty for full training."""
+    target_modules: tuple[str, ...] = ()
+    """Leaf names of the adapted layers; empty where weights of the base are trained."""
+    loraplus_ratio: float = 1.0
+    """Learning rate of the B matrices over the stage's."""
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Trained parameters by name, in the model's own order."""
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
+    def learning_rate_ratio(self, name: str) -> float:
+        """Learning rate of the parameter ``name`` over the stage's."""
+        return self.loraplus_ratio if ".lora_B." in name else 1.0
+
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
             return nullcontext()
-        context: AbstractContextManager[Any] = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        context: AbstractContextManager[Any] = torch.autocast(self.device.type, dtype=_TORCH_DTYPES[self.dtype])
         return context
 
 
@@ -54,7 +60,12 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Choice[DtypeName]:
+def choose_dtype(asked: Literal["auto"] | DtypeName, device: torch.device) -> Choice[DtypeName]:
+    if asked == "float16" and device.type == "cpu":
+        raise InvalidRequestError(
+            "dtype=float16 needs a GPU: on a CPU it is slower than float32 and less exact; use float32 or bfloat16",
+            param="dtype",
+        )
     if asked != "auto":
         return Choice(asked, "given in the recipe")
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -99,7 +110,7 @@ def stop_token_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
 
 def load_trainable(
     base_dir: Path,
-    method: LoraMethod | FullMethod,
+    method: Method,
     *,
     dtype: DtypeName,
     device: torch.device,
@@ -109,82 +120,51 @@ def load_trainable(
     """Load the base and mark what is trained. Adapters are initialised from ``seed``.
 
     Raises:
-        InvalidRequestError: the base is quantised, or a target module names no linear layer of it.
+        InvalidRequestError: the base is quantised, or the method names a layer that it does not have.
     """
     if getattr(AutoConfig.from_pretrained(base_dir, local_files_only=True), "quantization_config", None) is not None:
         raise InvalidRequestError(
             f"the base in {base_dir.name} is quantised and cannot be trained; train on the model it was made from",
             param="base_model",
         )
-    disable_progress_bar()  # of transformers, which would draw over the run's own
-    trained_dtype = torch.float32 if method.kind == "full" else _TORCH_DTYPES[dtype]
-    model = AutoModelForCausalLM.from_pretrained(
-        base_dir, dtype=trained_dtype, local_files_only=True, attn_implementation="sdpa"
-    ).to(device)
+    model = _load(base_dir, method, dtype=dtype, device=device)
     model.config.use_cache = False
     if gradient_checkpointing:
         # Without reentrance the frozen embedding output needs no gradient for adapters behind it to get theirs.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method.kind == "full":
+    if isinstance(method, FullMethod):
         model.requires_grad_(True)
-        return Trainable(model, device, dtype, ())
-    targets = _resolve_targets(model, method.target_modules)
-    torch.manual_seed(seed)
-    return Trainable(_with_adapter(model, method, targets), device, dtype, targets)
+        return Trainable(model, device, dtype)
+    if isinstance(method, FreezeMethod):
+        train_some_weights(model, method)
+        return Trainable(model, device, dtype)
+    adapted, targets = attach_adapter(model, method, seed=seed)
+    return Trainable(adapted, device, dtype, targets, loraplus_ratio=method.loraplus_ratio or 1.0)
 
 
-def _with_adapter(model: Model, method: LoraMethod, targets: Sequence[str]) -> Model:
-    from peft import LoraConfig, get_peft_model  # several seconds; full training does not need it
-
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.scaled_alpha,
-        lora_dropout=method.dropout,
-        target_modules=list(targets),
-        use_rslora=method.use_rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    with _no_gptq_layers():
-        return get_peft_model(model, config, autocast_adapter_dtype=True)  # adapter weights in float32
-
-
-@contextmanager
-def _no_gptq_layers() -> Iterator[None]:
-    """Keep PEFT from importing gptqmodel to ask whether our plain layers are quantised by it.
-
-    The import takes 5 s, prints a banner to stdout and changes CUDA's environment variables.
-    """
-    with ExitStack() as stack:
-        for name in ("tuners.lora.gptq", "tuners.lora.awq", "utils.other", "utils.quantization_utils"):
-            asking = import_module(f"peft.{name}")
-            stack.enter_context(patch.object(asking, "is_gptqmodel_available", lambda: False))
-        yield
-
-
-def _resolve_targets(model: Model, asked: Literal["all-linear"] | Sequence[str]) -> tuple[str, ...]:
-    """Leaf names of linear layers, sorted. Never the output head: vLLM would have to hold it for each adapter."""
-    head = model.get_output_embeddings()
-    leaves = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+def _load(base_dir: Path, method: Method, *, dtype: DtypeName, device: torch.device) -> Model:
+    disable_progress_bar()  # of transformers, which would draw over the run's own
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if isinstance(method, FullMethod) else _TORCH_DTYPES[dtype],
+        "local_files_only": True,
+        "attn_implementation": "sdpa",
     }
-    if asked == "all-linear":
-        return tuple(sorted(leaves))
-    unknown = sorted(set(asked) - leaves)
-    if unknown:
-        raise InvalidRequestError(
-            f"target_modules {unknown} name no linear layer of this base; it has {sorted(leaves)}",
-            param="method.target_modules",
-        )
-    return tuple(sorted(set(asked)))
+    if not isinstance(method, QloraMethod):
+        return AutoModelForCausalLM.from_pretrained(base_dir, **options).to(device)
+    options["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=method.double_quantization,
+        bnb_4bit_compute_dtype=_TORCH_DTYPES[dtype],
+    )
+    return AutoModelForCausalLM.from_pretrained(base_dir, device_map={"": device}, **options)
 
 
-def round_weights(trainable: Trainable, save_dtype: DtypeName) -> None:
-    """Round the trained weights to what will be stored, so that what is measured is what is published."""
+def round_weights(trainable: Trainable, save_dtype: StoredDtypeName, *, all_weights: bool = False) -> None:
+    """Round the trained weights (or all) to what will be stored, so that what is measured is what is published."""
     if save_dtype == "float32":
         return
+    rounded = trainable.model.parameters() if all_weights else (p for _, p in trainable.parameters())
     with torch.no_grad():
-        for _, parameter in trainable.parameters():
+        for parameter in rounded:
             parameter.copy_(parameter.to(torch.bfloat16))

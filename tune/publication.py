@@ -1,4 +1,4 @@
-"""From trained weights to an artifact: round, measure, probe, export, publish."""
+"""From trained weights to an artifact: deliver, measure, probe, export, publish."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from registry import Artifact, DataRecord, LoraShape, ManifestDraft, Registry
 from registry.errors import StorageError
+from tune.data.mask import Example
+from tune.delivery import Delivery, deliver
+from tune.dpo import PreferenceExample
 from tune.export import export_adapter, export_model
-from tune.model import Trainable, round_weights
+from tune.methods import QloraMethod
+from tune.model import Trainable
 from tune.preparation import Prepared
 from tune.probes import make_probes
 from tune.progress import Observer, TrainingEvent
 from tune.stages import ReadyStage
 from tune.train import evaluate
 
-_RECORDED_LIBRARIES = ("capo-llm", "torch", "transformers", "tokenizers", "peft", "safetensors")
+_PROBE_EXAMPLES = 10_000
+"""Probes are the shortest prompts among so many examples."""
+_RECORDED_LIBRARIES = ("capo-llm", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "safetensors")
 
 
 def publish(
@@ -33,26 +40,28 @@ def publish(
     fine_tuned_name: str | None,
     alias: str | None,
 ) -> Artifact:
-    """Publish what was trained. Rounds the weights in place and, for a whole model, uses the model up.
+    """Publish what was trained, in the form that can be served; uses ``trainable`` up.
 
     ``metrics`` were measured so far; the validation figures of the stored weights join them in the manifest.
     """
     recipe = prepared.recipe
     assert recipe.save_dtype != "auto", recipe.save_dtype
-    round_weights(trainable, recipe.save_dtype)
     metrics = dict(metrics)
-    for ready in prepared.stages:
-        if ready.data.validation:
-            figures = evaluate(trainable, ready.data.validation, micro_batch_size=ready.micro_batch_size)
-            metrics |= figures.named(ready.data.label)
     last = prepared.stages[-1].data
-    probes = make_probes(trainable, last.validation or last.examples, prepared.stop_ids)
+    examples = _single_examples(last.validation or last.examples)
+    if isinstance(recipe.method, QloraMethod):
+        metrics |= _validate(prepared.stages, trainable, prefix="quantized_")
+    delivery = deliver(trainable, recipe.method, prepared.base.path, save_dtype=recipe.save_dtype, compare_on=examples)
+    for text in delivery.notes:
+        watcher.on_event(TrainingEvent("info", text))
+    metrics |= delivery.metrics | _validate(prepared.stages, delivery.served)
+    probes = make_probes(delivery.served, examples, prepared.stop_ids)
     if not probes:
         text = "no prompt has a clear greedy answer, so the artifact carries no probes"
         watcher.on_event(TrainingEvent("warn", text))
     with registry.stage() as directory:
         try:
-            lora = _export(prepared, trainable, directory)
+            lora = _export(prepared, delivery, directory)
         except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
             raise StorageError(f"cannot write the trained weights: {error}; free some space and resume") from error
         draft = ManifestDraft(
@@ -73,14 +82,33 @@ def publish(
         return registry.publish(directory, draft, alias=alias, fine_tuned_name=fine_tuned_name)
 
 
-def _export(prepared: Prepared, trainable: Trainable, directory: Path) -> LoraShape | None:
+def _validate(stages: Sequence[ReadyStage], trainable: Trainable, prefix: str = "") -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for ready in stages:
+        if ready.data.validation:
+            figures = evaluate(
+                trainable,
+                ready.data.validation,
+                micro_batch_size=ready.micro_batch_size,
+                make_objective=ready.data.make_objective,
+            )
+            metrics |= figures.named(ready.data.label, prefix)
+    return metrics
+
+
+def _single_examples(examples: Sequence[Any]) -> Sequence[Example]:
+    """At most 10,000; of pairs, the preferred answers."""
+    few: Sequence[Any] = examples[:_PROBE_EXAMPLES]
+    return [pair.chosen if isinstance(pair, PreferenceExample) else pair for pair in few]
+
+
+def _export(prepared: Prepared, delivery: Delivery, directory: Path) -> LoraShape | None:
     """Write the weights; the adapter's shape, or ``None`` for a whole model."""
-    recipe = prepared.recipe
-    assert recipe.save_dtype != "auto", recipe.save_dtype
-    if recipe.method.kind == "lora":
-        base_id = prepared.base.id
-        return export_adapter(trainable, recipe.method, directory, base_id=base_id, save_dtype=recipe.save_dtype)
-    export_model(trainable, prepared.base.path, directory, save_dtype=recipe.save_dtype)
+    save_dtype = prepared.recipe.save_dtype
+    assert save_dtype != "auto", save_dtype
+    if delivery.is_adapter:
+        return export_adapter(delivery.served, directory, base_id=prepared.base.id, save_dtype=save_dtype)
+    export_model(delivery.served, prepared.base.path, directory, save_dtype=save_dtype)
     return None
 
 

@@ -15,96 +15,54 @@ returns the value together with the reason. Importing this module pulls in neith
 from __future__ import annotations
 
 from collections.abc import Hashable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from registry.errors import InvalidRequestError, NotFoundError
 from registry.names import check_name, parse_alias
-
-
-class Record(BaseModel):
-    """Frozen; an unknown key is an error that names the nearest known one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suggest_the_nearest_key(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        for key in given:
-            if key in cls.model_fields:
-                continue
-            shown = str(key)[:80]
-            near = get_close_matches(shown, cls.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown key {shown!r}; {hint}allowed: {', '.join(cls.model_fields)}")
-        return given
-
-
-class LoraMethod(Record):
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685) on the frozen base."""
-
-    kind: Literal["lora"] = "lora"
-    rank: int = Field(
-        16,
-        ge=1,
-        le=256,
-        description="R. 16 suits up to about 10,000 rows (Axolotl, TRL); 16 is also vLLM's default "
-        "max_lora_rank, so the adapter loads on an unchanged server. vLLM's largest is 512.",
-    )
-    alpha: int | None = Field(
-        None,
-        ge=1,
-        description="The update is scaled by alpha / rank. None = 2 * rank, the setting of TRL, Axolotl and "
-        "PEFT's method comparison.",
-    )
-    dropout: float = Field(
-        0.0,
-        ge=0.0,
-        lt=1.0,
-        description="On the adapter's input. 0: PEFT's method comparison gains nothing by it.",
-    )
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear",
-        description="Linear layers that get an adapter, by the last part of their name. all-linear (without "
-        "lm_head): adapting the MLP layers matters most (LoRA Without Regret, thinkingmachines.ai, 2025).",
-    )
-    use_rslora: bool = Field(
-        False,
-        description="Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732); for ranks >= 64.",
-    )
-
-    @property
-    def scaled_alpha(self) -> int:
-        return 2 * self.rank if self.alpha is None else self.alpha
-
-    @model_validator(mode="after")
-    def _some_module_must_be_adapted(self) -> LoraMethod:
-        if self.target_modules != "all-linear" and not self.target_modules:
-            raise ValueError("target_modules is empty, so nothing would be trained; name layers or use 'all-linear'")
-        return self
-
-
-class FullMethod(Record):
-    """All weights are trained; the result is a model of its own (artifact kind ``merged``)."""
-
-    kind: Literal["full"] = "full"
+from tune.methods import LoraMethod, Method
+from tune.record import Record
 
 
 class DataSource(Record):
-    """One JSONL file of training rows."""
+    """One file or folder of training rows: JSONL, a JSON array, CSV, Parquet, or a Hugging Face dataset folder."""
 
     path: Path = Field(description="Relative paths start at the recipe file's directory.")
+    format: Literal["chat", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
+        None, description="Of the rows. None = found out from the keys of the first row, and said."
+    )
+    system_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Put before every chat that has no system message of its own. None = rows stay as they are.",
+    )
+    ignored_keys: tuple[str, ...] = Field(
+        (),
+        description="Top-level keys of a row that are left out, for files that hold more columns than training reads.",
+    )
     weight: float = Field(
         1.0,
         gt=0.0,
         le=100.0,
         description="How often an epoch visits each row: 1 = once, 2 = twice, 0.25 = a newly drawn quarter of them.",
+    )
+
+
+class Clean(Record):
+    """What happens to rows before training, beyond the checks that every row must pass. Nothing unless asked for."""
+
+    duplicates: Literal["keep", "drop_exact", "drop_near"] = Field(
+        "keep",
+        description="Over all sources of the stage; the first of its kind stays. Near: four fifths of the three-word "
+        "sequences are shared (MinHash).",
+    )
+    personal_data: Literal["keep", "redact", "drop"] = Field(
+        "keep",
+        description="E-mail addresses, phone, card, bank account and social security numbers, IP addresses: replaced by "
+        "their kind, or the row is dropped.",
     )
 
 
@@ -126,13 +84,47 @@ class Validation(Record):
         return self
 
 
+class EarlyStopping(Record):
+    """End a stage once validation stops improving."""
+
+    patience: int = Field(
+        3,
+        ge=1,
+        le=1000,
+        description="Validations in a row without a better valid_loss; Prechelt's UP rule takes 2 to 4.",
+    )
+    min_improvement: float = Field(
+        0.0, ge=0.0, le=100.0, description="Nats by which valid_loss must fall to count as better; 0 = by anything."
+    )
+
+
+class Dpo(Record):
+    """Direct preference optimisation (https://arxiv.org/abs/2305.18290) with its sigmoid loss.
+
+    The reference is the model as it is when the stage begins: the base, or what earlier stages made of it.
+    """
+
+    beta: float = Field(
+        0.1, gt=0.0, le=10.0, description="How dearly departing from the reference costs. 0.1: the paper's and TRL's."
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="Adds this times the mean cross-entropy of the preferred answer's tokens, so that it does not lose "
+        "likelihood itself (https://arxiv.org/abs/2404.19733, section 2, which uses 1).",
+    )
+
+
 class Stage(Record):
     """One pass of training with one objective; stages run in order on the same weights."""
 
-    kind: Literal["sft", "cpt"] = Field(
-        description="sft: chat rows, loss on assistant turns. cpt (continued pre-training): text rows, loss on all."
+    kind: Literal["sft", "cpt", "mixed", "dpo"] = Field(
+        description="sft: chat rows, loss on assistant turns. cpt (continued pre-training): text rows, loss on all. "
+        "mixed: files of both, each with the loss of its rows. dpo: preference rows, see the field dpo."
     )
     data: tuple[DataSource, ...] = Field(min_length=1)
+    clean: Clean = Field(default_factory=Clean, description="Duplicates and personal data: kept unless asked for.")
     validation: Validation | None = Field(
         None, description="{path: FILE} or {share: 0.1}. None = no validation figures for this stage."
     )
@@ -158,9 +150,25 @@ class Stage(Record):
     learning_rate_multiplier: float = Field(
         1.0, gt=0.0, le=1000.0, description="Of the chosen rate; OpenAI's word for it. 1 where learning_rate is given."
     )
-    scheduler: Literal["cosine", "linear", "constant"] = Field(
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw: torch's fused one. adamw_8bit: bitsandbytes' with 8-bit states "
+        "(https://arxiv.org/abs/2110.02861), 2 instead of 8 bytes for each trained weight.",
+    )
+    scheduler: Literal["cosine", "cosine_with_restarts", "linear", "constant", "wsd"] = Field(
         "cosine",
-        description="After warm-up. Cosine is the default of LLaMA-Factory, ms-swift, Axolotl and torchtune.",
+        description="After warm-up. Cosine is the default of LLaMA-Factory, ms-swift, Axolotl and torchtune. "
+        "cosine_with_restarts: https://arxiv.org/abs/1608.03983. wsd (warm-up, stable, decay): the peak is held and "
+        "falls linearly in the last decay_share of the steps (https://arxiv.org/abs/2404.06395).",
+    )
+    num_cycles: int | None = Field(
+        None, ge=1, le=1000, description="Of cosine_with_restarts, and of it only. None = 2, the fewest that restart."
+    )
+    decay_share: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Of wsd, and of it only: share of all steps in which the rate falls. None = 0.1, MiniCPM's value.",
     )
     final_learning_rate_share: float = Field(
         0.1,
@@ -169,12 +177,14 @@ class Stage(Record):
         description="The schedule ends at this share of the peak; a tenth, as in Chinchilla "
         "(https://arxiv.org/abs/2203.15556), keeps the last steps useful. Not used by 'constant'.",
     )
-    warmup_share: float = Field(
-        0.05,
+    warmup_share: float | None = Field(
+        None,
         ge=0.0,
         lt=1.0,
-        description="Share of the steps in which the rate rises from 0; fields use 3 to 10 %.",
+        description="Share of the steps in which the rate rises from 0. None = 0.05, unless warmup_steps is given; "
+        "3 to 10 % are usual.",
     )
+    warmup_steps: int | None = Field(None, ge=0, description="Instead of warmup_share.")
     weight_decay: float = Field(
         0.0,
         ge=0.0,
@@ -187,7 +197,15 @@ class Stage(Record):
         lt=1.0,
         description="AdamW's second decay; 0.999 is torch's default, 0.95 suits training from scratch.",
     )
+    neftune_alpha: float | None = Field(
+        None,
+        gt=0.0,
+        le=100.0,
+        description="Uniform noise of alpha / sqrt(T * width) on the embeddings while training (NEFTune, "
+        "https://arxiv.org/abs/2310.05914; the authors use 5 to 15). None = no noise.",
+    )
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are scaled down to this L2 norm.")
+    dpo: Dpo | None = Field(None, description="Options of a dpo stage. None = their defaults.")
     max_length: int | None = Field(
         None, ge=8, description="Tokens per sequence. None = the base's context length, at most 2048."
     )
@@ -198,11 +216,24 @@ class Stage(Record):
     )
     packing: bool | None = Field(
         None,
-        description="Fill sequences with several examples that do not see each other. None = yes for cpt, no for sft "
-        "(where a batch then counts rows).",
+        description="Fill sequences with several examples that do not see each other. None = yes for cpt and mixed, no "
+        "for sft (where a batch then counts rows). A dpo stage has none.",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="Steps hold sequences of similar length, so that less is padded where packing cannot be; the order "
+        "is then less random.",
     )
     evaluate_every_steps: int | None = Field(
         None, ge=1, description="None = validate before the first step and after the last one only."
+    )
+    early_stopping: EarlyStopping | None = Field(
+        None, description="{patience: 3}. Needs evaluate_every_steps. None = the stage runs to its last step."
+    )
+    final_weights: Literal["last", "best"] | None = Field(
+        None,
+        description="What the stage ends with: its last weights, or those with the lowest valid_loss. None = best "
+        "where early_stopping is set, else last.",
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -215,11 +246,46 @@ class Stage(Record):
             raise ValueError(
                 f"epochs={self.epochs:g} and max_steps={self.max_steps} both say when to stop; keep one of them"
             )
+        if self.dpo is not None and self.kind != "dpo":
+            raise ValueError(f"dpo holds options of a dpo stage, and the kind of this one is {self.kind}; remove dpo")
+        if self.kind == "dpo" and self.packing:
+            raise ValueError("packing=True joins examples, and a dpo stage compares two answers; remove packing")
         if self.learning_rate is not None and self.learning_rate_multiplier != 1.0:
             raise ValueError(
                 f"learning_rate={self.learning_rate:g} is the rate itself, and learning_rate_multiplier="
                 f"{self.learning_rate_multiplier:g} scales the one that is chosen; keep one of them"
             )
+        if self.warmup_share is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"warmup_share={self.warmup_share:g} and warmup_steps={self.warmup_steps} both say how long the rate "
+                "rises; keep one of them"
+            )
+        for name, value, scheduler in (
+            ("num_cycles", self.num_cycles, "cosine_with_restarts"),
+            ("decay_share", self.decay_share, "wsd"),
+        ):
+            if value is not None and self.scheduler != scheduler:
+                raise ValueError(f"{name}={value} belongs to scheduler {scheduler!r}, got {self.scheduler!r}")
+        if self.early_stopping is not None and self.evaluate_every_steps is None:
+            raise ValueError(
+                f"early_stopping.patience={self.early_stopping.patience} counts validations, but evaluate_every_steps "
+                "is not set; set it, and validation"
+            )
+        if self.final_weights == "best" and self.evaluate_every_steps is None:
+            raise ValueError(
+                "final_weights='best' compares validations, but evaluate_every_steps is not set; set it, and validation"
+            )
+        if self.packing and self.group_by_length:
+            raise ValueError(
+                "packing=true leaves nothing to pad, so group_by_length=true has no effect; keep one of them"
+            )
+        for index, source in enumerate(self.data):
+            if self.kind == "cpt" and (source.system_prompt is not None or source.format not in (None, "text")):
+                raise ValueError(
+                    f"data[{index}]: system_prompt and chat formats belong to kind sft; cpt reads text rows"
+                )
+            if self.kind == "sft" and source.format == "text":
+                raise ValueError(f"data[{index}]: format=text belongs to kind cpt; sft reads chats")
         if self.evaluate_every_steps is not None and self.validation is None:
             raise ValueError(
                 f"evaluate_every_steps={self.evaluate_every_steps} needs rows to evaluate on, but validation is not "
@@ -235,13 +301,15 @@ class Recipe(Record):
     base_model: str = Field(
         description="capo-tiny, a directory, name@revision of a merged artifact, or a Hugging Face id."
     )
-    method: Annotated[LoraMethod | FullMethod, Field(discriminator="kind")] = Field(
+    method: Annotated[Method, Field(discriminator="kind")] = Field(
         default_factory=LoraMethod, description="LoRA by default: servable beside thousands of others."
     )
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=16)
     seed: int = Field(42, ge=0, lt=2**32, description="Decides data order, adapter initialisation and dropout.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the arithmetic. auto = bfloat16 on a GPU that has it, else float32."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of the arithmetic. auto = bfloat16 on a GPU that has it, else float32. float16 computes with a "
+        "gradient scaler, on a GPU only, for those that lack bfloat16.",
     )
     save_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -252,6 +320,11 @@ class Recipe(Record):
         None,
         ge=1,
         description="Steps between resumable checkpoints. None = only where a stage ends or a stop is asked for.",
+    )
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (),
+        description="Told every step, beside TensorBoard's files, which every run writes. Where to and as whom is each "
+        "tracker's own environment (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME).",
     )
     promote_alias: str | None = Field(None, description="Alias that points to the result once it is published.")
 
@@ -291,7 +364,9 @@ def parse_recipe(given: object) -> Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a YAML recipe. Relative data paths stay as written; pass ``path.parent`` to ``tune.session.run``.
+    """Read a recipe in YAML, or in JSON, which is YAML too.
+
+    Relative data paths stay as written; pass ``path.parent`` to ``tune.session.run``.
 
     Raises:
         NotFoundError: there is no such file.
@@ -326,7 +401,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _field_path(location: tuple[int | str, ...]) -> str:
     """``("stages", 0, "data")`` -> ``stages[0].data``, without the tags pydantic adds for unions."""
-    tags = {"lora", "full", "tuple[str, ...]", "literal['all-linear']"}
+    tags = {"lora", "qlora", "dora", "freeze", "full", "tuple[str, ...]", "literal['all-linear']"}
     path = ""
     for part in location:
         if isinstance(part, int):

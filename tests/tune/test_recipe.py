@@ -16,7 +16,8 @@ from tune.choices import (
     choose_max_length,
     choose_packing,
 )
-from tune.recipe import FullMethod, LoraMethod, Recipe, Stage, load_recipe, parse_recipe
+from tune.methods import FullMethod, LoraMethod
+from tune.recipe import Recipe, Stage, load_recipe, parse_recipe
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -36,12 +37,12 @@ def stage(**changes: Any) -> dict[str, Any]:
         (recipe(stages=[stage(), stage(data=[{"pth": "x"}])]), "stages[1].data[0]", "did you mean 'path'"),
         (recipe(stages=[stage(validation={"shar": 0.1})]), "stages[0].validation", "did you mean 'share'"),
         (recipe(zzzzqq=1), None, "unknown key 'zzzzqq'; allowed: name, base_model"),
-        (recipe(method={"kind": "dora"}), "method", "'lora', 'full', got"),
+        (recipe(method={"kind": "prefix"}), "method", "'lora', 'qlora', 'dora', 'full', 'freeze', got"),
         (recipe(method={"kind": "lora", "rank": 0}), "method.rank", "greater than or equal to 1, got 0"),
         (recipe(method={"kind": "lora", "target_modules": []}), "method", "target_modules is empty"),
         (recipe(stages=[]), "stages", "at least 1 item"),
         (recipe(stages=[stage(data=[])]), "stages[0].data", "at least 1 item"),
-        (recipe(stages=[stage(kind="dpo")]), "stages[0].kind", "'sft' or 'cpt', got 'dpo'"),
+        (recipe(stages=[stage(kind="ppo")]), "stages[0].kind", "'sft', 'cpt', 'mixed' or 'dpo', got 'ppo'"),
         (recipe(stages=[stage(epochs=2, max_steps=5)]), "stages[0]", "epochs=2 and max_steps=5"),
         (recipe(stages=[stage(evaluate_every_steps=5)]), "stages[0]", "evaluate_every_steps=5 needs"),
         (recipe(stages=[stage(validation={})]), "stages[0].validation", "either path or share"),

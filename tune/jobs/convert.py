@@ -13,7 +13,8 @@ from typing import Any, Literal
 from tune.choices import choose_batch, choose_epochs
 from tune.jobs.records import Hyperparameters, JobRecord, NewJob
 from tune.jobs.requests import CapoBody, HyperparametersBody
-from tune.recipe import DataSource, LoraMethod, Recipe, Stage, Validation, parse_recipe
+from tune.methods import LoraMethod
+from tune.recipe import DataSource, Recipe, Stage, Validation, parse_recipe
 
 HELD_OUT_SHARE = 0.1
 FEWEST_ROWS_TO_HOLD_OUT = 50

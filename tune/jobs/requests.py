@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from registry.errors import InvalidRequestError
 from registry.strict_json import parse_strict_json
-from tune.recipe import LoraMethod
+from tune.methods import LoraMethod
 
 MAX_BODY_BYTES = 1024 * 1024
 _REPORTED = 5

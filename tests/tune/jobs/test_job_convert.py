@@ -10,7 +10,8 @@ from tune.choices import choose_learning_rate
 from tune.jobs.convert import job_recipe, resolve_hyperparameters
 from tune.jobs.records import Hyperparameters, NewJob
 from tune.jobs.requests import CapoBody, HyperparametersBody
-from tune.recipe import LoraMethod, Recipe
+from tune.methods import LoraMethod
+from tune.recipe import Recipe
 
 
 def recipe_of(job: NewJob, *, rows: int = 100) -> Recipe:
