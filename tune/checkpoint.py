@@ -1,17 +1,26 @@
-"""Resumable checkpoints of a run: trained weights, optimizer, random state and position, whole or not at all.
+"""Resumable checkpoints of a run: trained weights, optimizer and position, whole or not at all.
 
-A checkpoint is a directory ``checkpoint-<stage>-<step>`` that appears by rename after every file in it was
-synced; the older one goes once the newer is there. The run's fingerprint is stored with it, so that another
-recipe or other data never continues from it. Batches are a pure function of the recipe (``tune.data.batches``),
-so the position is two numbers.
+    checkpoint-<stage>-<step>/   weights, optimizer state, checkpoint.json
+    best-<stage>-<step>/         the weights of the validation that was best so far, checkpoint.json
+
+``checkpoint.json`` is written last and names every other file with its size and sha256; the directory appears by
+rename after every file in it was synced. A directory whose record is missing or does not match its files is not
+complete and never read. What is older goes once the newer is there. The run's fingerprint is stored with it, so that
+another recipe or other data never continues from it. Tensors are stored as safetensors and the rest as JSON: nothing
+is unpickled.
+
+Batches and random numbers are pure functions of the recipe and the step (``tune.data.batches``, ``tune.step``), so the
+position is a few numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from registry.errors import StorageError
 from tune.model import Trainable
 
-_WEIGHTS, _STATE, _POSITION = "weights.safetensors", "state.safetensors", "position.json"
+_WEIGHTS, _STATE, _RECORD = "weights.safetensors", "state.safetensors", "checkpoint.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,97 +46,178 @@ class Position:
     """In earlier stages."""
     metrics: dict[str, float]
     """Figures measured so far."""
+    best_step: int | None = None
+    """In this stage, of the validation that was best so far; its weights are kept if the recipe asks for them."""
+    best_valid_loss: float | None = None
+    validations_without_gain: int = 0
+    micro_batch_size: int | None = None
+    """Sequences per forward pass: fewer than planned after memory ran out. ``None`` = as planned."""
 
 
 class CheckpointFolder:
-    """The checkpoints of one run below ``root``; at most one is kept."""
+    """The checkpoints of one run below ``root``; one is kept, and the best weights that it names."""
 
     def __init__(self, root: Path, fingerprint: str) -> None:
         self._root = root
         self._fingerprint = fingerprint
 
-    def save(self, position: Position, trainable: Trainable, optimizer: torch.optim.Optimizer | None) -> Path:
+    def save(
+        self,
+        position: Position,
+        trainable: Trainable,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Path:
         """Write and make durable. ``optimizer`` is ``None`` between stages.
 
         Raises:
             StorageError: the disk refused; the checkpoint before stays.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
         final = self._root / f"checkpoint-{position.stage_index:02d}-{position.step:08d}"
-        staging = self._root / f"{final.name}.partial"
+        tensors = {_WEIGHTS: _weights_of(trainable), _STATE: _state_of(optimizer, scaler)}
+        self._write(final, tensors, asdict(position))
+        best = None if position.best_step is None else self._best_path(position.stage_index, position.best_step)
+        for old in self._directories():
+            if old not in (final, best):
+                shutil.rmtree(old)
+        return final
+
+    def save_best(self, stage_index: int, step: int, trainable: Trainable) -> None:
+        """Keep the weights of this step. Those kept before stay until the next checkpoint no longer names them.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        self._write(self._best_path(stage_index, step), {_WEIGHTS: _weights_of(trainable)}, {})
+
+    def restore_best(self, stage_index: int, step: int, trainable: Trainable) -> None:
+        """Put the kept weights in place.
+
+        Raises:
+            StorageError: they are damaged or gone.
+        """
+        path = self._best_path(stage_index, step)
+        if _complete_record(path) is None:
+            raise StorageError(
+                f"the best weights in {path} are damaged or gone; remove the work directory and train again"
+            )
+        _put_weights(path, trainable)
+
+    def latest(self) -> tuple[Path, Position] | None:
+        """The checkpoint to go on from, ``None`` when there is none of this very run that is complete."""
+        for path in reversed(self._checkpoints()):
+            record = _complete_record(path)
+            if record is not None and record["fingerprint"] == self._fingerprint:
+                return path, Position(**record["position"])
+        return None
+
+    def has_unusable(self) -> bool:
+        """Whether there are checkpoints, but damaged ones, or of another recipe or other data."""
+        return bool(self._checkpoints()) and self.latest() is None
+
+    def clear(self) -> None:
+        """Remove every checkpoint, of whatever run."""
+        for path in self._directories():
+            shutil.rmtree(path)
+
+    def _write(self, final: Path, tensors: Mapping[str, dict[str, torch.Tensor]], position: dict[str, Any]) -> None:
+        staging = final.with_name(f"{final.name}.partial")
         try:
+            self._root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
-            save_file({n: p.detach().cpu().contiguous() for n, p in trainable.parameters()}, staging / _WEIGHTS)
-            save_file(_optimizer_and_random_state(optimizer), staging / _STATE)
-            record = {"fingerprint": self._fingerprint, **_as_json(position)}
-            (staging / _POSITION).write_text(json.dumps(record), encoding="utf-8")
-            for path in (*staging.iterdir(), staging):
-                _sync(path)
+            for name, named in tensors.items():
+                save_file(named, staging / name)
+                _sync(staging / name)
+            files = {name: _file_record(staging / name) for name in tensors}
+            record = {"fingerprint": self._fingerprint, "position": position, "files": files}
+            (staging / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+            _sync(staging / _RECORD)
+            _sync(staging)
             shutil.rmtree(final, ignore_errors=True)
             staging.rename(final)
             _sync(self._root)
         except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
             raise StorageError(f"cannot write the checkpoint {final}: {error}; free some space and resume") from error
-        for old in self._complete():
-            if old != final:
-                shutil.rmtree(old)
-        return final
 
-    def latest(self) -> tuple[Path, Position] | None:
-        """The checkpoint to go on from, ``None`` when there is none of this very run."""
-        for path in reversed(self._complete()):
-            record = json.loads((path / _POSITION).read_text(encoding="utf-8"))
-            if record.pop("fingerprint") == self._fingerprint:
-                return path, Position(**record)
-        return None
+    def _best_path(self, stage_index: int, step: int) -> Path:
+        return self._root / f"best-{stage_index:02d}-{step:08d}"
 
-    def has_foreign(self) -> bool:
-        """Whether there are checkpoints, but of another recipe or other data."""
-        return bool(self._complete()) and self.latest() is None
+    def _checkpoints(self) -> list[Path]:
+        return sorted(path for path in self._root.glob("checkpoint-*") if path.suffix != ".partial")
 
-    def clear(self) -> None:
-        """Remove every checkpoint, of whatever run."""
-        for path in self._root.glob("checkpoint-*"):
-            shutil.rmtree(path)
-
-    def _complete(self) -> list[Path]:
-        return sorted(p for p in self._root.glob("checkpoint-*") if p.suffix != ".partial")
+    def _directories(self) -> list[Path]:
+        return [*self._root.glob("checkpoint-*"), *self._root.glob("best-*")]
 
 
-def restore(path: Path, trainable: Trainable, optimizer: torch.optim.Optimizer | None) -> None:
-    """Put weights, optimizer and random state of a checkpoint back in place."""
+def restore(
+    path: Path,
+    trainable: Trainable,
+    optimizer: torch.optim.Optimizer | None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Put the weights of a checkpoint, and the state of its optimizer and scaler, back in place."""
+    _put_weights(path, trainable)
+    if optimizer is None:
+        return
+    parameters = _parameters_of(optimizer)
+    for key, tensor in load_file(path / _STATE).items():
+        owner, index, name = key.split(".", 2)
+        if owner == "optimizer":
+            parameter = parameters[int(index)]
+            optimizer.state[parameter][name] = tensor.to(parameter.device)
+        elif owner == "optimizer_number":  # bitsandbytes counts its steps in a plain int
+            optimizer.state[parameters[int(index)]][name] = int(tensor)
+        elif scaler is not None:
+            scaler.load_state_dict({**scaler.state_dict(), name: tensor.item()})
+
+
+def _put_weights(path: Path, trainable: Trainable) -> None:
     weights = load_file(path / _WEIGHTS)
     with torch.no_grad():
         for name, parameter in trainable.parameters():
             parameter.copy_(weights[name])
-    state = load_file(path / _STATE)
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in state.items():
-        owner, index, *rest = key.split(".")
-        if owner == "optimizer":
-            slots.setdefault(int(index), {})[".".join(rest)] = tensor
-        elif owner == "cuda" and torch.cuda.is_available() and int(index) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(tensor, int(index))
-    torch.set_rng_state(state["cpu.0"])
-    if optimizer is not None and slots:  # none between stages: each stage has an optimizer of its own
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
-def _optimizer_and_random_state(optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """``optimizer.<parameter>.<slot>``, ``cpu.0`` and ``cuda.<device>``: tensors only, so no pickle is needed."""
-    tensors = {"cpu.0": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    if optimizer is not None:
-        for index, slots in optimizer.state_dict()["state"].items():
-            for name, tensor in slots.items():
-                tensors[f"optimizer.{index}.{name}"] = tensor.detach().cpu().contiguous()
+def _weights_of(trainable: Trainable) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in trainable.parameters()}
+
+
+def _state_of(optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None) -> dict[str, torch.Tensor]:
+    """``optimizer.<parameter>.<slot>``, ``optimizer_number.<parameter>.<slot>`` and ``scaler.0.<slot>``."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, parameter in enumerate(_parameters_of(optimizer) if optimizer is not None else ()):
+        assert optimizer is not None
+        for name, value in optimizer.state[parameter].items():
+            if not isinstance(value, torch.Tensor):
+                tensors[f"optimizer_number.{index}.{name}"] = torch.tensor(value)
+                continue
+            kept = value.detach().cpu().contiguous()
+            # All parameters share bitsandbytes' quantisation maps, and safetensors refuses shared memory.
+            tensors[f"optimizer.{index}.{name}"] = kept.clone() if name.startswith("qmap") else kept
+    if scaler is not None:
+        tensors |= {f"scaler.0.{name}": torch.tensor(value) for name, value in scaler.state_dict().items()}
     return tensors
 
 
-def _as_json(position: Position) -> dict[str, Any]:
-    return {name: getattr(position, name) for name in Position.__slots__}
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _complete_record(path: Path) -> dict[str, Any] | None:
+    """The record of a directory whose files are those it names, byte for byte; ``None`` for any other."""
+    try:
+        record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        if all(_file_record(path / name) == expected for name, expected in record["files"].items()):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, torn, or not ours
+        pass
+    return None
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sync(path: Path) -> None:

@@ -1,27 +1,35 @@
 """Training from the command line: ``python -m tune RECIPE.yaml --registry DIR [--work-dir DIR]``.
 
-``capo tune`` calls :func:`tune_recipe` too. torch is imported only after the thread settings are in place.
+``capo tune`` calls these functions too. Under ``torchrun`` or ``accelerate launch`` the processes train together; the
+first one speaks. torch is imported only after the thread settings are in place.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from registry import Registry
 from registry.errors import CapoError
 from tune.observers import ProgressBar
-from tune.progress import StopRequested
-from tune.recipe import load_recipe
+from tune.progress import SilentObserver, StopRequested, TrainingEvent
+from tune.recipe import Recipe, load_recipe
 from tune.threads import prepare_environment
 
 if TYPE_CHECKING:
+    from tune.estimate import Estimate
+    from tune.preparation import Prepared
     from tune.session import TrainingResult
 
 _EXIT_INVALID = 2
@@ -45,31 +53,80 @@ def tune_recipe(
 
     work_dir = work_dir or Path("runs") / recipe.name
     stop = _StopOnInterrupt()
-    with stop, ProgressBar() as bar:
+    with stop, ExitStack() as stack:
+        speaks = os.environ.get("RANK", "0") == "0"
         result = run(
             recipe,
             registry=Registry(registry_dir),
             work_dir=work_dir,
-            observer=bar,
+            observer=stack.enter_context(ProgressBar()) if speaks else SilentObserver(),
             should_stop=stop.reason,
             alias=alias,
             recipe_dir=recipe_path.parent,
         )
-    print(result.artifact.revision)
-    print(f"TensorBoard: tensorboard --logdir {tensorboard_dir(work_dir)}", file=sys.stderr)
+    if speaks:
+        print(result.artifact.revision)
+        print(f"TensorBoard: tensorboard --logdir {tensorboard_dir(work_dir)}", file=sys.stderr)
     return result
+
+
+def explain_recipe(recipe_path: Path, registry_dir: Path) -> None:
+    """Print the recipe with every open value filled in (YAML, runs as it is), and why each was chosen (comments).
+
+    Reads all data; loads no model.
+    """
+    prepared = _prepare(recipe_path, registry_dir, say=lambda message: print(f"# {message}"))
+    print(yaml.safe_dump(prepared.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+
+
+def rehearse_recipe(recipe_path: Path, registry_dir: Path) -> Estimate:
+    """Print what the run will take of memory and time, after a few of its steps. Trains and publishes nothing."""
+    prepared = _prepare(recipe_path, registry_dir, say=lambda message: print(message, file=sys.stderr))
+    from tune.estimate import describe, estimate
+
+    found = estimate(prepared)
+    print("\n".join(describe(found)))
+    return found
+
+
+def print_schema() -> None:
+    """The JSON Schema of recipes, for editors and for clients that write them."""
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _prepare(recipe_path: Path, registry_dir: Path, *, say: Callable[[str], None]) -> Prepared:
+    recipe = load_recipe(recipe_path)
+    prepare_environment()
+    _hush_optional_libraries()
+    from tune.preparation import prepare
+
+    class Speaker(SilentObserver):
+        def on_event(self, event: TrainingEvent) -> None:
+            say(event.message)
+
+    return prepare(recipe, Registry(registry_dir), recipe_path.parent, Speaker())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 published, 2 refused with a reason, 130 stopped and resumable."""
     parser = argparse.ArgumentParser(prog="python -m tune", description="Train a recipe and publish the result.")
-    parser.add_argument("recipe", type=Path, help="YAML file; tune/recipe.py describes every field")
+    parser.add_argument("recipe", type=Path, help="YAML or JSON file; tune/recipe.py describes every field")
     parser.add_argument("--registry", type=Path, required=True, metavar="DIR", help="created when missing")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="default: runs/<name>; resumes what is there")
     parser.add_argument("--alias", help="alias to point to the result")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--explain", action="store_true", help="only print the recipe with every choice and its reason"
+    )
+    instead.add_argument("--dry-run", action="store_true", help="only estimate memory and time, from a few steps")
     given = parser.parse_args(arguments)
     try:
-        tune_recipe(given.recipe, given.registry, given.work_dir, given.alias)
+        if given.explain:
+            explain_recipe(given.recipe, given.registry)
+        elif given.dry_run:
+            rehearse_recipe(given.recipe, given.registry)
+        else:
+            tune_recipe(given.recipe, given.registry, given.work_dir, given.alias)
     except StopRequested as stop:
         print(f"stopped ({stop.reason}); run the same command again to go on", file=sys.stderr)
         return _EXIT_STOPPED

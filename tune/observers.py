@@ -57,6 +57,21 @@ class ProgressBar:
         )
 
 
+def scalars_of(metrics: StepMetrics) -> dict[str, float]:
+    """The figures of a step as trackers name them: ``<stage>/<figure>``; those not measured are left out."""
+    scalars = {
+        "train_loss": metrics.train_loss,
+        "train_mean_token_accuracy": metrics.train_mean_token_accuracy,
+        "valid_loss": metrics.valid_loss,
+        "valid_mean_token_accuracy": metrics.valid_mean_token_accuracy,
+        "learning_rate": metrics.learning_rate,
+        "grad_norm": metrics.grad_norm,
+        "tokens_per_second": metrics.tokens_per_second,
+        **metrics.figures,
+    }
+    return {f"{metrics.stage}/{name}": value for name, value in scalars.items() if value is not None}
+
+
 class TensorBoardLog:
     """Writes scalars below ``directory``, one tag group for each stage. Use as a context.
 
@@ -83,15 +98,5 @@ class TensorBoardLog:
             self._writer.add_text("warnings", event.message)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        scalars = {
-            "train_loss": metrics.train_loss,
-            "train_mean_token_accuracy": metrics.train_mean_token_accuracy,
-            "valid_loss": metrics.valid_loss,
-            "valid_mean_token_accuracy": metrics.valid_mean_token_accuracy,
-            "learning_rate": metrics.learning_rate,
-            "grad_norm": metrics.grad_norm,
-            "tokens_per_second": metrics.tokens_per_second,
-        }
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(f"{metrics.stage}/{name}", value, metrics.step)
+        for name, value in scalars_of(metrics).items():
+            self._writer.add_scalar(name, value, metrics.step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -35,6 +35,8 @@ class StepMetrics:
     """Tokens that went through the model, without padding, over this step's time."""
     seconds_left: float
     """For the rest of the stage, from its own pace; validation not counted."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the stage's objective measures besides, as means over the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,12 @@ class TrainingDivergedError(CapoError):
     """Loss or gradient became infinite or no number. The weights are of no use."""
 
     default_code = "training_diverged"
+
+
+class TrainingOutOfMemoryError(CapoError):
+    """Not even one sequence at a time fits into memory. The same job would meet it again on this machine."""
+
+    default_code = "out_of_memory"
 
 
 class SilentObserver:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +23,18 @@ from registry import Artifact, Registry
 from registry.durable import Filesystem
 from registry.errors import InvalidRequestError, UnavailableError
 from tune.checkpoint import CheckpointFolder, Position, restore
+from tune.data.dataset import remove_stores
 from tune.model import Trainable, load_trainable
 from tune.observers import TensorBoardLog
+from tune.optimizers import make_optimizer
+from tune.parallel import Ranks, joined_ranks
 from tune.preparation import Prepared, prepare
 from tune.progress import FanOut, Observer, SilentObserver, TrainingEvent
 from tune.publication import publish
 from tune.recipe import Recipe
-from tune.train import StageState, evaluate, make_optimizer, train_stage
+from tune.stages import ReadyStage
+from tune.trackers import open_tracker
+from tune.train import Best, Evaluation, StageState, evaluate, make_scaler, train_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,10 @@ class TrainingResult:
     """Tokens that carried loss, over all stages and epochs."""
     steps: int
     """Optimizer steps over all stages."""
+
+
+_RUN_ID_DIGITS = 16
+"""Of the fingerprint, in trackers."""
 
 
 def tensorboard_dir(work_dir: Path) -> Path:
@@ -63,7 +72,7 @@ def run(
     """Train and publish. Blocks until done; the calling thread does the work.
 
     Args:
-        work_dir: owned by this run alone while it runs; kept afterwards except for its checkpoints.
+        work_dir: owned by this run alone while it runs; kept afterwards except for checkpoints and tokenised rows.
         observer: told about every step and event; not closed.
         should_stop: asked before each step; a text stops the run with a checkpoint.
         fine_tuned_name: write-once alias (``ft:...``) for the result.
@@ -82,24 +91,44 @@ def run(
         raise InvalidRequestError(
             f"alias={alias!r} and the recipe's promote_alias={recipe.promote_alias!r} differ; give one of them"
         )
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with _sole_user_of(work_dir), TensorBoardLog(tensorboard_dir(work_dir)) as log:
-        watcher = FanOut([observer or SilentObserver(), log])
-        prepared = prepare(recipe, registry, recipe_dir or Path(), watcher)
-        trained = _train(prepared, work_dir, watcher, should_stop)
+    with joined_ranks() as ranks, ExitStack() as stack:
+        if ranks.is_first:
+            work_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_sole_user_of(work_dir))
+            log = stack.enter_context(TensorBoardLog(tensorboard_dir(work_dir)))
+            observers = [observer or SilentObserver(), log]
+        else:
+            observers = []
+        ranks.wait()
+        prepared = prepare(recipe, registry, recipe_dir or Path(), FanOut(observers), work_dir / "data")
+        if ranks.is_first:
+            for name in recipe.trackers:
+                tracker = open_tracker(
+                    name,
+                    run_name=recipe.name,
+                    run_id=prepared.fingerprint()[:_RUN_ID_DIGITS],
+                    recipe=prepared.recipe.model_dump(mode="json"),
+                )
+                observers.append(stack.enter_context(tracker))
+        watcher = FanOut(observers)
+        trained = _train(prepared, work_dir, watcher, should_stop, ranks)
         totals = {"trained_tokens": float(trained.position.trained_tokens), "steps": float(trained.position.steps_done)}
-        artifact = publish(
-            prepared,
-            trained.trainable,
-            trained.position.metrics | totals,
-            registry=registry,
-            watcher=watcher,
-            job_id=job_id,
-            fine_tuned_name=fine_tuned_name,
-            alias=alias or recipe.promote_alias,
-        )
-        watcher.on_event(TrainingEvent("info", f"published {artifact.revision}", {"revision": artifact.revision}))
-        trained.checkpoints.clear()
+        revision = ""
+        if ranks.is_first:
+            revision = publish(
+                prepared,
+                trained.trainable,
+                trained.position.metrics | totals,
+                registry=registry,
+                watcher=watcher,
+                job_id=job_id,
+                fine_tuned_name=fine_tuned_name,
+                alias=alias or recipe.promote_alias,
+            ).revision
+            watcher.on_event(TrainingEvent("info", f"published {revision}", {"revision": revision}))
+            trained.checkpoints.clear()
+            remove_stores(work_dir / "data")
+        artifact = registry.resolve(ranks.text_of_first(revision))
     return TrainingResult(
         artifact=artifact,
         metrics=dict(artifact.manifest.metrics),
@@ -127,7 +156,9 @@ class _Trained:
     checkpoints: CheckpointFolder
 
 
-def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None]) -> _Trained:
+def _train(
+    prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None], ranks: Ranks
+) -> _Trained:
     recipe = prepared.recipe
     assert recipe.dtype != "auto", recipe.dtype
     checkpoints = CheckpointFolder(work_dir / "checkpoints", prepared.fingerprint())
@@ -141,9 +172,13 @@ def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: C
     )
     counted = sum(parameter.numel() for _, parameter in trainable.parameters())
     watcher.on_event(TrainingEvent("info", f"{counted:,} trained parameters", {"trained_parameters": counted}))
+    if ranks.size > 1:
+        text = f"{ranks.size} processes, each with its share of every step; the batch stays what the recipe says"
+        watcher.on_event(TrainingEvent("info", text, {"processes": ranks.size}))
     position = Position(stage_index=0, step=0, trained_tokens=0, steps_done=0, metrics={})
     resume_from: Path | None = None
     latest = checkpoints.latest()
+    ranks.wait()  # all have looked before the first one writes
     if latest is not None:
         resume_from, position = latest
         if position.stage_index < len(prepared.stages):
@@ -152,10 +187,10 @@ def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: C
             restore(resume_from, trainable, None)
             where = "after the last step"
         watcher.on_event(TrainingEvent("info", f"resuming {where}", {"step": position.step}))
-    elif checkpoints.has_foreign():
+    elif ranks.is_first and checkpoints.has_unusable():
         checkpoints.clear()
-        text = f"{work_dir} held a checkpoint of another recipe or other data; it was removed and training starts over"
-        watcher.on_event(TrainingEvent("warn", text))
+        text = f"{work_dir} held a checkpoint of another recipe or other data, or a damaged one; it was removed"
+        watcher.on_event(TrainingEvent("warn", f"{text} and training starts over"))
     while position.stage_index < len(prepared.stages):
         position = _train_one(
             prepared,
@@ -165,9 +200,11 @@ def _train(prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: C
             checkpoints=checkpoints,
             watcher=watcher,
             should_stop=should_stop,
+            ranks=ranks,
         )
         resume_from = None
-        checkpoints.save(position, trainable, None)
+        if ranks.is_first:
+            checkpoints.save(position, trainable, None)
     return _Trained(trainable, position, checkpoints)
 
 
@@ -180,25 +217,27 @@ def _train_one(
     checkpoints: CheckpointFolder,
     watcher: Observer,
     should_stop: Callable[[], str | None],
+    ranks: Ranks,
 ) -> Position:
     """Run the stage at ``position`` to its end; the position at the start of the next one comes back."""
     ready = prepared.stages[position.stage_index]
-    optimizer = make_optimizer(trainable, ready.stage, ready.learning_rate)
-    state = StageState(optimizer, step=position.step, trained_tokens=position.trained_tokens)
+    state = _state_at(position, make_optimizer(trainable, ready.stage, ready.learning_rate), trainable)
     metrics = dict(position.metrics)
     if resume_from is not None:
-        restore(resume_from, trainable, optimizer)
-    if position.step == 0:
-        torch.manual_seed(prepared.recipe.seed + position.stage_index)  # dropout
+        restore(resume_from, trainable, state.optimizer, state.scaler)
     if position.step == 0 and ready.data.validation:
-        before = evaluate(trainable, ready.data.validation, micro_batch_size=ready.micro_batch_size)
+        before = _validate(ready, trainable, ranks)
         metrics |= before.named(ready.data.label, prefix="base_" if position.stage_index == 0 else "before_")
         text = f"stage {ready.data.label}: before training, valid_loss {before.loss:.4f}"
         watcher.on_event(TrainingEvent("info", text, {"valid_loss": before.loss}))
 
     def save(now: StageState) -> None:
-        here = replace(position, step=now.step, trained_tokens=now.trained_tokens, metrics=metrics)
-        checkpoints.save(here, trainable, now.optimizer)
+        if ranks.is_first:
+            checkpoints.save(_position_of(now, position, metrics), trainable, now.optimizer, now.scaler)
+
+    def save_best(best: Best) -> None:
+        if ranks.is_first and ready.stage.final_weights == "best":
+            checkpoints.save_best(position.stage_index, best.step, trainable)
 
     started = time.perf_counter()
     train_stage(
@@ -210,16 +249,64 @@ def _train_one(
         observer=watcher,
         should_stop=should_stop,
         save_checkpoint=save,
+        save_best=save_best,
         checkpoint_every_steps=prepared.recipe.checkpoint_every_steps,
+        ranks=ranks,
     )
     seconds = time.perf_counter() - started
     text = f"stage {ready.data.label}: {state.step} steps, train_loss {state.last_train_loss:.4f}, {seconds:.1f} s"
     watcher.on_event(TrainingEvent("info", text))
     metrics[f"{ready.data.label}.train_loss"] = state.last_train_loss
+    if state.micro_batch_size != ready.stage.micro_batch_size:
+        metrics[f"{ready.data.label}.micro_batch_size_after_out_of_memory"] = float(state.micro_batch_size or 0)
+    if ready.stage.final_weights == "best" and state.best is not None:
+        ranks.wait()  # until the first one has written them
+        checkpoints.restore_best(position.stage_index, state.best.step, trainable)
+        metrics[f"{ready.data.label}.best_step"] = float(state.best.step)
+        text = f"stage {ready.data.label}: took the weights of step {state.best.step}, the best validation"
+        watcher.on_event(TrainingEvent("info", text, {"step": state.best.step, "valid_loss": state.best.valid_loss}))
     return Position(
         stage_index=position.stage_index + 1,
         step=0,
         trained_tokens=state.trained_tokens,
         steps_done=position.steps_done + state.step,
         metrics=metrics,
+    )
+
+
+def _validate(ready: ReadyStage, trainable: Trainable, ranks: Ranks) -> Evaluation:
+    return evaluate(
+        trainable,
+        ready.data.validation,
+        micro_batch_size=ready.micro_batch_size,
+        make_objective=ready.data.make_objective,
+        ranks=ranks,
+    )
+
+
+def _state_at(position: Position, optimizer: torch.optim.Optimizer, trainable: Trainable) -> StageState:
+    best = None
+    if position.best_step is not None and position.best_valid_loss is not None:
+        best = Best(position.best_step, position.best_valid_loss)
+    return StageState(
+        optimizer,
+        step=position.step,
+        trained_tokens=position.trained_tokens,
+        best=best,
+        validations_without_gain=position.validations_without_gain,
+        micro_batch_size=position.micro_batch_size,
+        scaler=make_scaler(trainable),
+    )
+
+
+def _position_of(state: StageState, began: Position, metrics: dict[str, float]) -> Position:
+    return replace(
+        began,
+        step=state.step,
+        trained_tokens=state.trained_tokens,
+        metrics=metrics,
+        best_step=state.best.step if state.best is not None else None,
+        best_valid_loss=state.best.valid_loss if state.best is not None else None,
+        validations_without_gain=state.validations_without_gain,
+        micro_batch_size=state.micro_batch_size,
     )

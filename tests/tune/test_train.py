@@ -16,10 +16,13 @@ from tune.data.dataset import DatasetReader
 from tune.data.mask import Example
 from tune.data.packing import pack_best_fit
 from tune.forward import NOT_TRAINED, collate, token_losses
+from tune.methods import FullMethod, LoraMethod
 from tune.model import Trainable, load_trainable
+from tune.optimizers import make_optimizer
 from tune.progress import SilentObserver, StepMetrics, StopRequested, TrainingDivergedError
-from tune.recipe import FullMethod, LoraMethod, Stage
-from tune.train import StageData, StageState, evaluate, learning_rate_share, make_optimizer, train_stage
+from tune.recipe import Stage
+from tune.schedules import learning_rate_share
+from tune.train import StageData, StageState, evaluate, train_stage
 
 CPU = torch.device("cpu")
 
@@ -62,7 +65,7 @@ def train(
     learning_rate: float = 1e-3,
     should_stop: Callable[[], str | None] = lambda: None,
 ) -> list[StepMetrics]:
-    stage = stage or stage_of()
+    stage = stage or stage_of(micro_batch_size=max(len(micro) for step in steps for micro in step.micro_batches))
     recorder = Recorder()
     train_stage(
         trainable,
