@@ -11,8 +11,11 @@ from safetensors.numpy import save_file
 from registry import BaseModel
 
 
-def write_random_adapter(folder: Path, base: BaseModel, *, rank: int, seed: int) -> Path:
-    """An all-linear adapter for a Llama-shaped base, in PEFT's format. Small enough to leave the model alive."""
+def write_random_adapter(folder: Path, base: BaseModel, *, rank: int, seed: int, scale: float = 0.02) -> Path:
+    """An all-linear adapter for a Llama-shaped base, in PEFT's format.
+
+    ``scale`` is the standard deviation of its weights; the default is small enough to leave the model alive.
+    """
     folder.mkdir(parents=True)
     config = json.loads((base.path / "config.json").read_bytes())
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
@@ -31,8 +34,8 @@ def write_random_adapter(folder: Path, base: BaseModel, *, rank: int, seed: int)
     for layer in range(config["num_hidden_layers"]):
         for name, (num_in, num_out) in shapes.items():
             stem = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{stem}.lora_A.weight"] = random.normal(scale=0.02, size=(rank, num_in)).astype(np.float32)
-            tensors[f"{stem}.lora_B.weight"] = random.normal(scale=0.02, size=(num_out, rank)).astype(np.float32)
+            tensors[f"{stem}.lora_A.weight"] = random.normal(scale=scale, size=(rank, num_in)).astype(np.float32)
+            tensors[f"{stem}.lora_B.weight"] = random.normal(scale=scale, size=(num_out, rank)).astype(np.float32)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",

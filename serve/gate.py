@@ -13,6 +13,9 @@ from registry import Artifact, BaseModel, Registry, errors
 from registry.adapter_files import check_adapter
 from serve.engine_api import Engine, EngineAdapter, EngineLimits
 
+_MAX_PROBES = 64
+"""Training writes four (:mod:`tune.probes`)."""
+
 
 class Gate:
     """Checks adapters for one base model. ``registry`` is where the bytes are verified."""
@@ -20,18 +23,26 @@ class Gate:
     def __init__(self, registry: Registry, base_model: BaseModel) -> None:
         self._registry = registry
         self._base_model = base_model
-        self._passed: set[str] = set()
+        self._passed: dict[str, _FileStates] = {}
+        """By revision: the files as they were when they passed."""
 
     async def check(self, artifact: Artifact, limits: EngineLimits) -> None:
-        """Refuse what this engine cannot or must not serve. Reads every byte once per revision, in a thread.
+        """Refuse what this engine cannot or must not serve. Reads every byte in a thread: once per revision, and again
+        when somebody has touched its files since.
 
         Raises:
             InvalidArtifactError: with a stable ``code``.
         """
-        if artifact.revision in self._passed:
+        states = _file_states(artifact)
+        if states is not None and self._passed.get(artifact.revision) == states:
             return
         await asyncio.to_thread(self._check, artifact, limits)
-        self._passed.add(artifact.revision)
+        if states is not None:
+            self._passed[artifact.revision] = states
+
+    def forget(self, revision: str) -> None:
+        """The registry no longer has ``revision``."""
+        self._passed.pop(revision, None)
 
     def _check(self, artifact: Artifact, limits: EngineLimits) -> None:
         manifest = artifact.manifest
@@ -61,7 +72,14 @@ class Gate:
                 f"{artifact.revision} is damaged on disk: {'; '.join(problems)}. Publish it again.",
                 code="damaged",
             )
-        check_adapter(artifact.path, base_model=self._base_model)
+        report = check_adapter(artifact.path, base_model=self._base_model, max_rank=limits.max_lora_rank)
+        if report.rank != manifest.lora.rank:
+            raise errors.InvalidArtifactError(
+                f"{artifact.revision} has rank {report.rank}, its manifest says {manifest.lora.rank}. "
+                "Publish it again.",
+                code="manifest_mismatch",
+            )
+        _check_probes(artifact, limits)
 
     async def probe(self, artifact: Artifact, engine: Engine, adapter: EngineAdapter) -> float | None:
         """Replay the manifest's probes on the loaded adapter; returns the share of their tokens that agree.
@@ -107,6 +125,41 @@ class Gate:
                 code="probe_mismatch",
             )
         return 1.0
+
+
+def _check_probes(artifact: Artifact, limits: EngineLimits) -> None:
+    """What the engine would choke on, or be kept busy with for long, is refused before it is asked."""
+    probes = artifact.manifest.probes
+    if len(probes) > _MAX_PROBES:
+        raise _probe_refused(artifact, f"{len(probes)} probes, at most {_MAX_PROBES} are replayed")
+    for probe in probes:
+        prompt, completion = probe.prompt_token_ids, probe.completion_token_ids
+        if not prompt or len(prompt) + len(completion) > limits.max_model_len:
+            raise _probe_refused(
+                artifact,
+                f"a probe of {len(prompt)} and {len(completion)} tokens; a prompt has at least one, and both together "
+                f"at most {limits.max_model_len}",
+            )
+        if max(prompt) >= limits.vocab_size:
+            raise _probe_refused(artifact, f"a probe with token {max(prompt)} of a vocabulary of {limits.vocab_size}")
+
+
+def _probe_refused(artifact: Artifact, what: str) -> errors.InvalidArtifactError:
+    return errors.InvalidArtifactError(
+        f"{artifact.revision} has {what}. Publish it again with probes made for this base model.", code="probe_refused"
+    )
+
+
+_FileStates = tuple[tuple[int, int, int], ...]
+
+
+def _file_states(artifact: Artifact) -> _FileStates | None:
+    """Inode, size and time of every file that the manifest names; ``None``: one of them cannot be looked at."""
+    try:
+        found = [(artifact.path / path).stat(follow_symlinks=False) for path in sorted(artifact.manifest.files)]
+    except OSError:
+        return None
+    return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in found)
 
 
 def _allowed_rank(rank: int) -> int:

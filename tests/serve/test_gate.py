@@ -21,7 +21,7 @@ from registry import (
 )
 from serve.engine_api import EngineAdapter, EngineLimits
 from serve.gate import Gate
-from tests.registry.samples import Tensors, write_adapter, write_base
+from tests.registry.samples import Tensors, adapter_tensors, write_adapter, write_base
 from tests.serve.fake_engine import FakeEngine
 
 LIMITS = EngineLimits(max_loras=2, max_lora_rank=16, max_model_len=128, vocab_size=64)
@@ -155,3 +155,45 @@ async def test_probes_are_replayed_and_every_token_must_agree(
     with pytest.raises(errors.InvalidArtifactError) as caught:
         await Gate(registry, base).probe(artifact, engine, adapter)
     assert caught.value.code == "probe_mismatch"
+
+
+async def test_a_manifest_that_makes_the_rank_smaller_than_it_is_is_found_out(
+    registry: Registry, base: BaseModel, tmp_path: Path
+) -> None:
+    """The engine would hold rank 16 and the manifest says 4: only the files know better."""
+    for rank, code in ((8, "manifest_mismatch"), (32, "rank_out_of_range")):
+        folder = write_adapter(tmp_path / str(rank), tensors=adapter_tensors(rank=rank), r=rank)
+        artifact = publish_unchecked(registry, folder, base, name=f"rank{rank}")
+        assert await code_of_refusal(registry, base, artifact) == code
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "copies"),
+    [([64], [1], 1), ([], [1], 1), ([1] * 120, [1] * 9, 1), ([1], [1], 65)],
+    ids=["not in the vocabulary", "empty", "too long", "too many"],
+)
+async def test_probes_that_the_engine_could_not_take_are_refused_before_it_is_asked(
+    registry: Registry, base: BaseModel, tmp_path: Path, prompt: list[int], completion: list[int], copies: int
+) -> None:
+    probes = [Probe(prompt_token_ids=prompt, completion_token_ids=completion)] * copies
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base, probes=probes)
+    assert await code_of_refusal(registry, base, artifact) == "probe_refused"
+
+
+async def test_files_touched_after_they_passed_are_read_again_before_the_next_load(
+    registry: Registry, base: BaseModel, tmp_path: Path
+) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base)
+    gate = Gate(registry, base)
+    await gate.check(artifact, LIMITS)
+    weights = artifact.path / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o600)
+    weights.write_bytes(content)
+    with pytest.raises(errors.InvalidArtifactError) as caught:
+        await gate.check(artifact, LIMITS)
+    assert caught.value.code == "damaged"
+    weights.unlink()
+    with pytest.raises(errors.InvalidArtifactError):
+        await gate.check(artifact, LIMITS)
