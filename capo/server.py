@@ -27,15 +27,17 @@ from capo.app import build_app
 from capo.settings import Settings
 from capo.workers import LocalWorkers
 from registry import BaseModel, Registry, errors, locate_base_model
+from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
 from serve.engine_arguments import Choice, max_lora_rank
 from serve.engine_arguments import choose as choose_engine_arguments
 from serve.gate import Gate
 from serve.grpc import GrpcServer
+from serve.import_folder import ImportFolder
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
-from serve.routes import adapters_router, inference_router, models_router
+from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
 from serve.service import ServingService
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
@@ -114,14 +116,19 @@ class CapoServer:
             max_in_flight=settings.max_in_flight,
             max_in_flight_per_model=settings.max_in_flight_per_model,
             engine_stall_seconds=settings.engine_stall_seconds,
+            alias_warm_seconds=settings.alias_warm_seconds,
         )
-        return ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics, limits=limits)
+        return ServingService(
+            engine=engine, catalog=catalog, pool=pool, metrics=metrics, limits=limits, pins=settings.pin
+        )
 
     def _routers(self) -> list[APIRouter]:
         files = FileStore(self._database)
         storage = FileStorage(files_dir(self._settings.data_dir))
         file_service = FileService(files, storage)
         file_service.sweep()  # what an upload left behind that was cut off by a crash
+        import_dir = self._settings.import_dir
+        import_folder = ImportFolder(import_dir) if import_dir is not None else None
         jobs = JobService(
             JobStore(self._database, organization=self._settings.organization),
             files,
@@ -133,6 +140,7 @@ class CapoServer:
             inference_router(self.serving),
             models_router(self.serving),
             adapters_router(self.serving),
+            vllm_adapters_router(AdapterImports(self.serving, self.base_model, import_folder)),
             files_router(file_service),
             fine_tuning_router(jobs),
         ]

@@ -6,11 +6,12 @@ Order: command line, then environment (``CAPO_*``), then the defaults here. Each
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from registry import errors
+from registry import errors, parse_reference
 from registry.names import check_name
 from serve.limits import Limits
 
@@ -63,10 +64,39 @@ class Settings(BaseSettings):
     engine_stall_seconds: float = Field(
         default=_LIMITS.engine_stall_seconds, gt=0, description="Without a finished step the engine counts as hanging."
     )
+    alias_warm_seconds: float = Field(
+        default=_LIMITS.alias_warm_seconds,
+        gt=0,
+        description="How long setting an alias or a pin waits for its adapters to load.",
+    )
+    pin: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Adapters that stay in the engine: aliases, ft: names or revisions, with commas between them. Each "
+        "takes one of the engine's slots for good, and one slot is left for the others.",
+    )
+    import_dir: Path | None = Field(
+        default=None,
+        description="Directory from which /v1/load_lora_adapter may import adapters; not set: it is refused, because "
+        "there are no keys yet to say who may.",
+    )
     max_metric_adapters: int = Field(
         default=100, ge=1, description="Adapters with metric series of their own; the rest share 'other'."
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
+
+    @field_validator("pin", mode="before")
+    @classmethod
+    def _pins_are_references(cls, value: object) -> object:
+        references = value.split(",") if isinstance(value, str) else value
+        if not isinstance(references, (list, tuple)):
+            return value
+        stripped = [str(reference).strip() for reference in references]
+        for reference in filter(None, stripped):
+            try:
+                parse_reference(reference)
+            except errors.InvalidNameError as error:
+                raise ValueError(error.message) from error
+        return tuple(filter(None, stripped))
 
     @field_validator("organization")
     @classmethod

@@ -1,18 +1,23 @@
 """Every name a client may put into ``model``, and the revision it means right now.
 
-The registry on disk is the truth; the catalog is this process's picture of it. A watcher refreshes the picture a few
-times a second, and a name that the picture lacks is looked up on disk before it is called unknown: a job's model is
-callable the moment its artifact is published, whoever published it.
+The registry on disk is the truth; the catalog is this process's picture of it. A watcher looks for changes a few times
+a second, which costs the same with any number of adapters; now and then it looks at every entry, because somebody may
+have changed the directory by hand. A name that the picture lacks is looked up on disk before it is called unknown: a
+job's model is callable the moment its artifact is published, whoever published it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from registry import Alias, Artifact, Registry, errors, parse_reference
+from registry.names import MIN_DIGEST_PREFIX
+from serve.canary import Arm, choose
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +32,76 @@ class Target:
     answer_model: str
     """What the answer calls itself: the exact revision, so that a client sees what an alias meant; a write-once
     ``ft:`` name is as exact and stays as it is."""
+    arm: Arm | None = None
+    """For an alias that runs a canary: which of its two revisions this is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One consistent picture of the registry. Never changed after it is made."""
+    """One consistent picture of the registry. Never changed after it is made; looking up costs the same at any size."""
 
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     """By revision."""
     aliases: Mapping[str, Alias] = field(default_factory=dict)
+    by_prefix: Mapping[str, Sequence[Artifact]] = field(default_factory=dict)
+    """By name and the shortest prefix of a digest that may be asked for."""
+
+    @classmethod
+    def of(cls, artifacts: Iterable[Artifact], aliases: Iterable[Alias]) -> Snapshot:
+        by_revision: dict[str, Artifact] = {}
+        by_prefix: defaultdict[str, list[Artifact]] = defaultdict(list)
+        for artifact in artifacts:
+            by_revision[artifact.revision] = artifact
+            by_prefix[f"{artifact.name}@{artifact.digest[:MIN_DIGEST_PREFIX]}"].append(artifact)
+        return cls(by_revision, {alias.alias: alias for alias in aliases}, dict(by_prefix))
+
+    def artifact(self, revision: str) -> Artifact | None:
+        """The artifact of ``name@`` and any unique prefix of its digest."""
+        if (artifact := self.artifacts.get(revision)) is not None:
+            return artifact
+        name, _, prefix = revision.partition("@")
+        candidates = self.by_prefix.get(f"{name}@{prefix[:MIN_DIGEST_PREFIX]}", ())
+        matches = [artifact for artifact in candidates if artifact.digest.startswith(prefix)]
+        return matches[0] if len(matches) == 1 else None
+
+    def served_by(self, reference: str) -> list[Artifact]:
+        """What requests to an alias, ``ft:`` name or revision may reach, the main revision first; empty: unknown."""
+        alias = self.aliases.get(reference)
+        main = self.artifact(reference) if alias is None else self.artifacts.get(alias.revision)
+        if main is None:
+            return []
+        canary = None if alias is None or alias.canary is None else self.artifacts.get(alias.canary.revision)
+        return [main] if canary is None else [main, canary]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What told us whether the registry changed."""
+
+    token: Hashable = None
+    scan: Hashable = None
+    scanned_at: float = float("-inf")
+
+    def is_same(self, other: _Look) -> bool:
+        return (self.token, self.scan) == (other.token, other.scan)
 
 
 class Catalog:
     """Names to revisions for one base model.
 
-    ``on_change`` callbacks run on the event loop after each change with the old and the new snapshot.
+    ``on_change`` callbacks run on the event loop after each change with the old and the new snapshot. Every
+    ``scan_seconds`` the registry is looked at entry by entry.
     """
 
-    def __init__(self, registry: Registry, base_model: str, *, poll_seconds: float = 0.25) -> None:
+    def __init__(
+        self, registry: Registry, base_model: str, *, poll_seconds: float = 0.25, scan_seconds: float = 10.0
+    ) -> None:
         self.base_model = base_model
         self._registry = registry
         self._poll_seconds = poll_seconds
+        self._scan_seconds = scan_seconds
         self._snapshot = Snapshot()
-        self._change_token: Hashable = None
+        self._seen = _Look()
         self._refreshing = asyncio.Lock()
         self._reads_begun = 0
         self._last_whole_read = 0
@@ -66,31 +118,46 @@ class Catalog:
     def on_change(self, callback: Callable[[Snapshot, Snapshot], None]) -> None:
         self._on_change.append(callback)
 
-    async def resolve(self, model: str) -> Target:
-        """The target of ``model``: base, alias, ``name@revision`` or ``ft:`` name.
+    async def resolve(self, model: str, *, user: str | None = None) -> Target:
+        """The target of ``model`` for one request: base, alias, ``name@revision`` or ``ft:`` name.
+
+        ``user`` decides between an alias and its canary; see :func:`serve.canary.choose`.
 
         Raises:
             ModelNotFoundError: neither the picture nor the disk knows it, or it is not a name at all.
         """
         if model == self.base_model:
             return Target(model, None, model)
-        artifact = self._lookup(model)
-        if artifact is None and _is_reference(model):
-            try:
-                await self.refresh()
-            except errors.StorageError as error:
-                raise errors.UnavailableError(
-                    f"The model {model!r} is not among those known, and the registry cannot be read just now.",
-                    code="registry_unreadable",
-                    retry_after_seconds=5,
-                ) from error
-            artifact = self._lookup(model)
-        if artifact is None:
-            raise errors.ModelNotFoundError(
-                f"The model {model[:200]!r} does not exist. GET /v1/models lists what does.", param="model"
-            )
-        answer = model if model.startswith("ft:") else artifact.revision
-        return Target(model, artifact, answer)
+        found = self._lookup(model, user)
+        if found is None and _is_reference(model):
+            await self._refresh_for(model)
+            found = self._lookup(model, user)
+        if found is None:
+            raise _not_found(model)
+        artifact, arm = found
+        return Target(model, artifact, model if model.startswith("ft:") else artifact.revision, arm)
+
+    async def served_by(self, reference: str) -> list[Artifact]:
+        """See :meth:`Snapshot.served_by`; looks at the disk for what the picture lacks.
+
+        Raises:
+            ModelNotFoundError: it means nothing here.
+        """
+        if not self._snapshot.served_by(reference) and _is_reference(reference):
+            await self._refresh_for(reference)
+        if not (artifacts := self._snapshot.served_by(reference)):
+            raise _not_found(reference)
+        return artifacts
+
+    async def _refresh_for(self, model: str) -> None:
+        try:
+            await self.refresh()
+        except errors.StorageError as error:
+            raise errors.UnavailableError(
+                f"The model {model!r} is not among those known, and the registry cannot be read just now.",
+                code="registry_unreadable",
+                retry_after_seconds=5,
+            ) from error
 
     async def refresh(self) -> None:
         """Read the registry again. Returns after a read that began no earlier than this call.
@@ -104,10 +171,10 @@ class Catalog:
                 return  # another caller's read began after we asked, and was not cut short
             self._reads_begun += 1
             this_read = self._reads_begun
-            token = await asyncio.to_thread(self._registry.change_token)
-            if token != self._change_token:
-                snapshot = await asyncio.to_thread(self._read)
-                self._change_token = token
+            look = await asyncio.to_thread(self._look, self._seen)
+            snapshot = None if look.is_same(self._seen) else await asyncio.to_thread(self._read)
+            self._seen = look
+            if snapshot is not None:
                 self._publish(snapshot)
             self._last_whole_read = this_read
 
@@ -126,27 +193,35 @@ class Catalog:
                 is_readable = False
             await asyncio.sleep(self._poll_seconds)
 
-    def _lookup(self, model: str) -> Artifact | None:
+    def _lookup(self, model: str, user: str | None) -> tuple[Artifact, Arm | None] | None:
         snapshot = self._snapshot
         if (alias := snapshot.aliases.get(model)) is not None:
-            return snapshot.artifacts.get(alias.revision)
-        if (artifact := snapshot.artifacts.get(model)) is not None:
-            return artifact
-        name, separator, prefix = model.partition("@")
-        if not separator or len(prefix) < 8:
-            return None
-        matches = [a for a in snapshot.artifacts.values() if a.name == name and a.digest.startswith(prefix)]
-        return matches[0] if len(matches) == 1 else None
+            revision, arm = choose(alias, user)
+            artifact = snapshot.artifacts.get(revision)
+        else:
+            artifact, arm = snapshot.artifact(model), None
+        return None if artifact is None else (artifact, arm)
+
+    def _look(self, seen: _Look) -> _Look:
+        token = self._registry.change_token()
+        if token == seen.token and time.monotonic() - seen.scanned_at < self._scan_seconds:
+            return seen
+        # Also after a change that the token shows: the next scan is compared with what is read now.
+        return _Look(token, self._registry.change_token(thorough=True), time.monotonic())
 
     def _read(self) -> Snapshot:
-        artifacts = {artifact.revision: artifact for artifact in self._registry.artifacts()}
-        aliases = {alias.alias: alias for alias in self._registry.aliases()}
-        return Snapshot(artifacts, aliases)
+        return Snapshot.of(self._registry.artifacts(), self._registry.aliases())
 
     def _publish(self, snapshot: Snapshot) -> None:
         old, self._snapshot = self._snapshot, snapshot
         for callback in self._on_change:
             callback(old, snapshot)
+
+
+def _not_found(model: str) -> errors.ModelNotFoundError:
+    return errors.ModelNotFoundError(
+        f"The model {model[:200]!r} does not exist. GET /v1/models lists what does.", param="model"
+    )
 
 
 def _is_reference(model: str) -> bool:

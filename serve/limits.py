@@ -14,3 +14,6 @@ class Limits:
     engine_stall_seconds: float = 30.0
     """An engine that finishes no step for so long with work in it is ended and started again. Above the longest step:
     a large model's prefill on a CPU may take seconds."""
+    alias_warm_seconds: float = 20.0
+    """How long setting an alias or a pin waits for its adapters to load. Below the 60 s after which proxies give up on
+    an answer, above the load of a large adapter."""

@@ -53,7 +53,11 @@ class Metrics:
         self._evictions = counter("capo_adapter_evictions_total", "Idle adapters unloaded to make room.")
         self._refusals = counter("capo_adapter_refusals_total", "Adapters refused by the gate.", "reason")
         self._alias_flips = counter("capo_alias_flips_total", "Aliases seen to point to another revision.")
+        self._canary_requests = counter(
+            "capo_alias_requests_total", "Requests to aliases that run a canary.", "alias", "arm", "outcome"
+        )
         self._resident = Gauge("capo_adapters_resident", "Adapters in the engine.", registry=registry)
+        self._pinned = Gauge("capo_adapters_pinned", "Adapters that stay in the engine.", registry=registry)
         self.engine_restarts = counter("capo_engine_restarts_total", "Times the engine was started again.")
         self.event_loop_lag = Histogram(
             "capo_event_loop_lag_seconds",
@@ -101,5 +105,14 @@ class Metrics:
     def alias_flipped(self) -> None:
         self._alias_flips.inc()
 
-    def watch_pool(self, count: Callable[[], int]) -> None:
-        self._resident.set_function(count)
+    def alias_request(self, alias: str, arm: str, outcome: str) -> None:
+        """One request to an alias with a canary; the ``adapter`` label cannot tell its two revisions apart."""
+        self._canary_requests.labels(alias, arm, outcome).inc()
+
+    def canary_ended(self, alias: str) -> None:
+        """Remove the alias's series, so that they are no more than the canaries that run."""
+        self._canary_requests.remove_by_labels({"alias": alias})
+
+    def watch_pool(self, resident: Callable[[], int], pinned: Callable[[], int]) -> None:
+        self._resident.set_function(resident)
+        self._pinned.set_function(pinned)

@@ -4,7 +4,8 @@ The pool keeps at most as many adapters resident as the engine has slots, so tha
 or shares a slot on its own (a reload inside its step kills the engine when the file is gone; vLLM 0.32). Loads happen
 on first use or ahead of it, out of band; unloading waits for the last user. When all slots are taken, the least
 recently used idle adapter goes; when none is idle, requests wait in order of arrival, and an adapter that has had its
-turn is drained for the next in line, so that a hot adapter cannot starve a cold one.
+turn is drained for the next in line, so that a hot adapter cannot starve a cold one. Pinned adapters never go for
+others; at least one slot is left to those.
 
 Everything here runs on one event loop; there are no locks because no state changes across an ``await`` unguarded.
 """
@@ -13,66 +14,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import itertools
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator
 from typing import Any
 
 from registry import Artifact, errors
 from serve.engine_api import Engine, EngineAdapter
 from serve.gate import Gate
 from serve.metrics import Metrics
+from serve.refusals import Refusals
+from serve.resident import AdapterState, AdapterStatus, Resident
 
 logger = logging.getLogger(__name__)
 
-_ENGINE_VERDICT_SECONDS = 60.0
 _PAUSE_AFTER_BUG_SECONDS = 1.0
-
-
-class AdapterState(StrEnum):
-    AVAILABLE = "available"
-    """In the registry; loads on first use."""
-    LOADING = "loading"
-    LOADED = "loaded"
-    DRAINING = "draining"
-    """Leaves the engine when its last user is done."""
-    REFUSED = "refused"
-    """Did not pass the gate; never reaches traffic."""
-
-
-@dataclass(slots=True)
-class Resident:
-    """One adapter on its way into, in, or on its way out of the engine."""
-
-    artifact: Artifact
-    adapter: EngineAdapter
-    state: AdapterState = AdapterState.LOADING
-    users: int = 0
-    """Requests that hold it, those still waiting for the load included."""
-    ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    loaded_at: float | None = None
-    last_used_at: float = 0.0
-    load_seconds: float | None = None
-    probe_agreement: float | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        return self.users == 0 and self.state is not AdapterState.LOADING
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterStatus:
-    """What the admin API says about one revision."""
-
-    state: AdapterState
-    reason: errors.CapoError | None = None
-    resident: Resident | None = None
 
 
 class AdapterPool:
@@ -98,15 +56,15 @@ class AdapterPool:
         self._turn_seconds = turn_seconds
         self._residents: dict[str, Resident] = {}
         self._leaving: list[Resident] = []
-        self._refused: dict[str, tuple[errors.CapoError, float]] = {}
-        """By revision: the reason, and until when it holds (``time.monotonic()``)."""
+        self._refusals = Refusals(metrics)
+        self._pinned: frozenset[str] = frozenset()
         self._tickets: deque[asyncio.Future[None]] = deque()
         self._slots_in_use = 0
         self._engine_epoch = 0
         self._engine_ids = itertools.count(1)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        metrics.watch_pool(lambda: len(self._residents) + len(self._leaving))
+        metrics.watch_pool(lambda: len(self._residents) + len(self._leaving), lambda: len(self._pinned))
 
     # -- using -----------------------------------------------------------------------------------------------
 
@@ -131,8 +89,11 @@ class AdapterPool:
         finally:
             resident.users -= 1
             resident.last_used_at = time.monotonic()
-            if resident.users == 0 and (self._tickets or self._leaving):
-                self._wake.set()
+            if resident.users == 0:
+                if resident.ticket is not None and not resident.ticket.done():
+                    self._leave_line(resident)
+                elif self._tickets or self._leaving:
+                    self._wake.set()
 
     async def preload(self, artifact: Artifact) -> None:
         """Load ``artifact`` if a slot is free; never at the cost of another adapter. Refusals are kept, not raised."""
@@ -142,6 +103,37 @@ class AdapterPool:
         with contextlib.suppress(errors.CapoError):
             async with self.use(artifact):
                 pass
+
+    async def warm(self, artifacts: Iterable[Artifact], seconds: float) -> bool:
+        """Load ``artifacts``, by turn where all slots are busy; false when slots or time ran out before all were in.
+
+        Raises:
+            InvalidArtifactError: one was refused.
+            EngineDeadError: the engine died meanwhile, perhaps of this.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                for artifact in artifacts:
+                    async with self.use(artifact):
+                        pass
+        except errors.EngineDeadError:
+            raise
+        except (TimeoutError, errors.UnavailableError):
+            return False
+        return True
+
+    async def vet(self, artifact: Artifact) -> None:
+        """The gate's checks that need no engine; a refusal is remembered.
+
+        Raises:
+            InvalidArtifactError: the adapter is refused.
+        """
+        self._refusals.check(artifact.revision)
+        try:
+            await self._gate.check(artifact, self._engine.limits)
+        except errors.InvalidArtifactError as error:
+            self._refusals.add(artifact.revision, error)
+            raise
 
     async def _wait_ready(self, resident: Resident) -> None:
         try:
@@ -158,8 +150,7 @@ class AdapterPool:
     # -- loading ---------------------------------------------------------------------------------------------
 
     def _begin_load(self, artifact: Artifact) -> Resident:
-        if (refusal := self._refusal(artifact.revision)) is not None:
-            raise copy.copy(refusal)  # a raised instance collects tracebacks, and those keep requests alive
+        self._refusals.check(artifact.revision)
         adapter = EngineAdapter(artifact.revision, next(self._engine_ids), artifact.path)
         resident = Resident(artifact, adapter)
         self._residents[artifact.revision] = resident
@@ -175,7 +166,10 @@ class AdapterPool:
             await self._gate.check(artifact, self._engine.limits)
             if epoch != self._engine_epoch:
                 return  # its users have been told; a new residency begins with their next request
-            await self._take_slot()
+            if resident.users == 0:
+                self._drop(resident)
+                return
+            await self._take_slot(resident)
             has_slot = True
             slot_at = time.monotonic()
             await self._engine.load_adapter(resident.adapter)
@@ -214,20 +208,28 @@ class AdapterPool:
             logger.error("loading %s failed", revision, exc_info=error)
             error = errors.InternalError(f"loading {revision} failed: {type(error).__name__}")
         if isinstance(error, errors.InvalidArtifactError):
-            # An artifact never changes, so neither does a verdict on it; only the engine may change its mind.
-            expires_at = time.monotonic() + _ENGINE_VERDICT_SECONDS if error.code == "engine_refused" else math.inf
-            self._refused[revision] = (copy.copy(error), expires_at)
-            self._metrics.adapter_refused(error.code)
-            logger.warning("refused %s: %s", revision, error.message)
+            self._refusals.add(revision, error)
         resident.ready.set_exception(error)
         resident.ready.exception()  # mark as seen: a preload has no waiter
         self._wake.set()
 
-    async def _take_slot(self) -> None:
-        ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tickets.append(ticket)
+    async def _take_slot(self, resident: Resident) -> None:
+        resident.ticket = asyncio.get_running_loop().create_future()
+        self._tickets.append(resident.ticket)
         self._wake.set()
-        await ticket
+        await resident.ticket
+
+    def _leave_line(self, resident: Resident) -> None:
+        """Everybody who waited for it has left before it got a slot: nobody is served by loading it."""
+        assert resident.ticket is not None, resident
+        self._tickets.remove(resident.ticket)
+        resident.ticket.cancel()  # ends the task that loads it
+        self._drop(resident)
+
+    def _drop(self, resident: Resident) -> None:
+        if self._residents.get(resident.artifact.revision) is resident:
+            del self._residents[resident.artifact.revision]
+        resident.ready.cancel()
 
     # -- making room -----------------------------------------------------------------------------------------
 
@@ -252,12 +254,13 @@ class AdapterPool:
             await self._unload(resident)
         while self._tickets:
             if self._slots_in_use < self._engine.limits.max_loras:
-                self._slots_in_use += 1
                 ticket = self._tickets.popleft()
                 if not ticket.done():
+                    self._slots_in_use += 1
                     ticket.set_result(None)
                 continue
-            victim = min((r for r in self._residents.values() if r.is_idle), key=lambda r: r.last_used_at, default=None)
+            idle = (r for r in self._residents.values() if r.is_idle and r.artifact.revision not in self._pinned)
+            victim = min(idle, key=lambda r: r.last_used_at, default=None)
             if victim is None:
                 return self._drain_next()
             del self._residents[victim.artifact.revision]
@@ -272,7 +275,11 @@ class AdapterPool:
         """
         if self._leaving:
             return None
-        loaded = [r for r in self._residents.values() if r.state is AdapterState.LOADED and r.loaded_at is not None]
+        loaded = [
+            r
+            for r in self._residents.values()
+            if r.state is AdapterState.LOADED and r.artifact.revision not in self._pinned
+        ]
         if not loaded:
             return None
         longest = min(loaded, key=lambda r: r.loaded_at or 0.0)
@@ -297,11 +304,29 @@ class AdapterPool:
         if epoch == self._engine_epoch:
             self._slots_in_use -= 1
 
+    # -- pinning -----------------------------------------------------------------------------------------------
+
+    @property
+    def max_pins(self) -> int:
+        """One less than there are slots: the last one is what everybody else takes turns in."""
+        return self._engine.limits.max_loras - 1
+
+    def pin(self, revisions: Collection[str]) -> None:
+        """From now on exactly these are never evicted or drained for others. Whoever pins them loads them."""
+        assert len(revisions) <= self.max_pins, (revisions, self.max_pins)
+        self._pinned = frozenset(revisions)
+        self._wake.set()
+
     # -- following the registry --------------------------------------------------------------------------------
 
     def withdraw(self, revision: str) -> None:
         """The registry no longer has ``revision``: let its users finish, then unload it."""
-        self._refused.pop(revision, None)
+        self._refusals.forget(revision)
+        self._gate.forget(revision)
+        self.release(revision)
+
+    def release(self, revision: str) -> None:
+        """Let the present users of ``revision`` finish, then unload it; later ones load it again."""
         resident = self._residents.get(revision)
         if resident is not None and resident.state is AdapterState.LOADED:
             self._retire(resident)
@@ -310,10 +335,10 @@ class AdapterPool:
     def forget_all(self) -> list[Artifact]:
         """The engine is gone and holds nothing. Ids go on counting; users of the old one get errors.
 
-        Returns what was loaded, most recently used first, for whoever wants it back.
+        Returns what was loaded, the pinned ones first, then the most recently used, for whoever wants it back.
         """
         loaded = [r for r in self._residents.values() if r.state is AdapterState.LOADED]
-        loaded.sort(key=lambda r: -r.last_used_at)
+        loaded.sort(key=lambda r: (r.artifact.revision not in self._pinned, -r.last_used_at))
         self._engine_epoch += 1
         for resident in [*self._residents.values(), *self._leaving]:
             if not resident.ready.done():
@@ -329,24 +354,18 @@ class AdapterPool:
         self._slots_in_use = 0
         return [resident.artifact for resident in loaded]
 
-    def _refusal(self, revision: str) -> errors.CapoError | None:
-        error, expires_at = self._refused.get(revision, (None, math.inf))
-        if error is not None and time.monotonic() > expires_at:
-            del self._refused[revision]
-            return None
-        return error
-
     # -- looking ---------------------------------------------------------------------------------------------
 
     def status(self, revision: str) -> AdapterStatus:
-        if (refusal := self._refusal(revision)) is not None:
-            return AdapterStatus(AdapterState.REFUSED, refusal)
+        is_pinned = revision in self._pinned
+        if (refusal := self._refusals.get(revision)) is not None:
+            return AdapterStatus(AdapterState.REFUSED, refusal, is_pinned=is_pinned)
         if (resident := self._residents.get(revision)) is not None:
-            return AdapterStatus(resident.state, resident=resident)
+            return AdapterStatus(resident.state, resident=resident, is_pinned=is_pinned)
         for resident in self._leaving:
             if resident.artifact.revision == revision:
-                return AdapterStatus(AdapterState.DRAINING, resident=resident)
-        return AdapterStatus(AdapterState.AVAILABLE)
+                return AdapterStatus(AdapterState.DRAINING, resident=resident, is_pinned=is_pinned)
+        return AdapterStatus(AdapterState.AVAILABLE, is_pinned=is_pinned)
 
     def residents(self) -> Iterator[Resident]:
         yield from self._residents.values()

@@ -10,16 +10,19 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from registry import Alias, Artifact, errors
-from serve.catalog import Catalog, Snapshot
+from registry import Artifact, errors
+from serve.alias_control import AliasControl
+from serve.catalog import Catalog, Snapshot, Target
 from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.limits import Limits
 from serve.metrics import Metrics
-from serve.pool import AdapterPool, AdapterStatus
+from serve.pins import Pin, Pins
+from serve.pool import AdapterPool
+from serve.resident import AdapterStatus
 from serve.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,9 @@ class AdapterView:
     artifact: Artifact
     status: AdapterStatus
     aliases: list[str]
+    """Those whose main revision it is."""
+    canary_of: list[str]
+    """Those whose canary it is."""
 
 
 class ServingService:
@@ -63,6 +69,7 @@ class ServingService:
         pool: AdapterPool,
         metrics: Metrics,
         limits: Limits | None = None,
+        pins: Sequence[str] = (),
     ) -> None:
         self.engine = engine
         self.catalog = catalog
@@ -78,6 +85,10 @@ class ServingService:
         self._idle.set()
         self._is_started = False
         self._is_draining = False
+        self.aliases = AliasControl(
+            catalog, pool, require_ready=self.require_ready, warm_seconds=self._limits.alias_warm_seconds
+        )
+        self.pins = Pins(catalog, pool, pins, may_load=lambda: self.not_ready_reason() is None)
         catalog.on_change(self._follow_registry)
 
     # -- life ------------------------------------------------------------------------------------------------
@@ -87,6 +98,8 @@ class ServingService:
         await self.engine.start()
         self._tasks.append(asyncio.create_task(self.pool.run(), name="adapter-pool"))
         await self.catalog.refresh()
+        await self.pins.load()
+        self._tasks.append(asyncio.create_task(self.pins.run(), name="pins"))
         self._tasks.append(asyncio.create_task(self.catalog.watch(), name="registry-watch"))
         self._tasks.append(asyncio.create_task(self.supervisor.run(), name="engine-supervisor"))
         self._tasks.append(asyncio.create_task(self._watch_event_loop(), name="event-loop-lag"))
@@ -102,6 +115,13 @@ class ServingService:
         if self.engine.is_dead or self.supervisor.is_restarting:
             return "engine_dead"
         return None
+
+    def require_ready(self) -> None:
+        """Raises:
+        UnavailableError: requests should not come here now.
+        """
+        if (reason := self.not_ready_reason()) is not None:
+            raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
 
     async def drain(self, deadline_seconds: float) -> int:
         """Refuse new requests and wait for those in flight; returns how many were still running at the deadline."""
@@ -148,13 +168,18 @@ class ServingService:
             async for piece in pieces:
                 yield call, piece
 
+    async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+        """Answer a request to tokenize or detokenize. Any model name will do: adapters share the base's tokenizer."""
+        self.require_ready()
+        await self.catalog.resolve(body["model"])
+        return await self.engine.convert_tokens(endpoint, body)
+
     @contextlib.asynccontextmanager
     async def _running(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
         """One request from its admission to its end: resolved, counted, measured, its adapter held in the engine."""
-        if (reason := self.not_ready_reason()) is not None:
-            raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
+        self.require_ready()
         self.supervisor.quarantine.check(body)
-        target = await self.catalog.resolve(body["model"])
+        target = await self.catalog.resolve(body["model"], user=_end_user(body))
         model = target.artifact.revision if target.artifact is not None else self.catalog.base_model
         self._refuse_excess(model)
         label = self.metrics.adapter_label(target.artifact.name if target.artifact is not None else None)
@@ -167,7 +192,7 @@ class ServingService:
             trace_headers=origin.trace_headers,
             on_tokens=self._inter_token_observer(label, origin.protocol) if body.get("stream") else None,
         )
-        with self._measure(call, model, label, origin.protocol):
+        with self._measure(call, target, model, label, origin.protocol):
             if target.artifact is None:
                 yield call
             else:
@@ -203,7 +228,7 @@ class ServingService:
         return on_tokens
 
     @contextlib.contextmanager
-    def _measure(self, call: Call, model: str, label: str, protocol: str) -> Iterator[None]:
+    def _measure(self, call: Call, target: Target, model: str, label: str, protocol: str) -> Iterator[None]:
         metrics = self.metrics
         self._in_flight_of[model] += 1
         in_flight = metrics.in_flight.labels(label)
@@ -227,6 +252,8 @@ class ServingService:
             if not self._in_flight:
                 self._idle.set()
             in_flight.dec()
+            if target.arm is not None and self._runs_canary(target.requested):
+                metrics.alias_request(target.requested, target.arm, outcome)
             label = metrics.settled_label(label)
             metrics.e2e_latency.labels(label, protocol, outcome).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:
@@ -249,19 +276,25 @@ class ServingService:
         """Every adapter of the registry with its state here, by revision."""
         snapshot = self.catalog.snapshot
         aliases_of: dict[str, list[str]] = {}
-        for name in sorted(snapshot.aliases):
-            aliases_of.setdefault(snapshot.aliases[name].revision, []).append(name)
+        canary_of: dict[str, list[str]] = {}
+        for name, alias in sorted(snapshot.aliases.items()):
+            aliases_of.setdefault(alias.revision, []).append(name)
+            if alias.canary is not None:
+                canary_of.setdefault(alias.canary.revision, []).append(name)
         return [
-            AdapterView(artifact, self.pool.status(revision), aliases_of.get(revision, []))
-            for revision, artifact in sorted(snapshot.artifacts.items())
+            AdapterView(artifact, self.pool.status(r), aliases_of.get(r, []), canary_of.get(r, []))
+            for r, artifact in sorted(snapshot.artifacts.items())
             if artifact.manifest.kind == "lora"
         ]
 
-    async def set_alias(self, alias: str, revision: str) -> Alias:
-        """Point ``alias`` to ``revision``; requests that come after the return see it."""
-        record = await asyncio.to_thread(self.catalog.registry.set_alias, alias, revision)
-        await self.catalog.refresh()
-        return record
+    async def pin(self, reference: str) -> Pin:
+        """Keep what ``reference`` means in the engine until :meth:`Pins.remove`; see :meth:`Pins.add`."""
+        self.require_ready()
+        return await self.pins.add(reference, load_seconds=self._limits.alias_warm_seconds)
+
+    def _runs_canary(self, alias: str) -> bool:
+        record = self.catalog.snapshot.aliases.get(alias)
+        return record is not None and record.canary is not None
 
     # -- following the registry --------------------------------------------------------------------------------
 
@@ -270,6 +303,12 @@ class ServingService:
             before = old.aliases.get(alias)
             if before is not None and before.revision != record.revision:
                 self.metrics.alias_flipped()
+        for alias, record in old.aliases.items():
+            after = new.aliases.get(alias)
+            now = None if after is None or after.canary is None else after.canary.revision
+            if record.canary is not None and record.canary.revision != now:
+                self.metrics.canary_ended(alias)
+        self.pins.follow()
         for revision in old.artifacts.keys() - new.artifacts.keys():
             self.pool.withdraw(revision)
         for name in {a.name for a in old.artifacts.values()} - {a.name for a in new.artifacts.values()}:
@@ -282,3 +321,9 @@ class ServingService:
                     task = asyncio.create_task(self.pool.preload(artifact), name=f"preload {revision}")
                     self._preloads.add(task)
                     task.add_done_callback(self._preloads.discard)
+
+
+def _end_user(body: Mapping[str, Any]) -> str | None:
+    """OpenAI's ``user``: who is behind the request, as far as the client says."""
+    user = body.get("user")
+    return user if isinstance(user, str) and user else None

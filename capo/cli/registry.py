@@ -12,13 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from capo.cli.serve import read_settings
-from registry import Registry, errors
+from registry import Alias, CanaryRequest, Registry, errors
 
 app = typer.Typer(help="List, check and change what a registry directory holds.", no_args_is_help=True)
 
 RegistryOption = Annotated[
     Path | None, typer.Option("--registry", help="The registry directory; default as for capo serve.")
 ]
+
+
+def _show_alias(record: Alias) -> None:
+    canary = record.canary
+    share = "" if canary is None else f", {canary.percent} % -> {canary.revision}"
+    typer.echo(f"{record.alias} -> {record.revision}{share}")
 
 
 def _open(given: Path | None, *, read_only: bool = False) -> Registry:
@@ -35,6 +41,8 @@ def list_artifacts(registry: RegistryOption = None) -> None:
     aliases: dict[str, list[str]] = {}
     for alias in opened.aliases():
         aliases.setdefault(alias.revision, []).append(alias.alias)
+        if alias.canary is not None:
+            aliases.setdefault(alias.canary.revision, []).append(f"{alias.alias} ({alias.canary.percent} %)")
     table = Table("revision", "kind", "base model", "rank", "size", "made", "aliases")
     for artifact in sorted(opened.artifacts(), key=lambda a: -a.manifest.created_at):
         manifest = artifact.manifest
@@ -78,10 +86,37 @@ def import_adapter(
 
 
 @app.command()
-def alias(name: str, revision: str, registry: RegistryOption = None) -> None:
-    """Point alias NAME to REVISION, at once for every reader."""
-    record = _open(registry).set_alias(name, revision)
-    typer.echo(f"{record.alias} -> {record.revision}")
+def alias(
+    name: str,
+    revision: str,
+    canary: Annotated[
+        str | None, typer.Option(help="A second revision that answers a share; left out: a running canary ends.")
+    ] = None,
+    percent: Annotated[int | None, typer.Option(help="The canary's share of the requests, 1 to 99.")] = None,
+    expected: Annotated[str | None, typer.Option(help="Only if NAME points to this revision now.")] = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Point alias NAME to REVISION, at once for every reader. A running service follows without checking; to have
+    it check and load the revision first, use its PUT /v1/aliases/NAME."""
+    if (canary is None) != (percent is None):
+        raise errors.InvalidRequestError(
+            f"--canary ({canary}) and --percent ({percent}) belong together: give both or none.", param="canary"
+        )
+    request = None if canary is None or percent is None else CanaryRequest(canary, percent)
+    _show_alias(_open(registry).set_alias(name, revision, canary=request, expected=expected))
+
+
+@app.command()
+def rollback(name: str, registry: RegistryOption = None) -> None:
+    """Undo the last step of alias NAME: end its canary if one runs, else go back to the revision before."""
+    _show_alias(_open(registry).rollback_alias(name))
+
+
+@app.command()
+def unalias(name: str, registry: RegistryOption = None) -> None:
+    """Remove alias NAME; its revisions stay."""
+    _open(registry).delete_alias(name)
+    typer.echo(f"removed {name}")
 
 
 @app.command()
@@ -104,7 +139,9 @@ def verify(
 @app.command()
 def remove(
     revision: str,
-    force: Annotated[bool, typer.Option(help="Also when aliases point to it; they are deleted.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Also when aliases serve it; those that point to it are deleted, a canary ends.")
+    ] = False,
     registry: RegistryOption = None,
 ) -> None:
     """Remove a revision. A running service lets its users finish."""

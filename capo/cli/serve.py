@@ -37,6 +37,13 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Default 50051; 0 takes a free one.")] = None,
     workers: Annotated[int | None, typer.Option(help="Local training workers; default 1.")] = None,
     engine_threads: Annotated[int | None, typer.Option(help="Threads of a CPU engine.")] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep this adapter in the engine: an alias, ft: name or revision; may be given again."),
+    ] = None,
+    import_dir: Annotated[
+        Path | None, typer.Option(help="Where /v1/load_lora_adapter may import adapters from; default nowhere.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve the base model and every adapter of the registry, and take fine-tuning jobs.
@@ -56,6 +63,8 @@ def serve(
         grpc_port=grpc_port,
         workers=workers,
         engine_threads=engine_threads,
+        pin=pin or None,
+        import_dir=import_dir,
         log_level=log_level,
     )
     use_gpu = Path("/dev/nvidiactl").exists()

@@ -1,24 +1,60 @@
-"""``/v1/adapters`` and ``/v1/aliases``: what the registry holds and what this service makes of it."""
+"""``/v1/adapters``, ``/v1/pins`` and ``/v1/aliases``: what the registry holds and what this service makes of it."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from registry import Alias, errors
+from registry import Alias, CanaryRequest, errors
+from serve.pins import Pin
+from serve.routes.bodies import Body, read_body, read_no_body
 from serve.service import AdapterView, ServingService
+
+
+class CanaryBody(Body):
+    revision: str
+    percent: int
+
+
+class AliasBody(Body):
+    revision: str
+    canary: CanaryBody | None = None
+    """Left out: a running canary ends."""
+    expected: str | None = None
+    """Only if the alias points to this revision now."""
 
 
 def adapters_router(service: ServingService) -> APIRouter:
     router = APIRouter()
+    _add_adapter_routes(router, service)
+    _add_alias_routes(router, service)
+    return router
 
+
+# A base model id may hold a slash, and so may the ft: names that begin with it; hence {...:path}.
+def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
     @router.get("/v1/adapters")
     async def list_adapters() -> dict[str, Any]:
         adapters = [_adapter(view) for view in service.adapters()]
         return {"object": "list", "data": adapters}
 
+    @router.get("/v1/pins")
+    async def list_pins() -> dict[str, Any]:
+        return {"object": "list", "data": [_pin(pin) for pin in service.pins.all()]}
+
+    @router.put("/v1/adapters/{reference:path}/pin")
+    async def pin_adapter(reference: str, request: Request) -> dict[str, Any]:
+        read_no_body(await request.body())
+        return _pin(await service.pin(reference))
+
+    @router.delete("/v1/adapters/{reference:path}/pin")
+    async def unpin_adapter(reference: str) -> dict[str, Any]:
+        service.pins.remove(reference)
+        return {"object": "pin", "reference": reference, "deleted": True}
+
+
+def _add_alias_routes(router: APIRouter, service: ServingService) -> None:
     @router.get("/v1/aliases")
     async def list_aliases() -> dict[str, Any]:
         return {
@@ -26,40 +62,42 @@ def adapters_router(service: ServingService) -> APIRouter:
             "data": [_alias(a) for _, a in sorted(service.catalog.snapshot.aliases.items())],
         }
 
-    @router.put("/v1/aliases/{alias}")
+    @router.get("/v1/aliases/{alias:path}")
+    async def retrieve_alias(alias: str) -> dict[str, Any]:
+        return _alias_with_history(await service.aliases.get(alias))
+
+    @router.put("/v1/aliases/{alias:path}")
     async def set_alias(alias: str, request: Request) -> dict[str, Any]:
-        revision = _revision_in(await request.body())
-        return _alias(await service.set_alias(alias, revision))
+        body = read_body(AliasBody, await request.body())
+        canary = None if body.canary is None else CanaryRequest(body.canary.revision, body.canary.percent)
+        flip = await service.aliases.set(alias, body.revision, canary=canary, expected=body.expected)
+        return _alias_with_history(flip.alias) | {"warmed": flip.is_warm}
 
-    return router
+    @router.post("/v1/aliases/{alias:path}/rollback")
+    async def roll_back_alias(alias: str, request: Request) -> dict[str, Any]:
+        read_no_body(await request.body())
+        return _alias_with_history(await service.aliases.roll_back(alias))
 
-
-def _revision_in(raw: bytes) -> str:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise errors.InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from error
-    if not isinstance(body, dict) or set(body) != {"revision"} or not isinstance(body["revision"], str):
-        raise errors.InvalidRequestError(
-            'The body must be {"revision": "<name>@<digest>"} and nothing else. GET /v1/adapters lists revisions.',
-            param="revision",
-        )
-    return body["revision"]
+    @router.delete("/v1/aliases/{alias:path}")
+    async def delete_alias(alias: str) -> dict[str, Any]:
+        await service.aliases.remove(alias)
+        return {"object": "alias", "alias": alias, "deleted": True}
 
 
 def _adapter(view: AdapterView) -> dict[str, Any]:
     artifact, status = view.artifact, view.status
     manifest = artifact.manifest
     resident = status.resident
-    reason = None if status.reason is None else {"code": status.reason.code, "message": status.reason.message}
     return {
         "object": "adapter",
         "name": artifact.name,
         "revision": artifact.revision,
         "digest": artifact.digest,
         "state": status.state.value,
-        "reason": reason,
+        "reason": _reason(status.reason),
+        "pinned": status.is_pinned,
         "aliases": view.aliases,
+        "canary_of": view.canary_of,
         "base_model": manifest.base_model.id,
         "rank": manifest.lora.rank if manifest.lora is not None else None,
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
@@ -71,11 +109,31 @@ def _adapter(view: AdapterView) -> dict[str, Any]:
     }
 
 
+def _pin(pin: Pin) -> dict[str, Any]:
+    return {
+        "object": "pin",
+        "reference": pin.reference,
+        "state": pin.state.value,
+        "reason": _reason(pin.reason),
+        "revisions": pin.revisions,
+    }
+
+
+def _reason(error: errors.CapoError | None) -> dict[str, str] | None:
+    return None if error is None else {"code": error.code, "message": error.message}
+
+
 def _alias(alias: Alias) -> dict[str, Any]:
+    canary = alias.canary
     return {
         "object": "alias",
         "alias": alias.alias,
         "revision": alias.revision,
+        "canary": None if canary is None else {"revision": canary.revision, "percent": canary.percent},
         "write_once": alias.write_once,
         "updated_at": alias.updated_at,
     }
+
+
+def _alias_with_history(alias: Alias) -> dict[str, Any]:
+    return _alias(alias) | {"history": [{"revision": entry.revision, "at": entry.at} for entry in alias.history]}

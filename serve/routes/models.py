@@ -21,16 +21,19 @@ def models_router(service: ServingService) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> dict[str, Any]:
-        target = await service.catalog.resolve(model)
-        if target.artifact is None:
+        if model == service.catalog.base_model:
             return _model(model, created=0)
-        return _model(model, target.artifact.manifest.created_at, service.catalog.base_model, target.artifact.revision)
+        main = (await service.catalog.served_by(model))[0]
+        return _model(model, main.manifest.created_at, service.catalog.base_model, main.revision)
 
     return router
 
 
 def _model(name: str, created: int, parent: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """OpenAI's model object (openai 3.52, types/model.py); ``parent`` and ``revision`` are Capo's additions."""
+    """OpenAI's model object (openai 3.52, types/model.py); ``parent`` and ``revision`` are Capo's additions.
+
+    Of an alias with a canary ``revision`` is the main one; GET /v1/aliases tells both.
+    """
     return {
         "id": name,
         "object": "model",

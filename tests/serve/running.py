@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from capo.app import build_app
-from registry import Artifact, BaseModelIdentity, LoraShape, ManifestDraft, Registry
+from registry import Artifact, BaseModel, BaseModelIdentity, LoraShape, ManifestDraft, Registry
+from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
 from serve.engine_api import Engine
+from serve.import_folder import ImportFolder
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
-from serve.routes import adapters_router, inference_router, models_router
+from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
 from serve.service import ServingService
 
 BASE = "capo-tiny"
@@ -31,6 +33,8 @@ class NoGate:
     async def check(self, artifact: Any, limits: Any) -> None: ...
 
     async def probe(self, artifact: Any, engine: Any, adapter: Any) -> float | None: ...
+
+    def forget(self, revision: str) -> None: ...
 
 
 def publish(registry: Registry, name: str, content: str = "weights", **options: Any) -> Artifact:
@@ -56,21 +60,34 @@ async def eventually(condition: Callable[[], bool], seconds: float = 2) -> None:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    engine: Engine, registry_dir: Path, **limits: float
+    engine: Engine,
+    registry_dir: Path,
+    *,
+    gate: Any = None,
+    pins: Sequence[str] = (),
+    import_dir: Path | None = None,
+    base_model: BaseModel | None = None,
+    **limits: float,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ServingService]]:
     """A client for a started service. Not started: pass an engine whose start blocks, and look at /readyz."""
     metrics = Metrics(CollectorRegistry())
-    pool = AdapterPool(engine, NoGate(), metrics)  # type: ignore[arg-type]
+    pool = AdapterPool(engine, gate or NoGate(), metrics)
     service = ServingService(
         engine=engine,
         catalog=Catalog(Registry(registry_dir), BASE, poll_seconds=0.05),
         pool=pool,
         metrics=metrics,
         limits=Limits(**limits),  # type: ignore[arg-type]
+        pins=pins,
     )
-    app = build_app(
-        [inference_router(service), models_router(service), adapters_router(service)], service.not_ready_reason
-    )
+    folder = ImportFolder(import_dir) if import_dir is not None else None
+    routers = [
+        inference_router(service),
+        models_router(service),
+        adapters_router(service),
+        vllm_adapters_router(AdapterImports(service, base_model, folder)),
+    ]
+    app = build_app(routers, service.not_ready_reason)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     http = asyncio.create_task(server.serve())

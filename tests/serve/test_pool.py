@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from registry import errors
 from serve.metrics import Metrics
-from serve.pool import AdapterPool, AdapterState
+from serve.pool import AdapterPool
+from serve.resident import AdapterState
 from tests.serve.fake_engine import FakeEngine
 
 
@@ -45,6 +46,8 @@ class OpenGate:
         if artifact.revision in self.fail_probe:
             raise errors.InvalidArtifactError("answers differ", code="probe_mismatch")
         return None
+
+    def forget(self, revision: str) -> None: ...
 
 
 @contextlib.asynccontextmanager

@@ -24,29 +24,55 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63\x61po/v1/adapters.proto\x12\x07\x63\x61po.v1\"\xc3\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.capo.v1.AdapterState\x12\x13\n\x0breason_code\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x61liases\x18\x06 \x03(\t\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\ncreated_at\x18\x08 \x01(\x03\x12\x1a\n\x12requests_in_flight\x18\t \x01(\r\"\x15\n\x13ListAdaptersRequest\":\n\x14ListAdaptersResponse\x12\"\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x10.capo.v1.Adapter\"\x14\n\x12ListAliasesRequest\"6\n\x13ListAliasesResponse\x12\x1f\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x0e.capo.v1.Alias\"2\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"P\n\x05\x41lias\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nwrite_once\x18\x03 \x01(\x08\x12\x12\n\nupdated_at\x18\x04 \x01(\x03*\xb6\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41\x44\x41PTER_STATE_AVAILABLE\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_LOADED\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x04\x12\x19\n\x15\x41\x44\x41PTER_STATE_REFUSED\x10\x05\x32\xd7\x01\n\x08\x41\x64\x61pters\x12K\n\x0cListAdapters\x12\x1c.capo.v1.ListAdaptersRequest\x1a\x1d.capo.v1.ListAdaptersResponse\x12H\n\x0bListAliases\x12\x1b.capo.v1.ListAliasesRequest\x1a\x1c.capo.v1.ListAliasesResponse\x12\x34\n\x08SetAlias\x12\x18.capo.v1.SetAliasRequest\x1a\x0e.capo.v1.Aliasb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63\x61po/v1/adapters.proto\x12\x07\x63\x61po.v1\"\xe6\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.capo.v1.AdapterState\x12\x13\n\x0breason_code\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x61liases\x18\x06 \x03(\t\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\ncreated_at\x18\x08 \x01(\x03\x12\x1a\n\x12requests_in_flight\x18\t \x01(\r\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12\x11\n\tcanary_of\x18\x0b \x03(\t\"\x15\n\x13ListAdaptersRequest\":\n\x14ListAdaptersResponse\x12\"\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x10.capo.v1.Adapter\"r\n\x03Pin\x12\x11\n\treference\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.capo.v1.PinState\x12\x13\n\x0breason_code\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\trevisions\x18\x05 \x03(\t\"&\n\x11PinAdapterRequest\x12\x11\n\treference\x18\x01 \x01(\t\"(\n\x13UnpinAdapterRequest\x12\x11\n\treference\x18\x01 \x01(\t\"\x16\n\x14UnpinAdapterResponse\"\x11\n\x0fListPinsRequest\".\n\x10ListPinsResponse\x12\x1a\n\x04pins\x18\x01 \x03(\x0b\x32\x0c.capo.v1.Pin\"+\n\x06\x43\x61nary\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\r\"\x14\n\x12ListAliasesRequest\"6\n\x13ListAliasesResponse\x12\x1f\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x0e.capo.v1.Alias\" \n\x0fGetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"e\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1f\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x0f.capo.v1.Canary\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\"%\n\x14RollbackAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"#\n\x12RemoveAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13RemoveAliasResponse\"\xae\x01\n\x05\x41lias\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nwrite_once\x18\x03 \x01(\x08\x12\x12\n\nupdated_at\x18\x04 \x01(\x03\x12\x1f\n\x06\x63\x61nary\x18\x05 \x01(\x0b\x32\x0f.capo.v1.Canary\x12+\n\x07history\x18\x06 \x03(\x0b\x32\x1a.capo.v1.AliasHistoryEntry\x12\x0e\n\x06warmed\x18\x07 \x01(\x08\"1\n\x11\x41liasHistoryEntry\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\n\n\x02\x61t\x18\x02 \x01(\x03*\xb6\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41\x44\x41PTER_STATE_AVAILABLE\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_LOADED\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x04\x12\x19\n\x15\x41\x44\x41PTER_STATE_REFUSED\x10\x05*\x95\x01\n\x08PinState\x12\x19\n\x15PIN_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePIN_STATE_HELD\x10\x01\x12\x15\n\x11PIN_STATE_LOADING\x10\x02\x12\x15\n\x11PIN_STATE_REFUSED\x10\x03\x12\x15\n\x11PIN_STATE_MISSING\x10\x04\x12\x15\n\x11PIN_STATE_NO_ROOM\x10\x05\x32\xdd\x04\n\x08\x41\x64\x61pters\x12K\n\x0cListAdapters\x12\x1c.capo.v1.ListAdaptersRequest\x1a\x1d.capo.v1.ListAdaptersResponse\x12\x36\n\nPinAdapter\x12\x1a.capo.v1.PinAdapterRequest\x1a\x0c.capo.v1.Pin\x12K\n\x0cUnpinAdapter\x12\x1c.capo.v1.UnpinAdapterRequest\x1a\x1d.capo.v1.UnpinAdapterResponse\x12?\n\x08ListPins\x12\x18.capo.v1.ListPinsRequest\x1a\x19.capo.v1.ListPinsResponse\x12H\n\x0bListAliases\x12\x1b.capo.v1.ListAliasesRequest\x1a\x1c.capo.v1.ListAliasesResponse\x12\x34\n\x08GetAlias\x12\x18.capo.v1.GetAliasRequest\x1a\x0e.capo.v1.Alias\x12\x34\n\x08SetAlias\x12\x18.capo.v1.SetAliasRequest\x1a\x0e.capo.v1.Alias\x12>\n\rRollbackAlias\x12\x1d.capo.v1.RollbackAliasRequest\x1a\x0e.capo.v1.Alias\x12H\n\x0bRemoveAlias\x12\x1b.capo.v1.RemoveAliasRequest\x1a\x1c.capo.v1.RemoveAliasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'capo.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=529
-  _globals['_ADAPTERSTATE']._serialized_end=711
+  _globals['_ADAPTERSTATE']._serialized_start=1228
+  _globals['_ADAPTERSTATE']._serialized_end=1410
+  _globals['_PINSTATE']._serialized_start=1413
+  _globals['_PINSTATE']._serialized_end=1562
   _globals['_ADAPTER']._serialized_start=36
-  _globals['_ADAPTER']._serialized_end=231
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=233
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=254
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=256
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=314
-  _globals['_LISTALIASESREQUEST']._serialized_start=316
-  _globals['_LISTALIASESREQUEST']._serialized_end=336
-  _globals['_LISTALIASESRESPONSE']._serialized_start=338
-  _globals['_LISTALIASESRESPONSE']._serialized_end=392
-  _globals['_SETALIASREQUEST']._serialized_start=394
-  _globals['_SETALIASREQUEST']._serialized_end=444
-  _globals['_ALIAS']._serialized_start=446
-  _globals['_ALIAS']._serialized_end=526
-  _globals['_ADAPTERS']._serialized_start=714
-  _globals['_ADAPTERS']._serialized_end=929
+  _globals['_ADAPTER']._serialized_end=266
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=268
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=289
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=291
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=349
+  _globals['_PIN']._serialized_start=351
+  _globals['_PIN']._serialized_end=465
+  _globals['_PINADAPTERREQUEST']._serialized_start=467
+  _globals['_PINADAPTERREQUEST']._serialized_end=505
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=507
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=547
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=549
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=571
+  _globals['_LISTPINSREQUEST']._serialized_start=573
+  _globals['_LISTPINSREQUEST']._serialized_end=590
+  _globals['_LISTPINSRESPONSE']._serialized_start=592
+  _globals['_LISTPINSRESPONSE']._serialized_end=638
+  _globals['_CANARY']._serialized_start=640
+  _globals['_CANARY']._serialized_end=683
+  _globals['_LISTALIASESREQUEST']._serialized_start=685
+  _globals['_LISTALIASESREQUEST']._serialized_end=705
+  _globals['_LISTALIASESRESPONSE']._serialized_start=707
+  _globals['_LISTALIASESRESPONSE']._serialized_end=761
+  _globals['_GETALIASREQUEST']._serialized_start=763
+  _globals['_GETALIASREQUEST']._serialized_end=795
+  _globals['_SETALIASREQUEST']._serialized_start=797
+  _globals['_SETALIASREQUEST']._serialized_end=898
+  _globals['_ROLLBACKALIASREQUEST']._serialized_start=900
+  _globals['_ROLLBACKALIASREQUEST']._serialized_end=937
+  _globals['_REMOVEALIASREQUEST']._serialized_start=939
+  _globals['_REMOVEALIASREQUEST']._serialized_end=974
+  _globals['_REMOVEALIASRESPONSE']._serialized_start=976
+  _globals['_REMOVEALIASRESPONSE']._serialized_end=997
+  _globals['_ALIAS']._serialized_start=1000
+  _globals['_ALIAS']._serialized_end=1174
+  _globals['_ALIASHISTORYENTRY']._serialized_start=1176
+  _globals['_ALIASHISTORYENTRY']._serialized_end=1225
+  _globals['_ADAPTERS']._serialized_start=1565
+  _globals['_ADAPTERS']._serialized_end=2170
 # @@protoc_insertion_point(module_scope)

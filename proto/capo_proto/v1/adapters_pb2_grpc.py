@@ -39,15 +39,45 @@ class AdaptersStub:
                 request_serializer=capo_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=capo_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/capo.v1.Adapters/PinAdapter',
+                request_serializer=capo_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_adapters__pb2.Pin.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/capo.v1.Adapters/UnpinAdapter',
+                request_serializer=capo_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/capo.v1.Adapters/ListPins',
+                request_serializer=capo_dot_v1_dot_adapters__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_adapters__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
         self.ListAliases = channel.unary_unary(
                 '/capo.v1.Adapters/ListAliases',
                 request_serializer=capo_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
                 response_deserializer=capo_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
                 _registered_method=True)
+        self.GetAlias = channel.unary_unary(
+                '/capo.v1.Adapters/GetAlias',
+                request_serializer=capo_dot_v1_dot_adapters__pb2.GetAliasRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_adapters__pb2.Alias.FromString,
+                _registered_method=True)
         self.SetAlias = channel.unary_unary(
                 '/capo.v1.Adapters/SetAlias',
                 request_serializer=capo_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=capo_dot_v1_dot_adapters__pb2.Alias.FromString,
+                _registered_method=True)
+        self.RollbackAlias = channel.unary_unary(
+                '/capo.v1.Adapters/RollbackAlias',
+                request_serializer=capo_dot_v1_dot_adapters__pb2.RollbackAliasRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_adapters__pb2.Alias.FromString,
+                _registered_method=True)
+        self.RemoveAlias = channel.unary_unary(
+                '/capo.v1.Adapters/RemoveAlias',
+                request_serializer=capo_dot_v1_dot_adapters__pb2.RemoveAliasRequest.SerializeToString,
+                response_deserializer=capo_dot_v1_dot_adapters__pb2.RemoveAliasResponse.FromString,
                 _registered_method=True)
 
 
@@ -61,15 +91,59 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinAdapter(self, request, context):
+        """Keep an adapter in the engine: never evicted or drained for others, until it is unpinned or the process ends.
+        FAILED_PRECONDITION when too many are pinned; at most one less than there are slots may be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Treat a pinned adapter like any other again. NOT_FOUND when it is not pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """Every pin, those of the settings included, and how it fares.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAliases(self, request, context):
-        """Every alias and what it points to.
+        """Every alias and what it serves, without history.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAlias(self, request, context):
+        """One alias with its history.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Point an alias to a revision, at once for new requests; those in flight finish where they started.
+        """Point an alias to a revision, at once for new requests; those in flight finish where they started. The revision is
+        checked first: one that this service refuses is INVALID_ARGUMENT, and the alias stays as it was. Then it is loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAlias(self, request, context):
+        """Undo the last step, at once: end the canary if one runs, else go back to the revision before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveAlias(self, request, context):
+        """Remove an alias; the adapters stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,15 +157,45 @@ def add_AdaptersServicer_to_server(servicer, server):
                     request_deserializer=capo_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=capo_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
             ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=capo_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_adapters__pb2.Pin.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=capo_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=capo_dot_v1_dot_adapters__pb2.ListPinsRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_adapters__pb2.ListPinsResponse.SerializeToString,
+            ),
             'ListAliases': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAliases,
                     request_deserializer=capo_dot_v1_dot_adapters__pb2.ListAliasesRequest.FromString,
                     response_serializer=capo_dot_v1_dot_adapters__pb2.ListAliasesResponse.SerializeToString,
             ),
+            'GetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAlias,
+                    request_deserializer=capo_dot_v1_dot_adapters__pb2.GetAliasRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_adapters__pb2.Alias.SerializeToString,
+            ),
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
                     request_deserializer=capo_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
                     response_serializer=capo_dot_v1_dot_adapters__pb2.Alias.SerializeToString,
+            ),
+            'RollbackAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAlias,
+                    request_deserializer=capo_dot_v1_dot_adapters__pb2.RollbackAliasRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_adapters__pb2.Alias.SerializeToString,
+            ),
+            'RemoveAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveAlias,
+                    request_deserializer=capo_dot_v1_dot_adapters__pb2.RemoveAliasRequest.FromString,
+                    response_serializer=capo_dot_v1_dot_adapters__pb2.RemoveAliasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +236,87 @@ class Adapters:
             _registered_method=True)
 
     @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Adapters/PinAdapter',
+            capo_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            capo_dot_v1_dot_adapters__pb2.Pin.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Adapters/UnpinAdapter',
+            capo_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+            capo_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Adapters/ListPins',
+            capo_dot_v1_dot_adapters__pb2.ListPinsRequest.SerializeToString,
+            capo_dot_v1_dot_adapters__pb2.ListPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListAliases(request,
             target,
             options=(),
@@ -159,6 +344,33 @@ class Adapters:
             _registered_method=True)
 
     @staticmethod
+    def GetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Adapters/GetAlias',
+            capo_dot_v1_dot_adapters__pb2.GetAliasRequest.SerializeToString,
+            capo_dot_v1_dot_adapters__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SetAlias(request,
             target,
             options=(),
@@ -175,6 +387,60 @@ class Adapters:
             '/capo.v1.Adapters/SetAlias',
             capo_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
             capo_dot_v1_dot_adapters__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Adapters/RollbackAlias',
+            capo_dot_v1_dot_adapters__pb2.RollbackAliasRequest.SerializeToString,
+            capo_dot_v1_dot_adapters__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capo.v1.Adapters/RemoveAlias',
+            capo_dot_v1_dot_adapters__pb2.RemoveAliasRequest.SerializeToString,
+            capo_dot_v1_dot_adapters__pb2.RemoveAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,92 @@
+"""Changing aliases through a running service: what it refuses never takes its traffic, what it takes is warm first.
+
+Flips that other processes make in the registry are followed as they come (:mod:`serve.catalog`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from registry import Alias, CanaryRequest, errors
+from serve.catalog import Catalog
+from serve.pool import AdapterPool
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    alias: Alias
+    is_warm: bool
+    """Every revision that the alias serves was in the engine before the flip. False: slots were busy for the whole
+    time that a flip waits, and the first requests may wait for one too."""
+
+
+class AliasControl:
+    """``require_ready`` raises while this service cannot judge an adapter; a flip waits ``warm_seconds`` at most."""
+
+    def __init__(
+        self, catalog: Catalog, pool: AdapterPool, *, require_ready: Callable[[], None], warm_seconds: float
+    ) -> None:
+        self._catalog = catalog
+        self._registry = catalog.registry
+        self._pool = pool
+        self._require_ready = require_ready
+        self._warm_seconds = warm_seconds
+
+    async def get(self, alias: str) -> Alias:
+        """The alias with its history, as it is on disk.
+
+        Raises:
+            ModelNotFoundError: it is not set.
+        """
+        return await asyncio.to_thread(self._registry.alias, alias)
+
+    async def set(
+        self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
+    ) -> Flip:
+        """Vet what the alias is to serve, load it, then point the alias to it; requests after the return see it.
+
+        Time running out while it loads does not stop the flip: the adapter passed the gate, and its requests take
+        their turn as any others do.
+
+        Raises:
+            InvalidArtifactError: this service refuses one of the revisions; the alias stays as it was.
+            UnavailableError: this service is not ready, or its engine died while it loaded them; likewise.
+            as :meth:`registry.Registry.set_alias`: likewise.
+        """
+        self._require_ready()
+        if alias == self._catalog.base_model:
+            raise errors.InvalidNameError(
+                f"{alias!r} is the base model of this service. Choose another name.",
+                code="reserved_name",
+                param="alias",
+            )
+        artifacts = await asyncio.to_thread(
+            self._registry.check_alias, alias, revision, canary=canary, expected=expected
+        )
+        for artifact in artifacts:
+            await self._pool.vet(artifact)
+        is_warm = await self._pool.warm(artifacts, self._warm_seconds)
+        record = await asyncio.to_thread(self._registry.set_alias, alias, revision, canary=canary, expected=expected)
+        await self._catalog.refresh()
+        return Flip(record, is_warm)
+
+    async def roll_back(self, alias: str) -> Alias:
+        """End the alias's canary, or else go back one revision; at once, whatever state the engine is in.
+
+        Raises:
+            as :meth:`registry.Registry.rollback_alias`.
+        """
+        record = await asyncio.to_thread(self._registry.rollback_alias, alias)
+        await self._catalog.refresh()
+        return record
+
+    async def remove(self, alias: str) -> None:
+        """Remove the alias; the adapters stay in the registry.
+
+        Raises:
+            as :meth:`registry.Registry.delete_alias`.
+        """
+        await asyncio.to_thread(self._registry.delete_alias, alias)
+        await self._catalog.refresh()

@@ -1,0 +1,53 @@
+"""What an adapter is to this process: its state, and one stay of it in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from registry import Artifact, errors
+from serve.engine_api import EngineAdapter
+
+
+class AdapterState(StrEnum):
+    AVAILABLE = "available"
+    """In the registry; loads on first use."""
+    LOADING = "loading"
+    LOADED = "loaded"
+    DRAINING = "draining"
+    """Leaves the engine when its last user is done."""
+    REFUSED = "refused"
+    """Did not pass the gate; never reaches traffic."""
+
+
+@dataclass(slots=True)
+class Resident:
+    """One adapter on its way into, in, or on its way out of the engine."""
+
+    artifact: Artifact
+    adapter: EngineAdapter
+    state: AdapterState = AdapterState.LOADING
+    users: int = 0
+    """Requests that hold it, those still waiting for the load included."""
+    ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    ticket: asyncio.Future[None] | None = None
+    """Its place in the line for a slot; done once it has one."""
+    loaded_at: float | None = None
+    last_used_at: float = 0.0
+    load_seconds: float | None = None
+    probe_agreement: float | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return self.users == 0 and self.state is not AdapterState.LOADING
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """What the admin API says about one revision."""
+
+    state: AdapterState
+    reason: errors.CapoError | None = None
+    resident: Resident | None = None
+    is_pinned: bool = False
