@@ -157,7 +157,14 @@ def _load(base_dir: Path, method: Method, *, dtype: DtypeName, device: torch.dev
         bnb_4bit_use_double_quant=method.double_quantization,
         bnb_4bit_compute_dtype=_TORCH_DTYPES[dtype],
     )
-    return AutoModelForCausalLM.from_pretrained(base_dir, device_map={"": device}, **options)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, device_map={"": device}, **options)
+    for module in model.modules():
+        # On a CPU with avx512_bf16, bitsandbytes 0.50 packs a layer's weights for inference as soon as it runs in
+        # evaluation mode. That form has no backward pass (bitsandbytes::gemv_4bit), and training that follows a
+        # validation would go on with wrong gradients and a mere warning.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def round_weights(trainable: Trainable, save_dtype: StoredDtypeName, *, all_weights: bool = False) -> None:
