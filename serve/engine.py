@@ -16,26 +16,32 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pydantic
 from starlette.datastructures import State
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import extract_prompt_len
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -43,9 +49,20 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
+from serve.constraints import SLOWEST_STEP_SECONDS, ConstraintTrials
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
+from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, wire_error
+from serve.vllm_plugin.constraint_trial import serve_trials
 
 logger = logging.getLogger(__name__)
+
+_REQUEST_TYPES: Mapping[Endpoint, Any] = {
+    Endpoint.CHAT: ChatCompletionRequest,
+    Endpoint.COMPLETION: CompletionRequest,
+    Endpoint.RESPONSES: ResponsesRequest,
+    Endpoint.TOKENIZE: TokenizeChatRequest | TokenizeCompletionRequest,
+    Endpoint.DETOKENIZE: DetokenizeRequest,
+}
 
 _current_call: ContextVar[Call | None] = ContextVar("capo_current_call", default=None)
 
@@ -57,13 +74,22 @@ class _ObservedAsyncLLM(AsyncLLM):
     the real exception before a wire format turns it into text.
     """
 
-    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
+    trials: ConstraintTrials
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
         call = _current_call.get()
         if call is None:
-            async for output in super().generate(*args, **kwargs):
+            async for output in super().generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
-        outputs = super().generate(*args, **kwargs)
+        try:
+            await self.trials.check_all(_constraints(sampling_params.structured_outputs))
+        except Exception as error:
+            call.error = error
+            raise
+        outputs = super().generate(prompt, sampling_params, request_id, **options)
         prompt_counted = False
         try:
             async for output in outputs:
@@ -77,6 +103,21 @@ class _ObservedAsyncLLM(AsyncLLM):
             raise
         finally:
             await outputs.aclose()
+
+
+def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, Any]]:
+    """The constraint that binds an answer, as :class:`serve.constraints.ConstraintTrials` takes it."""
+    for kind in ("json", "json_object", "regex", "choice", "grammar", "structural_tag"):
+        if given is not None and getattr(given, kind) is not None:
+            yield kind, getattr(given, kind)
+
+
+def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The constraints that a client gave. vLLM looks into them on the event loop while it reads the request."""
+    yield from ((kind, value) for kind, value in (body.get("structured_outputs") or {}).items() if value is not None)
+    given = body.get("response_format") or (body.get("text") or {}).get("format") or {}
+    if given.get("type") == "json_schema":
+        yield "json", given.get("json_schema", given).get("schema")
 
 
 def _observe(call: Call, output: RequestOutput) -> None:
@@ -190,6 +231,7 @@ class VllmEngine(Engine):
             config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_StatLogger]
         )
         assert isinstance(llm, _ObservedAsyncLLM)
+        llm.trials = ConstraintTrials(partial(_start_trials, config))
         return llm
 
     async def stop(self, timeout_seconds: float) -> None:
@@ -208,6 +250,7 @@ class VllmEngine(Engine):
         await self._shut_down(llm, 0)
 
     async def _shut_down(self, llm: _ObservedAsyncLLM, timeout_seconds: float) -> None:
+        llm.trials.close()
         await asyncio.to_thread(llm.shutdown, timeout_seconds)
         # AsyncLLM.shutdown cancels the task that would tell waiters of the end, and nobody ever fails a pending
         # add_lora or remove_lora (0.32.0): without this, whoever waits then waits for ever.
@@ -257,7 +300,7 @@ class VllmEngine(Engine):
             with contextlib.suppress(Exception):
                 await self._live().remove_lora(adapter.engine_id)
             raise errors.InvalidArtifactError(
-                f"The engine refused adapter {adapter.name}: {_engine_reason(error)}", code="engine_refused"
+                f"The engine refused adapter {adapter.name}: {engine_reason(error)}", code="engine_refused"
             ) from error
         self._state.openai_serving_models.lora_requests[adapter.name] = request
 
@@ -291,7 +334,7 @@ class VllmEngine(Engine):
             _current_call.reset(token)
         if "abort" in call.finish_reasons:
             raise self._aborted(call)
-        return bytes(answer.model_dump_json(), "utf-8")
+        return bytes(answer.model_dump_json(by_alias=True), "utf-8")
 
     async def stream(self, call: Call) -> AsyncGenerator[str, None]:
         # The context variable must be set in whatever task iterates: async generators run in their consumer's context.
@@ -302,23 +345,37 @@ class VllmEngine(Engine):
             raise self._translate(error) from error
         finally:
             _current_call.reset(token)
+        held: list[str] = []
         try:
             while True:
                 token = _current_call.set(call)
                 try:
                     chunk = await anext(chunks, None)
+                except Exception as error:
+                    raise self._translate(error) from error
                 finally:
                     _current_call.reset(token)
-                if chunk is None:
-                    return
                 if call.error is not None:
                     raise self._translate(call.error) from call.error
-                if chunk.startswith('data: {"error"'):
-                    raise _error_in_stream(chunk)
-                # A quote inside generated text is escaped in JSON, so this text can only be the field itself.
-                if '"finish_reason":"abort"' in chunk:
+                if chunk is None:
+                    return
+                if isinstance(chunk, str):
+                    if chunk.startswith('data: {"error"'):
+                        raise error_in_stream(chunk)
+                    # A quote inside generated text is escaped in JSON, so this text can only be the field itself.
+                    if '"finish_reason":"abort"' in chunk:
+                        raise self._aborted(call)
+                    yield chunk
+                    continue
+                # vLLM's events of /v1/responses call an aborted answer completed.
+                if "abort" in call.finish_reasons:
                     raise self._aborted(call)
-                yield chunk
+                # The first two events say nothing; held back, they leave what fails before the first token its status.
+                held.append(_responses_event(chunk))
+                if chunk.type not in ("response.created", "response.in_progress"):
+                    for event in held:
+                        yield event
+                    held.clear()
         finally:
             await chunks.aclose()
 
@@ -373,8 +430,7 @@ class VllmEngine(Engine):
 
     async def _render(self, call: Call) -> tuple[list[Any], SamplingParams]:
         """The prompts in the engine's form and how to sample, exactly as the serving classes make them."""
-        request = self._request(call)
-        self._live()
+        request = await self._request(call)
         if call.endpoint is Endpoint.CHAT:
             serving = self._state.openai_serving_chat
             rendered = await serving.render_chat_request(request)
@@ -386,7 +442,7 @@ class VllmEngine(Engine):
             prompts = await serving.render_completion_request(request)
             max_tokens = request.max_tokens
         if isinstance(prompts, ErrorResponse):
-            raise _error_response(prompts)
+            raise wire_error(prompts.error.model_dump())
         longest = max(extract_prompt_len(self._live().model_config, prompt) for prompt in prompts)
         max_tokens = get_max_tokens(
             self.limits.max_model_len,
@@ -398,29 +454,81 @@ class VllmEngine(Engine):
         )
         return prompts, request.to_sampling_params(max_tokens, serving.default_sampling_params)
 
-    def _request(self, call: Call) -> Any:
-        """The body as vLLM's request model, naming the adapter as the engine knows it."""
+    async def _request(self, call: Call) -> Any:
+        """The body as vLLM's request model, naming the adapter as the engine knows it; the engine is alive."""
+        trials = self._live().trials
+        self._refuse_what_the_model_lacks(call.body)
         model = call.adapter.name if call.adapter is not None else self._base_model
-        request_type = ChatCompletionRequest if call.endpoint is Endpoint.CHAT else CompletionRequest
+        options = {"store": False} if call.endpoint is Endpoint.RESPONSES else {}
         try:
-            return request_type.model_validate({**call.body, "model": model})
+            await trials.check_all(_constraints_of(call.body))
+            return _REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
         except pydantic.ValidationError as error:
-            raise _invalid_body(error) from error
+            raise invalid_body(error) from error
+
+    def _refuse_what_the_model_lacks(self, body: Mapping[str, Any]) -> None:
+        if body.get("tools") and body.get("tool_choice") != "none" and not self.parses_tools:
+            raise errors.InvalidRequestError(
+                "How this base model writes tool calls is not known. Start the service with: capo serve -- "
+                "--enable-auto-tool-choice --tool-call-parser NAME (vLLM's documentation of tool calling lists them).",
+                param="tools",
+                code="tools_not_supported",
+            )
+        effort = body.get("reasoning_effort") or (body.get("reasoning") or {}).get("effort")
+        if effort not in (None, "none") and not self._template_knows("reasoning_effort", "enable_thinking"):
+            raise errors.InvalidRequestError(
+                "The chat template of this base model has no switch for the effort of reasoning. Leave it out.",
+                param="reasoning_effort" if "reasoning_effort" in body else "reasoning",
+            )
+
+    def _template_knows(self, *names: str) -> bool:
+        template = self._state.openai_serving_chat.chat_template
+        template = template or getattr(self._live().renderer.get_tokenizer(), "chat_template", None)
+        return any(name in str(template) for name in names)
+
+    @property
+    def parses_tools(self) -> bool:
+        parser = self._state.openai_serving_chat.parser_cls if self._llm is not None else None
+        return parser is not None and (parser.tool_parser_cls is not None or self._state.online_renderer.use_harmony)
 
     async def _create(self, call: Call) -> Any:
         """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
-        request = self._request(call)
+        request = await self._request(call)
         raw_request = _EngineRequest({"X-Request-Id": call.request_id, **call.trace_headers})
-        self._live()
-        if call.endpoint is Endpoint.CHAT:
-            answer = await self._state.openai_serving_chat.create_chat_completion(request, raw_request)
-        else:
-            answer = await self._state.openai_serving_completion.create_completion(request, raw_request)
+        state = self._state
+        match call.endpoint:
+            case Endpoint.CHAT:
+                answer = await state.openai_serving_chat.create_chat_completion(request, raw_request)
+            case Endpoint.COMPLETION:
+                answer = await state.openai_serving_completion.create_completion(request, raw_request)
+            case _:
+                answer = await state.openai_serving_responses.create_responses(request, raw_request)
         if isinstance(answer, ErrorResponse):
             if call.error is not None:
                 raise call.error
-            raise _error_response(answer)
+            raise wire_error(answer.error.model_dump())
         return answer
+
+    async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+        self._live()
+        serving, raw_request = self._state.serving_tokenization, _EngineRequest({})
+        body = {**body, "model": self._base_model}
+        try:
+            if endpoint is Endpoint.DETOKENIZE:
+                answer = await serving.create_detokenize(DetokenizeRequest.model_validate(body), raw_request)
+            else:
+                kind = TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
+                answer = await serving.create_tokenize(kind.model_validate(body), raw_request)
+        except pydantic.ValidationError as error:
+            raise invalid_body(error) from error
+        except Exception as error:
+            raise self._translate(error) from error
+        if isinstance(answer, ErrorResponse):
+            raise wire_error(answer.error.model_dump())
+        return bytes(answer.model_dump_json(exclude_none=True), "utf-8")
+
+    def body_schema(self, endpoint: Endpoint) -> dict[str, Any]:
+        return dict(pydantic.TypeAdapter(_REQUEST_TYPES[endpoint]).json_schema(mode="validation"))
 
     async def generate_greedy(
         self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None
@@ -442,19 +550,19 @@ class VllmEngine(Engine):
 
     def _live(self) -> _ObservedAsyncLLM:
         if self._llm is None or self._llm.errored:
-            raise _engine_dead()
+            raise engine_dead()
         return self._llm
 
     def _raise_if_dead(self, cause: BaseException) -> None:
         if self.is_dead:
-            raise _engine_dead() from cause
+            raise engine_dead() from cause
 
     def _translate(self, error: BaseException) -> errors.CapoError:
         """Whatever vLLM raised, as one of our errors. Unknown server faults keep their text to the log."""
         if isinstance(error, errors.CapoError):
             return error
         if isinstance(error, VllmEngineDeadError) or self.is_dead:
-            return _engine_dead()
+            return engine_dead()
         if isinstance(error, VLLMNotFoundError):
             return errors.ModelNotFoundError(str(error), param="model")
         if isinstance(error, GracefulHTTPError):
@@ -466,7 +574,7 @@ class VllmEngine(Engine):
         # vLLM still raises plain ValueErrors for bad requests (entrypoints/serve/exception_handling, "not yet
         # migrated"); it counts them as the client's, and so do we. jinja2's TemplateError is one of the template's.
         if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):
-            return errors.InvalidRequestError(_engine_reason(error))
+            return errors.InvalidRequestError(engine_reason(error))
         if any(base.__name__ == "TemplateError" for base in type(error).__mro__):
             return errors.InvalidRequestError(f"The chat template refused the messages: {error}", param="messages")
         logger.error("engine call failed", exc_info=error)
@@ -474,7 +582,7 @@ class VllmEngine(Engine):
 
     def _aborted(self, call: Call) -> errors.CapoError:
         if self.is_dead:
-            return _engine_dead()
+            return engine_dead()
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
         )
@@ -487,49 +595,28 @@ def _answer_model(lora_request: LoRARequest | None = None) -> str:
     return call.answer_model
 
 
+def _responses_event(event: Any) -> str:
+    """One event of /v1/responses on the wire. An answer cut by max_output_tokens ends as incomplete, as OpenAI's."""
+    body = event.model_dump(mode="json", by_alias=True)
+    if event.type == "response.completed" and event.response.status == "incomplete":
+        body["type"] = "response.incomplete"
+    return f"event: {body['type']}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
 def _lora_request(adapter: EngineAdapter) -> LoRARequest:
     return LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
 
 
-def _engine_dead() -> errors.EngineDeadError:
-    return errors.EngineDeadError(
-        "The engine is not running; it is being restarted. Try again shortly.", retry_after_seconds=5
+def _start_trials(config: VllmConfig) -> tuple[BaseProcess, Connection]:
+    """The process of :mod:`serve.constraints`, from the fork server, where vLLM is already imported."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=serve_trials, args=(theirs, config, SLOWEST_STEP_SECONDS), name="constraint-trials", daemon=True
     )
-
-
-def _engine_reason(error: BaseException) -> str:
-    """The last sentence of a vLLM error without paths or addresses."""
-    from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
-
-    text = str(error)
-    _, _, reason = text.rpartition("failed: ")
-    return str(sanitize_message(reason.strip() or type(error).__name__))
-
-
-def _invalid_body(error: pydantic.ValidationError) -> errors.InvalidRequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
-    return errors.InvalidRequestError(f"{param or 'body'}: {first['msg']}", param=param)
-
-
-def _error_response(answer: ErrorResponse) -> errors.CapoError:
-    return _wire_error(answer.error.model_dump())
-
-
-def _error_in_stream(chunk: str) -> errors.CapoError:
-    return _wire_error(json.loads(chunk.removeprefix("data: "))["error"])
-
-
-def _wire_error(error: Mapping[str, Any]) -> errors.CapoError:
-    """One of our errors for an error object that vLLM has already made."""
-    status, message, param = int(error["code"]), str(error["message"]), error.get("param")
-    if status == 404:
-        return errors.ModelNotFoundError(message, param="model")
-    if status == 503:
-        return errors.UnavailableError(message, code="queue_full", retry_after_seconds=1)
-    if 400 <= status < 500 or status == 501:
-        return errors.InvalidRequestError(message, param=param)
-    return errors.InternalError(message)
+    process.start()
+    theirs.close()  # so that our end notices when the process is gone
+    return process, ours
 
 
 def _use_fork_server() -> None:

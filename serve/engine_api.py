@@ -20,6 +20,9 @@ class Endpoint(StrEnum):
 
     CHAT = "chat"
     COMPLETION = "completion"
+    RESPONSES = "responses"
+    TOKENIZE = "tokenize"
+    DETOKENIZE = "detokenize"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,10 @@ class Engine(ABC):
 
     @abstractmethod
     def stream(self, call: Call) -> AsyncGenerator[str, None]:
-        """Answer as server-sent events, each ``data: {...}`` with its blank line, the last ``data: [DONE]``.
+        """Answer as server-sent events, each with its blank line, as the endpoint has them.
+
+        Chat and completion send ``data: {...}`` and end with ``data: [DONE]``; responses send ``event: ...`` as well
+        and end with ``response.completed`` or ``response.incomplete``.
 
         Trouble is raised, never written into the stream: an abort or a crash cannot look like an end.
         Closing the iterator aborts the request in the engine.
@@ -166,6 +172,14 @@ class Engine(ABC):
 
         With ``body["stream"]`` as they come, else one piece for each answer. Raises and aborts like :meth:`stream`.
         """
+
+    @abstractmethod
+    async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+        """Answer :attr:`Endpoint.TOKENIZE` or :attr:`Endpoint.DETOKENIZE` as JSON; no adapter changes the tokenizer."""
+
+    @abstractmethod
+    def body_schema(self, endpoint: Endpoint) -> dict[str, Any]:
+        """JSON schema of the bodies that the engine takes, with all the fields it knows; ``$defs`` inside."""
 
     @abstractmethod
     async def generate_greedy(

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from registry import errors
+from serve.tool_formats import tool_parser
 
 MAX_LORAS = 8
 MAX_LORA_RANK = 16
+
+_AUTO_TOOLS = "--enable-auto-tool-choice"
+_TOOL_PARSER = "--tool-call-parser"
+_STRUCTURED_OUTPUTS = "--structured-outputs-config"
 
 _GIB = 1024**3
 _CPU_KV_SEQUENCES = 32
@@ -50,12 +55,37 @@ def choose(model_path: Path, *, use_gpu: bool, user_arguments: list[str]) -> lis
             str(MAX_LORA_RANK),
             "the default rank of a recipe; raise it for larger adapters",
         ),
+        *_tool_choices(model_path, user_arguments),
     ]
+    if not any(argument.replace("_", "-").startswith(_STRUCTURED_OUTPUTS) for argument in user_arguments):
+        choices.append(
+            Choice(
+                _STRUCTURED_OUTPUTS,
+                '{"backend": "xgrammar"}',
+                "one backend for all: by itself vLLM keeps the one that the first request needs",
+            )
+        )
     if not use_gpu:
         bytes_, why = _cpu_kv_cache_bytes(config)
         choices.append(Choice("--kv-cache-memory-bytes", str(bytes_), why))
         choices.append(Choice("--enforce-eager", None, "with LoRA on a CPU vLLM compiles nothing anyway"))
     return [c for c in choices if _user_value(user_arguments, c.argument) is None or c.argument == "--enable-lora"]
+
+
+def _tool_choices(model_path: Path, user_arguments: list[str]) -> list[Choice]:
+    """What makes vLLM read tool calls. Nothing where the model's form of them is not known: then tools are refused."""
+    template = _user_value(user_arguments, "--chat-template")
+    known = tool_parser(model_path, Path(template) if template else None)
+    given = _user_value(user_arguments, _TOOL_PARSER)
+    if given is not None:
+        return [Choice(_AUTO_TOOLS, None, f"it goes with {_TOOL_PARSER} {given}")]
+    if known is None or _user_value(user_arguments, _AUTO_TOOLS) is not None:
+        return []
+    parser, markup = known
+    return [
+        Choice(_AUTO_TOOLS, None, "the chat template takes tools"),
+        Choice(_TOOL_PARSER, parser, f"the chat template writes tool calls with {markup}"),
+    ]
 
 
 # Arguments of vLLM's own server that have no meaning behind Capo's; accepted, they would be ignored or do harm.

@@ -1,4 +1,4 @@
-"""Which fields a client may send to an inference endpoint, and how large they may be.
+"""What a client may send to an inference endpoint, and how large it may be.
 
 vLLM's request models accept and ignore unknown fields, and some known ones reach into the engine. Here every field is
 either allowed, or refused with its reason; nothing is ignored.
@@ -12,57 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from registry import errors
+from registry.strict_json import parse_strict_json
+from serve import request_shapes
 from serve.engine_api import Endpoint
-
-# OpenAI's own fields (openai 3.52, types/chat/completion_create_params.py and types/completion_create_params.py)
-# as far as vLLM 0.32 honours them, and vLLM's sampling fields, which people who come from vLLM send.
-_SHARED = {
-    "model", "stream", "stream_options", "max_tokens", "n", "seed", "stop", "temperature", "top_p",
-    "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "user",
-    "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words",
-    "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "allowed_token_ids",
-    "response_format", "structured_outputs", "add_special_tokens", "return_token_ids", "prompt_logprobs",
-    "truncate_prompt_tokens",
-}  # fmt: skip
-ALLOWED: Mapping[Endpoint, frozenset[str]] = {
-    Endpoint.CHAT: frozenset(_SHARED)
-    | {
-        "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
-        "reasoning_effort", "echo", "add_generation_prompt", "continue_final_message",
-    },
-    Endpoint.COMPLETION: frozenset(_SHARED) | {"prompt", "echo", "suffix"},
-}  # fmt: skip
-
-REFUSED: Mapping[str, str] = {
-    "priority": "scheduling is the server's decision",
-    "cache_salt": "the server chooses cache isolation",
-    "kv_transfer_params": "it reaches into the engine",
-    "prompt_embeds": "tensors are not taken from clients",
-    "chat_template": "the model's own template is used",
-    "chat_template_kwargs": "the model's own template is used with its defaults",
-    "documents": "put documents into the messages",
-    "use_beam_search": "beam search is not offered",
-    "best_of": "it is not offered; use n",
-    "functions": "OpenAI replaced it; use tools",
-    "function_call": "OpenAI replaced it; use tool_choice",
-    "modalities": "only text is offered",
-    "audio": "only text is offered",
-    "prediction": "predicted outputs are not offered",
-    "web_search_options": "web search is not offered",
-    "vllm_xargs": "it reaches into the engine",
-    "request_id": "send the X-Request-Id header instead",
-    "session_id": "it reaches into the engine",
-    "mm_processor_kwargs": "only text is offered",
-    "media_io_kwargs": "only text is offered",
-    "logits_processors": "code is not taken from clients",
-}
-
-# OpenAI fields that ask for nothing when they have these values; many clients send them by default.
-_HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "store": (False, None),
-    "metadata": (None,),
-    "service_tier": (None, "auto", "default"),
-}
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED
 
 # Bounds on what one request may ask for; OpenAI's own where it has one.
 MAX_N = 16
@@ -72,6 +25,9 @@ MAX_STOP_CHARACTERS = 256
 MAX_PROMPTS = 32
 MAX_TOOLS = 128
 MAX_LOGIT_BIAS = 300
+MAX_LABEL_CHARACTERS = 512
+MAX_BAD_WORDS = 128
+MAX_MESSAGES = 4096
 
 
 def parse_body(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
@@ -81,11 +37,13 @@ def parse_body(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
         InvalidRequestError: the body is no JSON object, or :func:`check_body` refuses it.
     """
     try:
-        body = json.loads(raw)
+        body = parse_strict_json(raw)
+        # A lone half of a surrogate pair is no character: no tokenizer takes it, and no answer could repeat it.
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _no_json(f"it holds a lone surrogate, \\u{ord(error.object[error.start]):x}") from error
     except (ValueError, RecursionError) as error:
-        raise errors.InvalidRequestError(
-            f"The body is not valid JSON: {error}. Send one JSON object.", code="invalid_json"
-        ) from error
+        raise _no_json(str(error)) from error
     if not isinstance(body, dict):
         raise errors.InvalidRequestError(
             f"The body is a JSON {type(body).__name__}; send one JSON object.", code="invalid_json"
@@ -102,50 +60,61 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     for name, value in list(body.items()):
         if name in ALLOWED[endpoint]:
             continue
-        if name in _HARMLESS_VALUES and value in _HARMLESS_VALUES[name]:
-            del body[name]
-            continue
-        raise _refusal(name, endpoint)
+        if name in LABELS:
+            _check_label(name, value)
+        elif value not in HARMLESS_VALUES.get(name, ()):
+            raise _refusal(name, endpoint)
+        del body[name]
     _check_model(body)
     if not isinstance(body.get("stream"), bool | None):
-        raise errors.InvalidRequestError(
-            f"stream must be true or false, got {json.dumps(body['stream'])[:100]}.", param="stream"
-        )
-    _check_bounds(body)
-    if body.get("stream_options") is not None and not body.get("stream"):
-        raise errors.InvalidRequestError(
-            "stream_options is only allowed together with stream=true.", param="stream_options"
-        )
+        raise errors.InvalidRequestError(f"stream must be true or false, got {_shown(body['stream'])}.", param="stream")
+    _check_label("user", body.get("user"))
+    _check_bounds(body, endpoint)
+    _check_combinations(body)
+    request_shapes.check(body)
     return body
 
 
+def _no_json(reason: str) -> errors.InvalidRequestError:
+    return errors.InvalidRequestError(
+        f"The body is not valid JSON: {reason}. Send one JSON object.", code="invalid_json"
+    )
+
+
 def _refusal(name: str, endpoint: Endpoint) -> errors.InvalidRequestError:
-    if name in _HARMLESS_VALUES:
-        allowed = ", ".join(json.dumps(value) for value in _HARMLESS_VALUES[name])
-        return errors.InvalidRequestError(f"{name} is not offered; leave it out or send {allowed}.", param=name)
+    if name in HARMLESS_VALUES:
+        allowed = ", ".join(json.dumps(value) for value in HARMLESS_VALUES[name])
+        reason = f": {REFUSED[name]}" if name in REFUSED else ""
+        return errors.InvalidRequestError(f"{name} is not offered{reason}. Leave it out or send {allowed}.", param=name)
     if name in REFUSED:
         return errors.InvalidRequestError(f"The field {name} is not accepted: {REFUSED[name]}.", param=name)
-    nearest = difflib.get_close_matches(name, ALLOWED[endpoint], n=1)
+    nearest = difflib.get_close_matches(name[:100], ALLOWED[endpoint], n=1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     return errors.InvalidRequestError(
         f"Unrecognized request argument supplied: {name[:100]}.{hint}", param=name[:100], code="unknown_field"
     )
 
 
+def _check_label(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, str) or len(value) > MAX_LABEL_CHARACTERS):
+        raise errors.InvalidRequestError(
+            f"{name} must be a text of at most {MAX_LABEL_CHARACTERS} characters, got {_shown(value)}.", param=name
+        )
+
+
 def _check_model(body: Mapping[str, Any]) -> None:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise errors.InvalidRequestError(
-            f"model must be a non-empty string, got {json.dumps(model)[:100]}. GET /v1/models lists the names.",
-            param="model",
+            f"model must be a non-empty string, got {_shown(model)}. GET /v1/models lists the names.", param="model"
         )
 
 
-def _check_bounds(body: Mapping[str, Any]) -> None:
+def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
     _at_most(body, "n", MAX_N)
     _at_most(body, "top_logprobs", MAX_LOGPROBS)
     _at_most(body, "prompt_logprobs", MAX_LOGPROBS)
-    if not isinstance(body.get("logprobs"), bool):
+    if endpoint is not Endpoint.CHAT:
         _at_most(body, "logprobs", MAX_LOGPROBS)
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop
@@ -157,20 +126,47 @@ def _check_bounds(body: Mapping[str, Any]) -> None:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         _length_at_most("prompt", prompt, MAX_PROMPTS)
-    for field, limit in (("tools", MAX_TOOLS), ("logit_bias", MAX_LOGIT_BIAS)):
+    for field, limit in (
+        ("tools", MAX_TOOLS),
+        ("logit_bias", MAX_LOGIT_BIAS),
+        ("bad_words", MAX_BAD_WORDS),
+        ("messages", MAX_MESSAGES),
+    ):
         if isinstance(body.get(field), list | dict):
             _length_at_most(field, body[field], limit)
+
+
+def _check_combinations(body: Mapping[str, Any]) -> None:
+    """Pairs of which vLLM would honour one and ignore the other."""
+    if body.get("stream_options") is not None and not body.get("stream"):
+        raise errors.InvalidRequestError(
+            "stream_options is only allowed together with stream=true.", param="stream_options"
+        )
+    if body.get("prompt_logprobs") is not None and body.get("stream"):
+        raise errors.InvalidRequestError("prompt_logprobs is not available in a stream.", param="prompt_logprobs")
+    if body.get("tools") and body.get("tool_choice") not in (None, "none", "auto"):
+        for name in ("response_format", "structured_outputs", "text"):
+            if request_shapes.asks_for_a_format(body.get(name)):
+                raise errors.InvalidRequestError(
+                    f"{name} cannot hold for an answer that tool_choice forces to be a tool call. Leave one of the "
+                    "two out.",
+                    param=name,
+                )
 
 
 def _at_most(body: Mapping[str, Any], name: str, limit: int) -> None:
     value = body.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise errors.InvalidRequestError(f"{name} must be an integer, got {json.dumps(value)[:100]}.", param=name)
+        raise errors.InvalidRequestError(f"{name} must be an integer, got {_shown(value)}.", param=name)
     if value is not None and value > limit:
-        raise errors.InvalidRequestError(f"{name} is {value}; at most {limit} is allowed.", param=name)
+        raise errors.InvalidRequestError(f"{name} is {_shown(value)}; at most {limit} is allowed.", param=name)
 
 
 def _length_at_most(name: str, value: list[Any] | dict[str, Any] | str, limit: int) -> None:
     if len(value) > limit:
         unit = "characters" if isinstance(value, str) else "entries"
         raise errors.InvalidRequestError(f"{name} has {len(value)} {unit}; at most {limit} are allowed.", param=name)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:100]

@@ -1,4 +1,4 @@
-"""``/v1/chat/completions`` and ``/v1/completions``."""
+"""``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``, ``/tokenize`` and ``/detokenize``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,24 @@ def inference_router(service: ServingService) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         return await _answer(service, Endpoint.COMPLETION, request)
 
+    @router.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await _answer(service, Endpoint.RESPONSES, request)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await _convert_tokens(service, Endpoint.TOKENIZE, request)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await _convert_tokens(service, Endpoint.DETOKENIZE, request)
+
     return router
+
+
+async def _convert_tokens(service: ServingService, endpoint: Endpoint, request: Request) -> Response:
+    body = parse_body(await request.body(), endpoint)
+    return Response(await service.convert_tokens(endpoint, body), media_type="application/json")
 
 
 async def _answer(service: ServingService, endpoint: Endpoint, request: Request) -> Response:
@@ -54,20 +71,31 @@ async def _answer(service: ServingService, endpoint: Endpoint, request: Request)
     chunks = service.stream(endpoint, body, origin)
     # The first event is awaited before the status goes out, so that what fails before it has a real status code.
     first = await _until_client_leaves(request, anext(chunks))
-    return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
+    return StreamingResponse(_events(endpoint, first, chunks), media_type="text/event-stream")
 
 
-async def _events(first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The stream as sent. An error becomes the last event, and then ``[DONE]`` never comes."""
+async def _events(endpoint: Endpoint, first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The stream as sent. An error becomes the last event, and then what ends a whole answer never comes."""
+    num_sent = 1
     async with contextlib.aclosing(chunks):  # type: ignore[type-var]
         yield first
         try:
             async for chunk in chunks:
                 yield chunk
+                num_sent += 1
         except Exception as error:
             if not isinstance(error, errors.CapoError):
                 logger.error("a stream failed", exc_info=error)
-            yield f"data: {json.dumps(errors.openai_error_body(error))}\n\n"
+            yield _error_event(endpoint, error, num_sent)
+
+
+def _error_event(endpoint: Endpoint, error: Exception, num_sent: int) -> str:
+    body = errors.openai_error_body(error)
+    if endpoint is not Endpoint.RESPONSES:
+        return f"data: {json.dumps(body)}\n\n"
+    # OpenAI's event of this endpoint (openai 3.52, types/responses/response_error_event.py).
+    told = {name: body["error"][name] for name in ("code", "message", "param")}
+    return f"event: error\ndata: {json.dumps({'type': 'error', **told, 'sequence_number': num_sent})}\n\n"
 
 
 async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Any]) -> Any:

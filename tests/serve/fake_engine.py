@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
 
 from registry import errors
-from serve.engine_api import Call, Engine, EngineAdapter, EngineLimits, Piece
+from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 
 
 class FakeEngine(Engine):
@@ -117,6 +118,16 @@ class FakeEngine(Engine):
         async for word in self._tokens(call):
             yield Piece(0, word, [0], None)
         yield Piece(0, "", [], "stop")
+
+    async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+        """A token for each character."""
+        self._require_life()
+        if endpoint is Endpoint.DETOKENIZE:
+            return json.dumps({"prompt": "".join(map(chr, body["tokens"]))}).encode()
+        return json.dumps({"tokens": [ord(character) for character in body["prompt"]]}).encode()
+
+    def body_schema(self, endpoint: Endpoint) -> dict[str, Any]:
+        return {"type": "object", "properties": {"model": {"type": "string"}, "priority": {"type": "integer"}}}
 
     async def generate_greedy(
         self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None

@@ -128,7 +128,7 @@ async def test_unknown_routes_and_methods_answer_in_openais_shape(tmp_path: Path
 
 async def test_vllms_own_routes_do_not_exist(tmp_path: Path) -> None:
     async with running_service(FakeEngine(), tmp_path) as (client, _):
-        for path in ("/invocations", "/tokenize", "/load", "/adapters", "/docs", "/sleep"):
+        for path in ("/invocations", "/v1/embeddings", "/load", "/adapters", "/docs", "/sleep"):
             assert (await client.post(path, json={})).status_code == 404
 
 

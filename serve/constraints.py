@@ -1,0 +1,127 @@
+"""Tries out every new constraint on an answer (JSON schema, regex, grammar) where it can do no harm.
+
+Neither the size nor the form of a constraint says what it costs. Seen with xgrammar 0.2.8 and a vocabulary of 2,048:
+a schema of 300 strings with different ``maxLength`` (16 KB) compiles for minutes; a regex of 28 characters,
+``([^a]{1,30}[^b]{1,30}){1,30}``, takes 0.7 s for each token, in the step that all requests share; a schema of 100
+patterns (7 KB) blocks vLLM's event loop for 6 s while it is only being checked. So each one first goes to a process of
+its own that does the same work, and is killed when it takes too long. What passed is remembered.
+
+A constraint can still be slow on a path that the made-up answers of the trial did not take; then the engine's stall
+watch (:mod:`serve.supervisor`) is what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from registry import errors
+from serve.engine_errors import engine_reason
+
+logger = logging.getLogger(__name__)
+
+SLOWEST_TRIAL_SECONDS = 2.0
+"""For checking, compiling and some 150 tokens of made-up answers together. Ordinary schemas take 0.01 s."""
+SLOWEST_STEP_SECONDS = 0.05
+"""CPU time for one token; the engine spends it between two steps of everybody."""
+_START_SECONDS = 60.0
+_REMEMBERED = 1024
+
+Start = Callable[[], tuple[BaseProcess, Connection]]
+
+
+class ConstraintTrials:
+    """Owns the trial process: started on first use, and again after each kill. All methods run on one event loop."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._outcomes: OrderedDict[bytes, str | None] = OrderedDict()
+
+    async def check_all(self, constraints: Iterable[tuple[str, Any]]) -> None:
+        """:meth:`check` for each."""
+        for kind, specification in constraints:
+            await self.check(kind, specification)
+
+    async def check(self, kind: str, specification: Any) -> None:
+        """Returns when ``specification`` may go to the engine.
+
+        Raises:
+            InvalidRequestError: it is malformed, uses what the engine does not support, or costs too much.
+        """
+        key = hashlib.sha256(json.dumps([kind, specification], sort_keys=True).encode()).digest()
+        if key not in self._outcomes:
+            async with self._one_at_a_time:
+                if key not in self._outcomes:
+                    self._outcomes[key] = await self._try(kind, specification)
+        self._outcomes.move_to_end(key)
+        if len(self._outcomes) > _REMEMBERED:
+            self._outcomes.popitem(last=False)
+        if (reason := self._outcomes[key]) is not None:
+            raise errors.InvalidRequestError(reason, code="invalid_constraint")
+
+    def close(self) -> None:
+        process, connection = self._process, self._connection
+        self._process = self._connection = None
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            process.kill()
+            process.join(5)
+
+    async def _try(self, kind: str, specification: Any) -> str | None:
+        """Why the constraint is refused; ``None``: it is fine."""
+        connection = self._connection
+        if connection is None or self._process is None or not self._process.is_alive():
+            connection = await self._started()
+        try:
+            connection.send((kind, specification))
+            if not await asyncio.to_thread(connection.poll, SLOWEST_TRIAL_SECONDS):
+                self.close()
+                return _too_costly(kind, f"more than {SLOWEST_TRIAL_SECONDS:g} s to prepare")
+            answer = connection.recv()
+        except (EOFError, OSError):
+            self.close()
+            return _too_costly(kind, "more than its process survived")
+        except asyncio.CancelledError:
+            self.close()  # its answer would be taken for that of the next
+            raise
+        if answer is None:
+            return None
+        name, text = answer
+        if name in ("TimeoutError", "MemoryError"):
+            return _too_costly(kind, text or "too much memory")
+        return f"The {_NAMES.get(kind, kind)} is not usable: {engine_reason(text)}"
+
+    async def _started(self) -> Connection:
+        self.close()
+        process, connection = await asyncio.to_thread(self._start)
+        self._process, self._connection = process, connection
+        with contextlib.suppress(EOFError, OSError):
+            if await asyncio.to_thread(connection.poll, _START_SECONDS) and connection.recv() == "ready":
+                return connection
+        self.close()
+        logger.error("the process that tries out constraints did not start")
+        raise errors.UnavailableError(
+            "Constraints on the answer cannot be checked just now.", code="unavailable", retry_after_seconds=5
+        )
+
+
+_NAMES = {"json": "JSON schema", "regex": "regular expression", "choice": "list of choices"}
+
+
+def _too_costly(kind: str, what: str) -> str:
+    return (
+        f"The {_NAMES.get(kind, kind)} costs too much: {what}. Use fewer and smaller bounds (maxLength, maxItems, "
+        "{m,n}), fewer patterns, and no repetition within a repetition."
+    )

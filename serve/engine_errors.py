@@ -1,0 +1,52 @@
+"""What vLLM says when something goes wrong, as Capo's errors. Knows vLLM's wire format and none of its classes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+
+from registry import errors
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_PATH = re.compile(r"(?:/[\w.@-]+){3,}")
+_NATIVE_LOCATION = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""What C++ libraries put in front of a message: time, file and line."""
+
+
+def engine_dead() -> errors.EngineDeadError:
+    return errors.EngineDeadError(
+        "The engine is not running; it is being restarted. Try again shortly.", retry_after_seconds=5
+    )
+
+
+def engine_reason(error: BaseException | str) -> str:
+    """The last sentence of a vLLM error without paths or addresses."""
+    _, _, reason = str(error).rpartition("failed: ")
+    reason = _ADDRESS.sub("", _PATH.sub("...", _NATIVE_LOCATION.sub("", reason))).strip()
+    return reason or type(error).__name__
+
+
+def invalid_body(error: pydantic.ValidationError) -> errors.InvalidRequestError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = ".".join(str(part) for part in first["loc"])[:200] or None
+    return errors.InvalidRequestError(f"{param or 'body'}: {first['msg']}", param=param)
+
+
+def error_in_stream(chunk: str) -> errors.CapoError:
+    return wire_error(json.loads(chunk.removeprefix("data: "))["error"])
+
+
+def wire_error(error: Mapping[str, Any]) -> errors.CapoError:
+    """One of our errors for an error object that vLLM has already made."""
+    status, message, param = int(error["code"]), str(error["message"]), error.get("param")
+    if status == 404:
+        return errors.ModelNotFoundError(message, param="model")
+    if status == 503:
+        return errors.UnavailableError(message, code="queue_full", retry_after_seconds=1)
+    if 400 <= status < 500 or status == 501:
+        return errors.InvalidRequestError(message, param=param)
+    return errors.InternalError(message)
