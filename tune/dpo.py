@@ -11,11 +11,9 @@ checkpoint no longer has the weights they came from.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import torch
 from safetensors import SafetensorError
@@ -23,52 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from registry.errors import StorageError
 from tune.data.batches import Pack
-from tune.data.mask import Example
+from tune.data.pairs import PreferenceExample
 from tune.forward import NOT_TRAINED, collate, token_losses
 from tune.model import Trainable
 from tune.objectives import Losses
 from tune.recipe import Dpo
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceExample:
-    """A prompt with the answer that is preferred and one that is not; in each only the answer is trained."""
-
-    chosen: Example
-    rejected: Example
-
-    @property
-    def key(self) -> bytes:
-        """Equal for pairs with equal tokens."""
-        sha = hashlib.sha256()
-        for side in (self.chosen, self.rejected):
-            sha.update(side.token_ids.tobytes() + b"|" + side.trained.tobytes() + b"||")
-        return sha.digest()
-
-
-class Pairs(Sequence[PreferenceExample]):
-    """Preference rows as they lie in the data: at even places the chosen answer, behind it the rejected one."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        assert len(examples) % 2 == 0, len(examples)
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples) // 2
-
-    @overload
-    def __getitem__(self, index: int) -> PreferenceExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PreferenceExample]: ...
-    def __getitem__(self, index: int | slice) -> PreferenceExample | list[PreferenceExample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        return PreferenceExample(self._examples[2 * number], self._examples[2 * number + 1])
-
-    def chosen(self) -> list[Example]:
-        """The preferred answers, with their prompts."""
-        return [self._examples[index] for index in range(0, len(self._examples), 2)]
 
 
 class Reference:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from registry import BaseModel, Registry, locate_base_model
+from tune.data.pairs import PreferenceExample
 from tune.export import choose_save_dtype
 from tune.model import base_shape, choose_device, choose_dtype, load_tokenizer, stop_token_ids
 from tune.progress import Observer, TrainingEvent
@@ -39,8 +40,13 @@ class Prepared:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Observer) -> Prepared:
-    """Choose and read everything; each choice goes to ``watcher`` with its reason. Sets torch's thread number."""
+def prepare(
+    recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Observer, store_dir: Path | None = None
+) -> Prepared:
+    """Choose and read everything; each choice goes to ``watcher`` with its reason. Sets torch's thread number.
+
+    Tokenised rows are kept in ``store_dir``, where a resumed run finds them again.
+    """
     threads = choose_threads()
     torch.set_num_threads(threads.value)
     device = choose_device()
@@ -61,7 +67,9 @@ def prepare(recipe: Recipe, registry: Registry, recipe_dir: Path, watcher: Obser
     stop_ids = stop_token_ids(base.path, tokenizer)
     stages = []
     for index in range(len(recipe.stages)):
-        ready = prepare_stage(recipe, index, tokenizer=tokenizer, base_shape=shape, recipe_dir=recipe_dir)
+        ready = prepare_stage(
+            recipe, index, tokenizer=tokenizer, base_shape=shape, recipe_dir=recipe_dir, store_dir=store_dir
+        )
         for note in (*ready.notes, *_endless_answers(ready, stop_ids, tokenizer)):
             watcher.on_event(note)
         stages.append(ready)
@@ -79,9 +87,10 @@ def _locate(reference: str, registry: Registry, recipe_dir: Path) -> BaseModel:
 
 def _endless_answers(ready: ReadyStage, stop_ids: frozenset[int], tokenizer: Any) -> list[TrainingEvent]:
     """A warning where the template ends a turn with a token at which serving does not stop."""
-    if ready.stage.kind != "sft":
+    if ready.stage.kind == "cpt":
         return []
-    endings = {int(example.token_ids[example.trained][-1]) for example in ready.data.examples[:1000]} - stop_ids
+    few = [unit.chosen if isinstance(unit, PreferenceExample) else unit for unit in ready.data.examples[:1000]]
+    endings = {int(example.token_ids[example.trained][-1]) for example in few} - stop_ids
     # A truncated row ends anywhere; only special tokens were written by the template.
     endings &= {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not endings:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from registry import Artifact, DataRecord, LoraShape, ManifestDraft, Registry
 from registry.errors import StorageError
 from tune.data.mask import Example
+from tune.data.pairs import PreferenceExample
 from tune.delivery import Delivery, deliver
-from tune.dpo import PreferenceExample
 from tune.export import export_adapter, export_model
 from tune.methods import QloraMethod
 from tune.model import Trainable

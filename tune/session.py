@@ -11,6 +11,7 @@ again with the same recipe, data and directory goes on where the last call stopp
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,6 +128,7 @@ def run(
             ).revision
             watcher.on_event(TrainingEvent("info", f"published {revision}", {"revision": revision}))
             trained.checkpoints.clear()
+            shutil.rmtree(_references_dir(work_dir), ignore_errors=True)
             remove_stores(work_dir / "data")
         artifact = registry.resolve(ranks.text_of_first(revision))
     return TrainingResult(
@@ -181,6 +183,8 @@ def _train(
     ranks.wait()  # all have looked before the first one writes
     if latest is not None:
         resume_from, position = latest
+        for index in range(position.stage_index):
+            _load_reference(prepared, index, work_dir)
         if position.stage_index < len(prepared.stages):
             where = f"at stage {prepared.stages[position.stage_index].data.label} after step {position.step}"
         else:
@@ -196,6 +200,7 @@ def _train(
             prepared,
             position,
             trainable,
+            work_dir=work_dir,
             resume_from=resume_from,
             checkpoints=checkpoints,
             watcher=watcher,
@@ -213,6 +218,7 @@ def _train_one(
     position: Position,
     trainable: Trainable,
     *,
+    work_dir: Path,
     resume_from: Path | None,
     checkpoints: CheckpointFolder,
     watcher: Observer,
@@ -225,6 +231,13 @@ def _train_one(
     metrics = dict(position.metrics)
     if resume_from is not None:
         restore(resume_from, trainable, state.optimizer, state.scaler)
+    if position.step > 0:
+        _load_reference(prepared, position.stage_index, work_dir)
+    elif ready.reference is not None:
+        for pairs in (ready.data.examples, ready.data.validation):
+            ready.reference.measure(trainable, pairs, ready.micro_batch_size)
+        if ranks.is_first:
+            ready.reference.keep(_reference_path(prepared, position.stage_index, work_dir))
     if position.step == 0 and ready.data.validation:
         before = _validate(ready, trainable, ranks)
         metrics |= before.named(ready.data.label, prefix="base_" if position.stage_index == 0 else "before_")
@@ -272,6 +285,20 @@ def _train_one(
         steps_done=position.steps_done + state.step,
         metrics=metrics,
     )
+
+
+def _references_dir(work_dir: Path) -> Path:
+    return work_dir / "references"
+
+
+def _reference_path(prepared: Prepared, stage_index: int, work_dir: Path) -> Path:
+    return _references_dir(work_dir) / f"{prepared.fingerprint()}-{stage_index:02d}.safetensors"
+
+
+def _load_reference(prepared: Prepared, stage_index: int, work_dir: Path) -> None:
+    reference = prepared.stages[stage_index].reference
+    if reference is not None:
+        reference.load(_reference_path(prepared, stage_index, work_dir))
 
 
 def _validate(ready: ReadyStage, trainable: Trainable, ranks: Ranks) -> Evaluation:

@@ -7,16 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from registry.errors import InvalidDataError
-from tune.choices import choose_batch, choose_epochs, choose_learning_rate, choose_max_length, choose_packing
-from tune.data.batches import Pack, StepPlan, plan_epoch, plan_steps
-from tune.data.dataset import DatasetReader, EncodedRow, RowAccount, count_overlap, hold_out
+from tune.choices import (
+    choose_batch,
+    choose_epochs,
+    choose_final_weights,
+    choose_learning_rate,
+    choose_max_length,
+    choose_packing,
+)
+from tune.data.batches import EpochPlan, StagePlan, plan_epoch
+from tune.data.clean import duplicates_to_drop
+from tune.data.dataset import DatasetReader, ReadOptions, RowAccount, count_overlap, held_out_mask
+from tune.data.examples import Examples
+from tune.data.mask import Example
+from tune.data.pairs import Pairs
+from tune.data.store import StoredRows
+from tune.dpo import PreferenceObjective, Reference
 from tune.model import BaseShape
+from tune.objectives import LanguageModelling
 from tune.progress import TrainingEvent
-from tune.recipe import DataSource, Recipe, Stage
+from tune.recipe import Clean, DataSource, Dpo, Recipe, Stage
 from tune.train import StageData
 
 
@@ -27,6 +46,8 @@ class ReadyStage:
     learning_rate: float
     micro_batch_size: int
     data: StageData
+    reference: Reference | None
+    """Of a dpo stage: empty, until it is measured where the stage begins."""
     accounts: tuple[RowAccount, ...]
     """Of training files, then of the validation file if there is one."""
     notes: tuple[TrainingEvent, ...]
@@ -35,16 +56,26 @@ class ReadyStage:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of all training files of a stage, and the held-out ones."""
+    """Rows of all training files of a stage, and those it is measured on."""
 
-    rows: list[EncodedRow]
-    sources: list[int]
-    validation: list[EncodedRow]
+    sources: list[StoredRows]
+    held_out: NDArray[np.bool_]
+    """For each row, all sources in one line, whether it is kept out of training."""
+    validation: StoredRows | None
+    """Of a file of their own."""
     accounts: list[RowAccount]
 
 
-def prepare_stage(recipe: Recipe, index: int, *, tokenizer: Any, base_shape: BaseShape, recipe_dir: Path) -> ReadyStage:
-    """Read and plan ``recipe.stages[index]``.
+def prepare_stage(
+    recipe: Recipe,
+    index: int,
+    *,
+    tokenizer: Any,
+    base_shape: BaseShape,
+    recipe_dir: Path,
+    store_dir: Path | None = None,
+) -> ReadyStage:
+    """Read and plan ``recipe.stages[index]``. Tokenised rows are kept in ``store_dir`` where it is given.
 
     Raises:
         InvalidDataError: a faulty row, or nothing to train on.
@@ -55,27 +86,46 @@ def prepare_stage(recipe: Recipe, index: int, *, tokenizer: Any, base_shape: Bas
     rate = choose_learning_rate(recipe.method, stage, base_shape.hidden_size)
     packing = choose_packing(stage)
     max_length = choose_max_length(stage, base_shape.context_tokens)
-    read = _read_rows(recipe, stage, tokenizer=tokenizer, max_length=max_length.value, recipe_dir=recipe_dir)
-    notes = [
+    read = _read_rows(
+        recipe,
+        stage,
+        tokenizer=tokenizer,
+        max_length=max_length.value,
+        recipe_dir=recipe_dir,
+        store_dir=store_dir,
+    )
+    notes = [TrainingEvent("info", f"stage {label}: {a.path} is {a.format}") for a in read.accounts]
+    notes += [
         TrainingEvent("warn" if account.lost_something else "info", f"stage {label}: {account.sentence()}")
         for account in read.accounts
     ]
     notes += _overlap_warning(label, read)
 
-    examples = [example for row in read.rows for example in row.examples]
-    sources = [source for row, source in zip(read.rows, read.sources, strict=True) for _ in row.examples]
-    lengths = [len(example.token_ids) for example in examples]
-    epochs = choose_epochs(stage, len(read.rows))
+    examples = Examples(read.sources, ~read.held_out)
+    epochs = choose_epochs(stage, int((~read.held_out).sum()))
     pack_tokens = max_length.value if packing.value else None
+    weights = [source.weight for source in stage.data]
+    # What a step counts: examples, or pairs of them.
+    per_unit = 2 if stage.kind == "dpo" else 1
+    sources = examples.sources[::per_unit]
+    lengths = examples.lengths.reshape(-1, per_unit).sum(axis=1)
+    seed = recipe.seed + 1_000_003 * index  # stages that read the same file should not see the same order
 
-    def sequences_of(epoch: int) -> list[Pack]:
-        weights = [source.weight for source in stage.data]
-        seed = recipe.seed + 1_000_003 * index  # stages that read the same file should not see the same order
-        return plan_epoch(sources, weights, lengths, pack_tokens=pack_tokens, seed=seed, epoch=epoch)
+    def sequences_of(epoch: int, grouped_per_step: int | None = None) -> EpochPlan:
+        return plan_epoch(
+            sources,
+            weights,
+            lengths,
+            pack_tokens=pack_tokens,
+            seed=seed,
+            epoch=epoch,
+            grouped_per_step=grouped_per_step,
+        )
 
     first_epoch = sequences_of(0)
     if not first_epoch:
         raise InvalidDataError(f"stage {label}: data weights are so small that an epoch visits no row; raise them")
+    final_weights = choose_final_weights(stage)
     batch = choose_batch(stage, len(first_epoch), epochs.value)
     resolved = stage.model_copy(
         update={
@@ -86,9 +136,11 @@ def prepare_stage(recipe: Recipe, index: int, *, tokenizer: Any, base_shape: Bas
             "epochs": epochs.value,
             "micro_batch_size": batch.value.micro_batch_size,
             "gradient_accumulation_steps": batch.value.gradient_accumulation_steps,
+            "final_weights": final_weights.value,
         }
     )
-    steps = _plan(resolved, batch.value.sequences_per_step, first_epoch, sequences_of, lengths)
+    grouped = batch.value.sequences_per_step if stage.group_by_length and not packing.value else None
+    steps = _plan(resolved, len(first_epoch), lambda epoch: sequences_of(epoch, grouped), lengths)
     for name, value, reason in (
         ("learning_rate", f"{rate.value:g}", rate.reason),
         ("packing", packing.value, packing.reason),
@@ -99,53 +151,91 @@ def prepare_stage(recipe: Recipe, index: int, *, tokenizer: Any, base_shape: Bas
             f"{batch.value.micro_batch_size} x {batch.value.gradient_accumulation_steps}",
             batch.reason,
         ),
+        ("final_weights", final_weights.value, final_weights.reason),
     ):
         notes.append(TrainingEvent("info", f"stage {label}: {name} = {value} ({reason})"))
-    held_out = [example for row in read.validation for example in row.examples]
+    validation = _validation_examples(read)
+    reference = Reference() if stage.kind == "dpo" else None
     return ReadyStage(
         stage=resolved,
         learning_rate=rate.value,
         micro_batch_size=batch.value.micro_batch_size,
-        data=StageData(label=label, examples=examples, steps=steps, validation=held_out),
+        data=StageData(
+            label=label,
+            examples=examples if reference is None else Pairs(examples),
+            steps=steps,
+            validation=validation if reference is None else Pairs(validation),
+            make_objective=LanguageModelling
+            if reference is None
+            else partial(PreferenceObjective, options=stage.dpo or Dpo(), reference=reference),
+            name_row=lambda unit: f"{stage.data[sources[unit]].path}:{examples[unit * per_unit].line}",
+            seed=seed,
+        ),
+        reference=reference,
         accounts=tuple(read.accounts),
         notes=tuple(notes),
     )
 
 
-def _read_rows(recipe: Recipe, stage: Stage, *, tokenizer: Any, max_length: int, recipe_dir: Path) -> _Rows:
-    reader = DatasetReader(tokenizer, kind=stage.kind, max_length=max_length, over_length=stage.over_length)
-    read = _Rows([], [], [], [])
-    for number, source in enumerate(stage.data):
-        rows, account = _read_file(reader, source, recipe_dir)
-        read.rows.extend(rows)
-        read.sources.extend([number] * len(rows))
-        read.accounts.append(account)
-    if stage.validation is None:
-        return read
-    if stage.validation.path is not None:
-        rows, account = _read_file(reader, DataSource(path=stage.validation.path), recipe_dir)
-        read.accounts.append(account)
-        return _Rows(read.rows, read.sources, rows, read.accounts)
-    assert stage.validation.share is not None, stage.validation
-    kept, held_out = hold_out(read.rows, stage.validation.share, recipe.seed)
-    return _Rows(
-        rows=[read.rows[i] for i in kept],
-        sources=[read.sources[i] for i in kept],
-        validation=[read.rows[i] for i in held_out],
-        accounts=read.accounts,
+def _read_rows(
+    recipe: Recipe, stage: Stage, *, tokenizer: Any, max_length: int, recipe_dir: Path, store_dir: Path | None
+) -> _Rows:
+    reader = DatasetReader(
+        tokenizer, kind=stage.kind, max_length=max_length, over_length=stage.over_length, store_dir=store_dir
     )
+    duplicates = _duplicates(reader, stage, recipe_dir)
+    sources, accounts = [], []
+    for source, dropped in zip(stage.data, duplicates, strict=True):
+        rows, account = _read_file(reader, source, stage.clean, recipe_dir, dropped)
+        sources.append(rows)
+        accounts.append(account)
+    held_out: NDArray[np.bool_] = np.zeros(sum(map(len, sources)), dtype=np.bool_)
+    if stage.validation is None:
+        return _Rows(sources, held_out, None, accounts)
+    if stage.validation.path is not None:
+        rows, account = _read_file(reader, DataSource(path=stage.validation.path), Clean(), recipe_dir, {})
+        return _Rows(sources, held_out, rows, [*accounts, account])
+    assert stage.validation.share is not None, stage.validation
+    held_out = held_out_mask(chain.from_iterable(sources), stage.validation.share, recipe.seed)
+    return _Rows(sources, held_out, None, accounts)
 
 
-def _read_file(reader: DatasetReader, source: DataSource, recipe_dir: Path) -> tuple[list[EncodedRow], RowAccount]:
+def _duplicates(reader: DatasetReader, stage: Stage, recipe_dir: Path) -> list[dict[int, str]]:
+    """For each source the rows that are dropped because another says the same."""
+    asked = stage.clean.duplicates
+    if asked == "keep":
+        return [{} for _ in stage.data]
+    files = [reader.open(recipe_dir / source.path, _options(source, stage.clean)).rows() for source in stage.data]
+    return duplicates_to_drop(files, "exact" if asked == "drop_exact" else "near")
+
+
+def _options(source: DataSource, clean: Clean) -> ReadOptions:
+    return ReadOptions(source.format, source.system_prompt, source.ignored_keys, clean.personal_data)
+
+
+def _read_file(
+    reader: DatasetReader, source: DataSource, clean: Clean, recipe_dir: Path, duplicates: dict[int, str]
+) -> tuple[StoredRows, RowAccount]:
     try:
-        return reader.read(recipe_dir / source.path, shown_as=source.path)
+        return reader.read(
+            recipe_dir / source.path, shown_as=source.path, options=_options(source, clean), duplicates=duplicates
+        )
     except InvalidDataError as error:
         message = error.message if str(source.path) in error.message else f"{source.path}: {error.message}"
         raise InvalidDataError(message, code=error.code, param=error.param, line=error.line) from error
 
 
+def _validation_examples(read: _Rows) -> Sequence[Example]:
+    """The rows of the validation file, else those that were held out."""
+    if read.validation is not None:
+        return Examples([read.validation], np.ones(len(read.validation), dtype=np.bool_))
+    return Examples(read.sources, read.held_out)
+
+
 def _overlap_warning(label: str, read: _Rows) -> list[TrainingEvent]:
-    overlap = count_overlap(read.rows, read.validation)
+    if read.validation is None:  # what is held out of the training files is disjoint from the rest by its choice
+        return []
+    overlap = count_overlap(chain.from_iterable(read.sources), read.validation)
     if not overlap:
         return []
     text = f"stage {label}: {overlap} of {len(read.validation)} validation rows are also training rows"
@@ -153,37 +243,33 @@ def _overlap_warning(label: str, read: _Rows) -> list[TrainingEvent]:
 
 
 def _plan(
-    stage: Stage,
-    per_step: int,
-    first_epoch: list[Pack],
-    sequences_of: Callable[[int], list[Pack]],
-    lengths: Sequence[int],
-) -> list[StepPlan]:
-    """Steps for ``max_steps``, or for ``epochs`` whole and broken ones."""
+    stage: Stage, first_size: int, sequences_of: Callable[[int], EpochPlan], lengths: NDArray[np.int32]
+) -> StagePlan:
+    """Steps for ``max_steps``, or for ``epochs`` whole and broken ones. ``first_size`` is that of the first epoch."""
     assert stage.micro_batch_size is not None, stage
     assert stage.gradient_accumulation_steps is not None, stage
-    epochs = [first_epoch]
+    per_step = stage.micro_batch_size * stage.gradient_accumulation_steps
+
+    def size_of(epoch: int) -> int:
+        """Without packing every epoch has as many sequences as the first; packs of newly drawn rows may not."""
+        return len(sequences_of(epoch)) if epoch and stage.packing else first_size
+
+    sizes = [first_size]
     if stage.max_steps is not None:
-        num_steps = _num_steps(first_epoch, per_step)
-        while num_steps < stage.max_steps:
-            epochs.append(sequences_of(len(epochs)))
-            num_steps += _num_steps(epochs[-1], per_step)
+        while sum(-(-size // per_step) for size in sizes) < stage.max_steps:
+            sizes.append(size_of(len(sizes)))
     else:
         assert stage.epochs is not None, stage
         whole = int(stage.epochs)
-        epochs = [first_epoch, *(sequences_of(number) for number in range(1, whole))][:whole]
+        sizes = [size_of(epoch) for epoch in range(whole)]
         part = stage.epochs - whole
         if part > 0:
-            last = first_epoch if whole == 0 else sequences_of(whole)
-            epochs.append(last[: max(1, round(part * len(last)))])
-    steps = plan_steps(
-        epochs,
+            sizes.append(max(1, round(part * size_of(whole))))
+    return StagePlan(
+        sequences_of,
+        sizes,
         micro_batch_size=stage.micro_batch_size,
         gradient_accumulation_steps=stage.gradient_accumulation_steps,
         lengths=lengths,
+        max_steps=stage.max_steps,
     )
-    return steps[: stage.max_steps]
-
-
-def _num_steps(sequences: Sequence[Pack], per_step: int) -> int:
-    return -(-len(sequences) // per_step)
