@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from capo.openapi import add_document
 from registry import errors
 from serve import faces
+from serve.engine_api import Endpoint
 from serve.routes.inference import ClientGoneError
 
 logger = logging.getLogger(__name__)
@@ -21,12 +25,20 @@ logger = logging.getLogger(__name__)
 _UPLOAD_PATH = "/v1/files"  # uploads have their own limit where they are read
 
 
-def build_app(routers: Sequence[APIRouter], not_ready_reason: Callable[[], str | None]) -> FastAPI:
-    """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``."""
-    app = FastAPI(title="Capo", docs_url=None, redoc_url=None)
+def build_app(
+    routers: Sequence[APIRouter],
+    not_ready_reason: Callable[[], str | None],
+    engine_schema: Callable[[Endpoint], dict[str, Any]] | None = None,
+) -> FastAPI:
+    """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``.
+
+    ``engine_schema``: what the engine takes, for the OpenAPI document (:func:`capo.openapi.add_document`).
+    """
+    app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
     for router in routers:
         app.include_router(router)
     app.include_router(_operations_router(not_ready_reason))
+    add_document(app, engine_schema)
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
@@ -80,14 +92,23 @@ async def _answer_capo_error(request: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """The framework's own refusals: no such route, wrong method, a body that is no form."""
     assert isinstance(error, HTTPException)
+    code = None
     if error.status_code == 404:
-        message = f"No route {request.method} {request.url.path}."
+        offered = ", ".join(sorted({path for route in request.app.routes if (path := _public_path(route))}))
+        message = f"No route {request.method} {request.url.path[:200]}. Offered are {offered}."
+        code = "unknown_url"  # OpenAI's
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {request.url.path}."
     else:
         message = str(error.detail)
-    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
     return JSONResponse(body, error.status_code, error.headers)
+
+
+def _public_path(route: BaseRoute) -> str | None:
+    """The path of a route that a client may look for; those below another one, with a parameter, go without saying."""
+    path = getattr(route, "path", "")
+    return path if "{" not in path else None
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

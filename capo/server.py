@@ -191,7 +191,7 @@ class CapoServer:
     async def _faces(self) -> AsyncIterator[_Faces]:
         """HTTP and gRPC, listening. Both end when the block does, so the block must drain first."""
         settings = self._settings
-        app = build_app(self._routers(), self.serving.not_ready_reason)
+        app = build_app(self._routers(), self.serving.not_ready_reason, self.serving.engine.body_schema)
         listener = _listen(settings.host, settings.port)
         grpc_server = GrpcServer(self.serving)
         grpc_port = await grpc_server.start(settings.host, settings.grpc_port)

@@ -71,6 +71,8 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     _check_label("user", body.get("user"))
     _check_bounds(body, endpoint)
     _check_combinations(body)
+    if endpoint is Endpoint.TOKENIZE:
+        _check_what_is_tokenized(body)
     request_shapes.check(body)
     return body
 
@@ -152,6 +154,14 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
                     "two out.",
                     param=name,
                 )
+
+
+def _check_what_is_tokenized(body: Mapping[str, Any]) -> None:
+    if ("prompt" in body) == ("messages" in body):
+        raise errors.InvalidRequestError("Send either prompt or messages.", param="prompt")
+    for name in ("tools", "add_generation_prompt", "continue_final_message"):
+        if name in body and "prompt" in body:
+            raise errors.InvalidRequestError(f"{name} goes with messages, and not with prompt.", param=name)
 
 
 def _at_most(body: Mapping[str, Any], name: str, limit: int) -> None:

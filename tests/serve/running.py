@@ -87,7 +87,7 @@ async def running_service(
         adapters_router(service),
         vllm_adapters_router(AdapterImports(service, base_model, folder)),
     ]
-    app = build_app(routers, service.not_ready_reason)
+    app = build_app(routers, service.not_ready_reason, engine.body_schema)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     http = asyncio.create_task(server.serve())
