@@ -98,7 +98,8 @@ def chat_chunks(answer_id: str, event: Mapping[str, Any], *, with_token_ids: boo
             chunk.prompt_token_ids.extend(event.get("prompt_token_ids") or ())
         _set_end(chunk, given.get("finish_reason"), given.get("stop_reason"))
         # vLLM begins every choice with the role alone, which is always the assistant's.
-        if given["delta"].keys() - {"role", "content"} or chunk.content or token_ids or chunk.finish_reason:
+        has_more = delta.keys() - {"role", "content"} or chunk.finish_reason or chunk.prompt_token_ids
+        if chunk.content or token_ids or has_more:
             yield chunk
 
 

@@ -117,13 +117,13 @@ class InferenceServicer(stubs.InferenceServicer):
 
 def _needs_serving_classes(body: Mapping[str, Any]) -> bool:
     """Whether the answer has parts that bare pieces lack, or answers several prompts, which pieces take in turn."""
+    if any(body.get(field) for field in ("tools", "echo", "return_token_ids")):
+        return True
+    # Chat's logprobs is a truth value; a completion's is a number, and 0 asks for something.
+    if body.get("logprobs", False) is not False or "prompt_logprobs" in body:
+        return True
     prompt = body.get("prompt")
-    return (
-        any(body.get(field) for field in ("tools", "echo", "return_token_ids"))
-        or body.get("logprobs") not in (None, False)
-        or body.get("prompt_logprobs") is not None
-        or (isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int))
-    )
+    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
 
 
 def _answer_token_ids(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from capo_proto.v1 import inference_pb2 as pb
 from registry import errors
+from registry.strict_json import parse_strict_json
 
 # Fields that are called the same in the body and are sent when they are set.
 _SAMPLING = (
@@ -22,7 +24,7 @@ _SAMPLING = (
 )  # fmt: skip
 _SAMPLING_LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 _CHAT = (
-    "parallel_tool_calls", "logprobs", "top_logprobs", "reasoning_effort", "echo", "add_generation_prompt",
+    "parallel_tool_calls", "logprobs", "top_logprobs", "reasoning_effort", "add_generation_prompt",
     "continue_final_message",
 )  # fmt: skip
 _COMPLETION = ("logprobs", "echo", "suffix")
@@ -103,7 +105,7 @@ def _sampling(sampling: pb.Sampling) -> dict[str, Any]:
         if values := getattr(sampling, name):
             body[name] = list(values)
     if sampling.logit_bias:
-        body["logit_bias"] = {str(token): _shortest(bias) for token, bias in sampling.logit_bias.items()}
+        body["logit_bias"] = {str(token): _number("logit_bias", bias) for token, bias in sampling.logit_bias.items()}
     if sampling.ignore_eos:
         body["ignore_eos"] = True
     return {**body, **_structure(sampling)}
@@ -118,18 +120,24 @@ def _structure(sampling: pb.Sampling) -> dict[str, Any]:
             return {"response_format": {"type": "json_object"}}
         case "choice":
             return {"structured_outputs": {"choice": list(sampling.choice.texts)}}
-        case "regex" | "grammar" | "structural_tag" as kind:
+        case "regex" | "grammar" as kind:
             return {"structured_outputs": {kind: getattr(sampling, kind)}}
     return {}
 
 
 def _given(message: Message, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(message, name) for name in names if message.HasField(name)}
-    return {name: _shortest(value) if isinstance(value, float) else value for name, value in values.items()}
+    return {name: _number(name, value) if isinstance(value, float) else value for name, value in values.items()}
 
 
-def _shortest(value: float) -> float:
-    """The shortest number that a 32-bit ``value`` may stand for: 0.7, as over HTTP, and not 0.699999988079071."""
+def _number(field: str, value: float) -> float:
+    """The shortest number that a 32-bit ``value`` may stand for: 0.7, as over HTTP, and not 0.699999988079071.
+
+    Raises:
+        InvalidRequestError: it is none, which JSON cannot say and the sampler would not survive.
+    """
+    if not math.isfinite(value):
+        raise errors.InvalidRequestError(f"{field} is {value}; send a finite number.", param=field)
     for digits in range(6, 10):
         candidate = float(f"{value:.{digits}g}")
         if abs(candidate) < 3.4e38 and struct.unpack("f", struct.pack("f", candidate))[0] == value:
@@ -167,6 +175,8 @@ def _tool(tool: pb.Tool) -> dict[str, Any]:
 
 def _json(field: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        value = parse_strict_json(text.encode())
+        json.dumps(value, ensure_ascii=False).encode()  # fails on the lone half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise errors.InvalidRequestError(f"{field} is not valid JSON: {error}.", param=field) from error
+    return value

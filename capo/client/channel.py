@@ -1,0 +1,44 @@
+"""How both clients connect and call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_TIMEOUT_SECONDS = 600.0
+"""As long as OpenAI's SDK waits: an answer of thousands of tokens from a small machine takes minutes."""
+DEFAULT_RETRIES = 2
+
+OPTIONS = (
+    # An answer with log probabilities grows beyond gRPC's 4 MiB; what was asked for may be large.
+    ("grpc.max_receive_message_length", -1),
+    # A server whose machine is gone says nothing; without pings a call would wait for its whole timeout.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettings:
+    """What every call of a client uses unless told otherwise."""
+
+    timeout_seconds: float | None
+    retries: int
+    metadata: Metadata
+
+    def timeout(self, given: float | None) -> float | None:
+        return self.timeout_seconds if given is None else given
+
+    def metadata_with(self, request_id: str | None) -> Metadata:
+        return self.metadata if request_id is None else (*self.metadata, ("x-request-id", request_id))
+
+
+def call_settings(timeout_seconds: float | None, retries: int, metadata: Sequence[tuple[str, str]]) -> CallSettings:
+    if retries < 0:
+        raise ValueError(f"retries is {retries}; 0 turns them off")
+    return CallSettings(timeout_seconds, retries, tuple(metadata))
