@@ -154,13 +154,13 @@ class AdapterPool:
         adapter = EngineAdapter(artifact.revision, next(self._engine_ids), artifact.path)
         resident = Resident(artifact, adapter)
         self._residents[artifact.revision] = resident
-        self._spawn(self._load(resident))
+        # The epoch of now, not of the task's first step: the engine may be gone by then.
+        self._spawn(self._load(resident, self._engine_epoch))
         return resident
 
-    async def _load(self, resident: Resident) -> None:
+    async def _load(self, resident: Resident, epoch: int) -> None:
         artifact = resident.artifact
         started_at = time.monotonic()
-        epoch = self._engine_epoch
         has_slot = False
         try:
             await self._gate.check(artifact, self._engine.limits)
@@ -170,6 +170,8 @@ class AdapterPool:
                 self._drop(resident)
                 return
             await self._take_slot(resident)
+            if epoch != self._engine_epoch:
+                return  # the slot was one of the engine before
             has_slot = True
             slot_at = time.monotonic()
             await self._engine.load_adapter(resident.adapter)

@@ -283,3 +283,114 @@ async def test_a_refusal_that_is_raised_often_does_not_grow() -> None:
                 await use_once(pool, "bad@1")
             depths.append(len(caught.traceback))
         assert max(depths[1:]) <= depths[1]
+
+
+async def test_an_adapter_that_everybody_gave_up_on_is_not_loaded() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, turn_seconds=60) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "a@1", let_go, holding))
+        await holding.wait()
+        leavers = [asyncio.create_task(use_once(pool, "b@1")) for _ in range(3)]
+        stayer = asyncio.create_task(use_once(pool, "c@1"))
+        await asyncio.sleep(0.01)
+        for leaver in leavers[:-1]:
+            leaver.cancel()
+        await asyncio.sleep(0.01)
+        assert pool.status("b@1").state is AdapterState.LOADING, "one still waits"
+        leavers[-1].cancel()
+        await asyncio.sleep(0.01)
+        assert pool.status("b@1").state is AdapterState.AVAILABLE
+        let_go.set()
+        await asyncio.gather(user, stayer)
+        assert engine.loads == ["a@1", "c@1"]
+
+
+async def test_an_adapter_that_everybody_gave_up_on_during_its_check_takes_no_slot() -> None:
+    engine, gate = FakeEngine(max_loras=1), OpenGate()
+    checking = asyncio.Event()
+
+    async def slow_check(artifact: Any, limits: Any) -> None:
+        await checking.wait()
+
+    async with running_pool(engine, gate) as pool:
+        gate.check = slow_check  # type: ignore[method-assign]
+        leaver = asyncio.create_task(use_once(pool, "a@1"))
+        await asyncio.sleep(0.01)
+        leaver.cancel()
+        await asyncio.sleep(0.01)
+        checking.set()
+        await asyncio.sleep(0.01)
+        assert engine.loads == []
+        assert pool.status("a@1").state is AdapterState.AVAILABLE
+        await use_once(pool, "a@1")
+
+
+async def test_who_comes_back_after_giving_up_is_served() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, max_wait_seconds=0.03, turn_seconds=60) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "a@1", let_go, holding))
+        await holding.wait()
+        for _ in range(3):
+            with pytest.raises(errors.UnavailableError):
+                await use_once(pool, "b@1")
+        let_go.set()
+        await user
+        await use_once(pool, "b@1")
+        assert engine.loads == ["a@1", "b@1"]
+
+
+async def test_a_pinned_adapter_is_neither_evicted_nor_drained() -> None:
+    engine = FakeEngine(max_loras=2)
+    async with running_pool(engine, turn_seconds=0.0) as pool:
+        await use_once(pool, "pinned@1")
+        pool.pin({"pinned@1"})
+        for number in range(5):
+            await use_once(pool, f"a{number}@1")
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "pinned@1", let_go, holding))
+        await holding.wait()
+        await asyncio.gather(*(use_once(pool, f"b{number}@1") for number in range(5)))
+        assert "pinned@1" not in engine.unloads
+        assert pool.status("pinned@1").is_pinned
+        pool.pin(set())
+        let_go.set()
+        await user
+        await use_once(pool, "c@1")
+        await use_once(pool, "d@1")
+        assert "pinned@1" in engine.unloads
+
+
+async def test_what_was_pinned_comes_back_first_after_an_engine_restart() -> None:
+    engine = FakeEngine(max_loras=3)
+    async with running_pool(engine) as pool:
+        for revision in ("pinned@1", "a@1", "b@1"):
+            await use_once(pool, revision)
+        pool.pin({"pinned@1"})
+        assert [artifact.revision for artifact in pool.forget_all()] == ["pinned@1", "b@1", "a@1"]
+
+
+async def test_warming_takes_turns_and_says_when_time_ran_out() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, turn_seconds=60) as pool:
+        assert await pool.warm([FakeArtifact("a@1")], 5)  # type: ignore[list-item]
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "a@1", let_go, holding))
+        await holding.wait()
+        assert not await pool.warm([FakeArtifact("b@1")], 0.02)  # type: ignore[list-item]
+        assert pool.status("b@1").state is AdapterState.AVAILABLE, "nobody waits for it any more"
+        let_go.set()
+        await user
+
+
+async def test_vetting_checks_without_the_engine_and_remembers() -> None:
+    engine, gate = FakeEngine(), OpenGate()
+    gate.refuse.add("bad@1")
+    async with running_pool(engine, gate) as pool:
+        await pool.vet(FakeArtifact("good@1"))  # type: ignore[arg-type]
+        for _ in range(2):
+            with pytest.raises(errors.InvalidArtifactError):
+                await pool.vet(FakeArtifact("bad@1"))  # type: ignore[arg-type]
+        assert pool.status("bad@1").state is AdapterState.REFUSED
+        assert engine.loads == []
