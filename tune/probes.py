@@ -15,16 +15,19 @@ from tune.data.mask import Example
 from tune.model import Trainable
 
 NUM_PROBES = 4
+"""In an artifact; each is answered again before the adapter takes traffic."""
 MAX_COMPLETION_TOKENS = 16
 MIN_MARGIN = 0.5
 """Between the two highest logits. bfloat16 keeps 8 bits: logits of 16 to 32 are 0.125 apart, 0.5 is four such steps."""
 
-_MAX_CANDIDATES = 16
+_CANDIDATES_PER_PROBE = 4
 _MAX_TEXT_PROMPT_TOKENS = 16
 
 
-def make_probes(trainable: Trainable, examples: Sequence[Example], stop_ids: frozenset[int]) -> list[Probe]:
-    """Up to four probes from the shortest different prompts in ``examples``.
+def make_probes(
+    trainable: Trainable, examples: Sequence[Example], stop_ids: frozenset[int], *, number: int = NUM_PROBES
+) -> list[Probe]:
+    """Up to ``number`` probes from the shortest different prompts in ``examples``.
 
     A completion holds the end-of-sequence token if the model chose it. Prompts whose first token is already a
     near tie give no probe, so the list may be shorter or empty.
@@ -33,11 +36,11 @@ def make_probes(trainable: Trainable, examples: Sequence[Example], stop_ids: fro
     was_training = trainable.model.training
     trainable.model.eval()
     probes: list[Probe] = []
-    for prompt in prompts[:_MAX_CANDIDATES]:
+    for prompt in prompts[: number * _CANDIDATES_PER_PROBE]:
         completion = _greedy(trainable, prompt, stop_ids)
         if completion:
             probes.append(Probe(prompt_token_ids=list(prompt), completion_token_ids=completion))
-        if len(probes) == NUM_PROBES:
+        if len(probes) == number:
             break
     trainable.model.train(was_training)
     return probes
