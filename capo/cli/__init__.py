@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from capo.cli import demo, registry, serve, tune, worker
+from capo.cli import chat, data, demo, registry, serve, tune, worker
 from registry.errors import CapoError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 serve.add_to(app)
 tune.add_to(app)
 app.add_typer(registry.app, name="registry")
+app.add_typer(data.app, name="data")
+chat.add_to(app)
 demo.add_to(app)
 worker.add_to(app)
 

@@ -25,12 +25,11 @@ from registry.durable import Filesystem
 from registry.errors import InvalidDataError
 from tune.data.clean import redacted_row, with_system_prompt
 from tune.data.datafile import DataFile, Purpose, open_data
+from tune.data.encode import RowEncoder
 from tune.data.faults import RowFault
-from tune.data.formats import AnyRow, Format
-from tune.data.mask import ChatEncoder, Example, Tokenizer, encode_text
-from tune.data.pairs import encode_preference
-from tune.data.preferences import PreferenceRow
-from tune.data.rows import ChatRow, TextRow
+from tune.data.formats import Format
+from tune.data.mask import Example, Tokenizer
+from tune.data.rows import ChatRow
 from tune.data.store import EncodedRow, StoredRows, StoreWriter, TokenisedRow, open_store
 
 _SHOWN_LINES = 10
@@ -110,7 +109,7 @@ class DatasetReader:
     ) -> None:
         self._tokenizer = tokenizer
         self._kind = kind
-        self._encoder = ChatEncoder(tokenizer) if kind != "cpt" else None
+        self._encoder = RowEncoder(tokenizer)
         self._max_length = max_length
         self._over_length = over_length
         self._store_dir = store_dir
@@ -191,7 +190,9 @@ class DatasetReader:
                     drop(line, "personal_data")
                     continue
                 truncated_before = account.rows_truncated
-                kept = self._fitted(self._encode(with_system_prompt(cleaned, options.system_prompt)), line, account)
+                prompted = with_system_prompt(cleaned, options.system_prompt)
+                examples = self._encoder.encode(prompted, window_tokens=self._max_length)
+                kept = self._fitted(examples, line, account)
                 if not kept:
                     drop(line, OVER_LENGTH)
                     continue
@@ -204,16 +205,6 @@ class DatasetReader:
             if account.rows_used == 0:
                 raise self._nothing_left(account)
             return StoredRows(writer.finish({**asdict(account), "path": account.path.as_posix()}))
-
-    def _encode(self, row: AnyRow) -> list[Example]:
-        """One example or more; of a preference row two, the preferred answer first."""
-        if isinstance(row, TextRow):
-            return encode_text(self._tokenizer, row, self._max_length)
-        assert self._encoder is not None, self._kind
-        if isinstance(row, PreferenceRow):
-            pair = encode_preference(self._encoder, row)
-            return [pair.chosen, pair.rejected]
-        return self._encoder.encode(row)
 
     def _nothing_left(self, account: RowAccount) -> InvalidDataError:
         if set(account.dropped) - {OVER_LENGTH}:

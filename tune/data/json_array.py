@@ -27,7 +27,9 @@ def split_array(file: BinaryIO) -> Iterator[tuple[int, bytes | RowFault]]:
         leading = len(raw) - len(raw.lstrip(_SPACE))
         line = scanner.line + raw.count(b"\n", 0, leading)
         scanner.line += raw.count(b"\n")
-        if raw.strip(_SPACE):
+        if len(raw) > rows.MAX_LINE_BYTES:
+            yield line, row_fault(line, f"longer than {rows.MAX_LINE_BYTES} bytes", "too_long")
+        elif raw.strip(_SPACE):
             yield line, raw.strip(_SPACE)
         elif not (is_last and scanner.is_first):
             yield line, row_fault(line, "not valid JSON: nothing stands between two commas", "broken_json")

@@ -133,7 +133,7 @@ class ChatEncoder:
                 reason = f"the chat template renders nothing before messages[{index}], so all tokens would be trained"
                 raise _template_fault(row.line, reason)
             if not any(token in text[len(prompt) :] for token in self._stop_tokens):
-                text += self._closing(row, index)
+                text += self._closing(row, index, prompt)
             turns.append(_Turn(index, prompt, text))
         return turns
 
@@ -154,8 +154,11 @@ class ChatEncoder:
         ending = text[text.rindex(shown) + len(shown) :]
         return prompt + content.removeprefix(_REASONING_START).removeprefix(opening[len(_REASONING_START) :]) + ending
 
-    def _closing(self, row: ChatRow, index: int) -> str:
-        """The token that the template writes after this turn when another message follows, if it is a special one."""
+    def _closing(self, row: ChatRow, index: int, prompt: str) -> str:
+        """The token that the template writes after this turn when another message follows, if it is a special one.
+
+        Not one that also opens the assistant's own turns: no engine stops at that.
+        """
         following = row.messages[index + 1] if index + 1 < len(row.messages) else {"role": "user", "content": "x"}
         for answer in (row.messages[index], {**row.messages[index], "content": "x"}):  # "x" has no reasoning to cut out
             turns = [*row.messages[:index], answer]
@@ -165,9 +168,15 @@ class ChatEncoder:
             except (TemplateError, TypeError, ValueError):
                 continue
             if longer.startswith(text):
-                after = longer[len(text) :]
-                return next((token for token in self._stop_tokens if after.startswith(token)), "")
+                before = self._render(row.messages[:index], row.tools, add_generation_prompt=False)
+                opening = self._token_at(prompt, len(before)) if prompt.startswith(before) else ""
+                closing = self._token_at(longer, len(text))
+                return closing if closing != opening else ""
         return ""
+
+    def _token_at(self, text: str, position: int) -> str:
+        """The special token that begins there; empty where none does."""
+        return next((token for token in self._stop_tokens if text.startswith(token, position)), "")
 
     def _render(
         self,
