@@ -1,0 +1,1 @@
+"""Data for the recipes that show the order of stages; see ``generate``."""
