@@ -33,6 +33,8 @@ def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
         "VLLM_PLUGINS": ",".join(filter(None, ("capo", os.environ.get("VLLM_PLUGINS")))),
         # vLLM warns at length about a CPU being no GPU; errors stay.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        # Where our own log goes. On standard output a reader that stops after our first lines would stop the service.
+        "VLLM_LOGGING_STREAM": os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     if not use_gpu:

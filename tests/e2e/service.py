@@ -8,9 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Service:
     grpc_address: str
     start_seconds: float
     data_dir: Path
+    output: list[str] = field(default_factory=list)
+    """Lines on standard output after the one that says it is ready."""
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -68,6 +71,7 @@ def running(data_dir: Path, *arguments: str, start_seconds: float = 180) -> Iter
             [*command, *arguments], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
         )
     deadline = time.monotonic() + start_seconds
+    reader: threading.Thread | None = None
     try:
         assert process.stdout is not None
         match = None
@@ -76,6 +80,9 @@ def running(data_dir: Path, *arguments: str, start_seconds: float = 180) -> Iter
                 break
         assert match is not None, f"the service did not start: {(data_dir / 'service.log').read_text()[-3000:]}"
         service = Service(process, match[1], match[3], float(match[2]), data_dir)
+        # A pipe that nobody reads fills up, and then whoever writes to it stands still.
+        reader = threading.Thread(target=service.output.extend, args=(process.stdout,), daemon=True)
+        reader.start()
         yield service
         service.client.close()
     finally:
@@ -91,5 +98,7 @@ def running(data_dir: Path, *arguments: str, start_seconds: float = 180) -> Iter
                 survivor.kill()
         process.kill()
         process.wait()
+        if reader is not None:
+            reader.join()
         assert process.stdout is not None
         process.stdout.close()
