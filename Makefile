@@ -1,6 +1,6 @@
 # The commands of this project. Each sets up what it needs; `make setup` alone does it ahead of time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check format bench proto capo-tiny clean
+.PHONY: help setup demo run test soak check format bench proto capo-tiny clean
 
 # Two busy OpenMP runtimes on few cores slow each other down up to 20 times; waiting threads must sleep, not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -21,6 +21,9 @@ run: setup       ## Start the service on http://127.0.0.1:8000 with its data in 
 
 test: setup      ## The whole test suite
 	@$(BIN)/python -m pytest
+
+soak: setup      ## The long proofs in full: flips, churn, hostile adapters, kills; figures go to build/soak.json
+	@CAPO_LONG=1 $(BIN)/python -m pytest tests/soak tests/fuzz -v --timeout 7200
 
 check: setup     ## Format, lint, types
 	@$(BIN)/ruff format --check .

@@ -1,0 +1,46 @@
+"""One service for the proofs that do not need one of their own, and the report of what they measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from registry import BaseModel, locate_base_model
+from tests.e2e.service import Service, running
+from tests.sizes import LONG
+from tests.soak.figures import DEFAULT_PATH, Figures
+
+_FIGURES = pytest.StashKey[Figures]()
+
+# float32, because the greedy answers of random adapters have many near ties: in bfloat16 two candidates are often
+# equal to the last bit, and a batch of another shape would decide them otherwise.
+ENGINE_ARGUMENTS = ("--workers", "0", "--", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def base() -> BaseModel:
+    return locate_base_model("capo-tiny")
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running(tmp_path_factory.mktemp("soak"), *ENGINE_ARGUMENTS) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Figures:
+    path = Path(os.environ.get("CAPO_SOAK_REPORT", DEFAULT_PATH))
+    return pytestconfig.stash.setdefault(_FIGURES, Figures(path, is_full=LONG))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    figures = config.stash.get(_FIGURES, None)
+    if figures is None or not figures.recorded:
+        return
+    terminalreporter.section("figures of the long proofs", sep="-")
+    for proof, measured in figures.recorded.items():
+        terminalreporter.line(f"{proof}: " + ", ".join(f"{name} {value}" for name, value in measured.items()))

@@ -1,0 +1,103 @@
+"""Adapters come and go for a long time, and nothing of them stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Iterator
+
+import aiohttp
+import pytest
+
+from registry import BaseModel
+from tests.e2e.service import Service
+from tests.sizes import LONG, size
+from tests.soak.adapters import published
+from tests.soak.answers import http_client
+from tests.soak.figures import Figures
+from tests.soak.observe import adapter_views, capo_series, memory_bytes, metric
+
+pytestmark = pytest.mark.engine
+
+NUM_ADAPTERS = size(20, 200)
+NUM_LOADS = size(150, 10_000)
+NUM_CLIENTS = 6
+MOST_GROWTH = 0.02 if LONG else 0.10
+"""Of each process's memory from the end of the first pass over all adapters. In a short run the allocator has not yet
+found its level."""
+SETTLE_SECONDS = 20.0
+
+
+async def test_loading_and_unloading_for_long_leaves_nothing_behind(
+    service: Service, base: BaseModel, figures: Figures
+) -> None:
+    series_before = capo_series(service)
+    names = [f"churned{number}" for number in range(NUM_ADAPTERS)]
+    with published(service.registry, base, names, rank=4) as artifacts:
+        models = [artifact.revision for artifact in artifacts]
+        loads_before = metric(service, "capo_adapter_loads_total")
+        await ask_each(service, models, seed=0, num_requests=max(NUM_ADAPTERS, NUM_LOADS // 10))
+        warm = memory_bytes(service)
+        warm_loads = metric(service, "capo_adapter_loads_total") - loads_before
+        began_at = time.monotonic()
+        seed, requests = 1, 0
+        while (loads := metric(service, "capo_adapter_loads_total") - loads_before) < NUM_LOADS:
+            missing = int(NUM_LOADS - loads) + 1
+            await ask_each(service, models, seed=seed, num_requests=missing)
+            seed, requests = seed + 1, requests + missing
+        seconds = time.monotonic() - began_at
+        end = memory_bytes(service)
+        resident = metric(service, "capo_adapters_resident")
+    gone = await settled(service)
+    series_left = capo_series(service) - series_before
+    growth = {role: end[role] / warm[role] - 1 for role in warm}
+    figures.record(
+        f"churn over {NUM_ADAPTERS} adapters",
+        loads=int(loads),
+        requests=requests,
+        ms_per_load=1000 * seconds / (loads - warm_loads),
+        **{f"growth_{role}": share for role, share in growth.items()},
+        **{f"mib_{role}": size_bytes / 2**20 for role, size_bytes in end.items()},
+        resident_while_churning=int(resident),
+        resident_after_removal=int(metric(service, "capo_adapters_resident")),
+        series_left=len(series_left),
+    )
+    assert set(end) == set(warm)
+    assert all(share <= MOST_GROWTH for share in growth.values()), growth
+    assert resident <= 8
+    assert gone
+    # Counters of the whole service may begin to exist; no series may name an adapter that is gone.
+    assert [key for key in series_left if any(value in names for _, value in key[1])] == []
+
+
+async def ask_each(service: Service, models: list[str], *, seed: int, num_requests: int) -> None:
+    """One token from each model in random order, over and over; every answer must come."""
+    order: Iterator[str] = itertools.islice(endless(models, seed), num_requests)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
+        ask = http_client(session, service.url)
+
+        async def one_client() -> None:
+            for model in order:
+                answer = await ask(model, "Who are you?", 1)
+                assert answer.is_whole, answer.error_code
+                assert answer.model == model
+
+        await asyncio.gather(*(one_client() for _ in range(NUM_CLIENTS)))
+
+
+def endless(models: list[str], seed: int) -> Iterator[str]:
+    random_of = random.Random(seed)
+    while True:
+        yield from random_of.sample(models, len(models))
+
+
+async def settled(service: Service) -> bool:
+    """Whether the engine is empty again soon after the adapters left the registry."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < deadline:
+        if not adapter_views(service) and metric(service, "capo_adapters_resident") == 0:
+            return True
+        await asyncio.sleep(0.2)
+    return False
