@@ -40,6 +40,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundErro
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.parser.abstract_parser import DelegatingParser
 from vllm.renderers.inputs.preprocess import extract_prompt_len
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
@@ -285,7 +286,13 @@ class VllmEngine(Engine):
 
     @property
     def parses_chat(self) -> bool:
-        return self._llm is not None and self._state.openai_serving_chat.parser_cls is not None
+        parser = self._state.openai_serving_chat.parser_cls if self._llm is not None else None
+        if parser is None:
+            return False
+        # A parser of tool calls alone passes the text of a request without tools on unread, unless it is one of vLLM's
+        # newer kind, which reads every answer.
+        is_for_tools_alone = issubclass(parser, DelegatingParser) and parser.reasoning_parser_cls is None
+        return not (is_for_tools_alone and not parser.tool_parser_cls.engine_based_streaming)
 
     # -- adapters --------------------------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ class Engine(ABC):
 
     @property
     def parses_chat(self) -> bool:
-        """Whether a tool or reasoning parser stands behind chat answers: their markup is text in :meth:`pieces`."""
+        """Whether a parser may change a chat answer even where no tools were given: :meth:`pieces` goes past it."""
         return False
 
     @abstractmethod
