@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 
+from tune.cutting import cut
 from tune.memory import peak_bytes
 from tune.model import Trainable, load_trainable
 from tune.neftune import noisy_embeddings
@@ -24,7 +25,7 @@ from tune.optimizers import make_optimizer, set_learning_rate
 from tune.parallel import Ranks
 from tune.preparation import Prepared
 from tune.stages import ReadyStage
-from tune.step import MicroBatchTooLargeError, accumulate_gradients
+from tune.step import MicroBatchTooLargeError, accumulate_gradients, sequences_of
 from tune.train import evaluate, make_scaler
 
 _QUANTILES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -103,12 +104,16 @@ def _rehearse(trainable: Trainable, ready: ReadyStage) -> tuple[StageEstimate, i
     """The estimate, and the bytes of the optimizer's states."""
     objective = ready.data.make_objective(ready.data.examples)
     total = len(ready.data.steps)
+    device_type = trainable.device.type
     numbers = np.unique(np.linspace(0, total - 1, min(total, _MOST_STEPS_LOOKED_AT)).round().astype(int))
     assert ready.stage.micro_batch_size is not None, ready.stage
-    sizes = np.array([_padded_tokens(ready, objective, int(number)) for number in numbers])
+    sizes = np.array([_padded_tokens(ready, objective, int(number), device_type) for number in numbers])
     chosen = [int(numbers[np.argmin(np.abs(sizes - np.quantile(sizes, share)))]) for share in _QUANTILES]
     run = _Rehearsal(trainable, ready, objective)
-    curve = {_padded_tokens(ready, objective, number): run.seconds_of(number) for number in dict.fromkeys(chosen)}
+    curve = {
+        _padded_tokens(ready, objective, number, device_type): run.seconds_of(number)
+        for number in dict.fromkeys(chosen)
+    }
     known = sorted(curve)
     seconds = float(np.interp(sizes, known, [curve[size] for size in known]).mean()) * total
     optimizer_bytes = sum(
@@ -175,11 +180,11 @@ class _Rehearsal:
         return time.perf_counter() - started
 
 
-def _padded_tokens(ready: ReadyStage, objective: Objective, number: int) -> int:
-    total = 0
-    for micro_batch in ready.data.steps[number].micro_batches:
-        total += len(micro_batch) * max(sum(map(objective.length, sequence)) for sequence in micro_batch)
-    return total
+def _padded_tokens(ready: ReadyStage, objective: Objective, number: int, device_type: str) -> int:
+    sequences = sequences_of(ready.data.steps[number])
+    lengths = [sum(map(objective.length, sequence)) for sequence in sequences]
+    passes = cut(lengths, ready.micro_batch_size, device_type)
+    return sum(len(chosen) * lengths[chosen[0]] for chosen in passes)
 
 
 def _validation_seconds(trainable: Trainable, ready: ReadyStage, steps: int, micro_batch_size: int) -> float:

@@ -12,12 +12,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
 
 _BUCKET_BYTES = 64 << 20
 """Gradients travel in pieces of at least this size: few messages for adapters, little extra memory for whole models."""
+
+_LONGEST_WAIT = timedelta(days=1)
+"""The others wait while the first one tokenises and publishes; if a process dies, the launcher ends the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ def joined_ranks() -> Iterator[Ranks]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_LONGEST_WAIT)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tune.cutting import cut
 from tune.data.batches import Pack, StepPlan
 from tune.memory import is_out_of_memory, release_memory
 from tune.model import Trainable
@@ -112,8 +113,9 @@ def _run_passes(
     num_tokens = 0
     figures: dict[str, float] = {}
     faulty: list[int] = []
-    for start in range(0, len(sequences), micro_batch_size):
-        micro_batch = sequences[start : start + micro_batch_size]
+    lengths = [sum(objective.length(index) for index in sequence) for sequence in sequences]
+    for chosen in cut(lengths, micro_batch_size, trainable.device.type):
+        micro_batch = [sequences[number] for number in chosen]
         losses = objective.losses(trainable, micro_batch)
         share = losses.total / num_units
         (share if scaler is None else scaler.scale(share)).backward()

@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from registry.errors import InvalidRequestError
 from tune.observers import scalars_of
-from tune.progress import Observer, StepMetrics, TrainingEvent
+from tune.progress import StepMetrics, TrainingEvent
 
 _RUN_TAG = "capo.run"
 
 
-class Tracker(Observer, AbstractContextManager["Tracker"], Protocol):
-    """An observer that is closed at the end, told whether the run failed."""
-
-
-def open_tracker(name: Literal["wandb", "mlflow"], *, run_name: str, run_id: str, recipe: Mapping[str, Any]) -> Tracker:
+def open_tracker(
+    name: Literal["wandb", "mlflow"], *, run_name: str, run_id: str, recipe: Mapping[str, Any]
+) -> WandbRun | MlflowRun:
     """Connect, as the tracker's environment says. May block on the network.
 
     Raises:
@@ -37,8 +35,9 @@ def open_tracker(name: Literal["wandb", "mlflow"], *, run_name: str, run_id: str
             f"trackers names {name!r}, which is not installed here; pip install 'capo-llm[{name}]', or leave it out",
             param="trackers",
         ) from error
-    kind = {"wandb": WandbRun, "mlflow": MlflowRun}[name]
-    return kind(library, run_name=run_name, run_id=run_id, recipe=recipe)
+    if name == "wandb":
+        return WandbRun(library, run_name=run_name, run_id=run_id, recipe=recipe)
+    return MlflowRun(library, run_name=run_name, run_id=run_id, recipe=recipe)
 
 
 class WandbRun(AbstractContextManager["WandbRun"]):

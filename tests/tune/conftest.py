@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.tune.samples import CHATML, SPECIAL_TOKENS, chat_rows, text_rows
+from tests.tune.samples import CHATML, SPECIAL_TOKENS, chat_rows, text_rows, write_jsonl
+
+if TYPE_CHECKING:
+    from tests.tune.workshop import Workshop
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +79,13 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, base_dir: Path) -> Workshop:
+    from registry import Registry
+    from tests.tune.workshop import Workshop
+
+    write_jsonl(tmp_path / "chat.jsonl", chat_rows(40))
+    write_jsonl(tmp_path / "text.jsonl", text_rows(40))
+    return Workshop(tmp_path, base_dir, Registry(tmp_path / "registry"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from registry import Registry
 from tests.tune.samples import chat_rows, write_jsonl
-from tune.cli import main
+from tune.cli import main, print_schema
+from tune.recipe import load_recipe, parse_recipe
 
 RECIPE = """\
 name: colours
@@ -87,3 +91,45 @@ def test_a_wrong_recipe_ends_with_a_reason_and_status_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
+
+
+def test_explain_prints_a_recipe_that_runs_as_it_is_with_a_reason_for_every_choice(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe), "--registry", str(recipe.parent / "reg"), "--explain"]) == 0
+    printed = capsys.readouterr().out
+    assert "# stage 1-sft: learning_rate = 0.01 (given in the recipe)" in printed
+    assert "# stage 1-sft: packing = False (a chat batch counts rows)" in printed
+    assert "# threads = " in printed
+    explained = parse_recipe(yaml.safe_load(printed))
+    assert explained.stages[0].max_length == 256, "the base's context length"
+    assert explained.stages[0].final_weights == "last"
+    assert not (recipe.parent / "work").exists()
+
+
+def test_a_dry_run_tells_memory_and_time_and_publishes_nothing(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe), "--registry", str(recipe.parent / "reg"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"memory: \d\.\d\d GiB at the peak: .* weights, .* gradients and optimizer", printed)
+    assert re.search(r"time: [\d.]+ s, of which [\d.]+ s to load the base", printed)
+    assert re.search(r"stage 1-sft: 5 steps in [\d.]+ s", printed)
+    assert Registry(recipe.parent / "reg").artifacts() == []
+
+
+def test_the_schema_accepts_recipes_and_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    print_schema()
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["required"]) == {"name", "base_model", "stages"}
+    assert schema["additionalProperties"] is False
+    undescribed = [
+        name for name, given in schema["$defs"]["Stage"]["properties"].items() if not given.get("description")
+    ]
+    assert undescribed == ["data"]
+
+
+def test_a_json_recipe_is_a_recipe(recipe: Path) -> None:
+    path = recipe.with_suffix(".json")
+    path.write_text(json.dumps(yaml.safe_load(recipe.read_text())))
+    assert load_recipe(path) == load_recipe(recipe)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +16,12 @@ from safetensors.torch import load_file
 from registry import Artifact, Registry, locate_base_model
 from registry.errors import InvalidDataError, InvalidRequestError, ModelNotFoundError, StorageError, UnavailableError
 from tests.tune.samples import chat_rows, text_rows, write_jsonl
+from tests.tune.workshop import Recorder, StopAfter, Workshop, weights_of
 from tune import checkpoint, export
 from tune.checkpoint import CheckpointFolder
-from tune.progress import SilentObserver, StepMetrics, StopRequested, TrainingEvent
+from tune.progress import StepMetrics, StopRequested
 from tune.recipe import parse_recipe
-from tune.session import TrainingResult, run, tensorboard_dir
-
-
-@dataclass
-class Recorder(SilentObserver):
-    steps: list[StepMetrics] = field(default_factory=list)
-    events: list[TrainingEvent] = field(default_factory=list)
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics)
-
-    def on_event(self, event: TrainingEvent) -> None:
-        self.events.append(event)
-
-    def said(self, text: str) -> bool:
-        return any(text in event.message for event in self.events)
-
-
-@dataclass
-class Workshop:
-    """Where one test trains: data files, a registry, and a way to run recipes on them."""
-
-    root: Path
-    base_dir: Path
-    registry: Registry
-
-    def recipe(self, **changes: Any) -> dict[str, Any]:
-        return {"name": "colours", "base_model": str(self.base_dir), "stages": [self.sft()]} | changes
-
-    def sft(self, **changes: Any) -> dict[str, Any]:
-        base = {"kind": "sft", "data": [{"path": "chat.jsonl"}], "validation": {"share": 0.2}, "learning_rate": 1e-2}
-        return base | {"epochs": 2} | changes
-
-    def cpt(self, **changes: Any) -> dict[str, Any]:
-        base = {"kind": "cpt", "data": [{"path": "text.jsonl"}], "validation": {"share": 0.2}, "learning_rate": 3e-3}
-        return base | {"epochs": 2} | changes
-
-    def run(
-        self,
-        recipe: dict[str, Any],
-        work: str = "work",
-        observer: Recorder | None = None,
-        should_stop: Callable[[], str | None] = lambda: None,
-        **more: Any,
-    ) -> TrainingResult:
-        return run(
-            parse_recipe(recipe),
-            registry=self.registry,
-            work_dir=self.root / work,
-            observer=observer or Recorder(),
-            should_stop=should_stop,
-            recipe_dir=self.root,
-            **more,
-        )
-
-
-@pytest.fixture
-def workshop(tmp_path: Path, base_dir: Path) -> Workshop:
-    write_jsonl(tmp_path / "chat.jsonl", chat_rows(40))
-    write_jsonl(tmp_path / "text.jsonl", text_rows(40))
-    return Workshop(tmp_path, base_dir, Registry(tmp_path / "registry"))
+from tune.session import TrainingResult, tensorboard_dir
 
 
 @dataclass(frozen=True)
@@ -252,10 +192,6 @@ def test_tensorboard_files_hold_every_step(published: dict[str, Published]) -> N
     assert losses == pytest.approx([metrics.train_loss for metrics in published["lora"].observer.steps])
 
 
-def weights_of(artifact: Artifact) -> bytes:
-    return next(artifact.path.glob("*.safetensors")).read_bytes()
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(workshop: Workshop, dropout: float) -> None:
     recipe = workshop.recipe(
@@ -266,17 +202,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(workshop: Wo
     other = workshop.run(recipe | {"seed": 43}, "c")
     assert weights_of(first.artifact) == weights_of(again.artifact)
     assert weights_of(first.artifact) != weights_of(other.artifact)
-
-
-class StopAfter:
-    """Asks for a stop at the step boundary after ``steps`` steps, once."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def __call__(self) -> str | None:
-        self._left -= 1
-        return "paused" if self._left == -1 else None
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 11])
