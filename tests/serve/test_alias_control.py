@@ -141,6 +141,23 @@ async def test_a_flip_that_finds_no_slot_in_time_is_made_and_says_that_it_is_col
         assert await admin.ask("support") == two
 
 
+async def test_a_check_that_takes_longer_than_a_flip_waits_still_decides(tmp_path: Path) -> None:
+    registry, gate = Registry(tmp_path), OpenGate()
+    good, bad = (publish(registry, "support", content).revision for content in ("good", "bad"))
+    gate.refuse.add(bad)
+    check = gate.check
+
+    async def slow_check(artifact: Any, limits: Any) -> None:
+        await asyncio.sleep(0.2)
+        await check(artifact, limits)
+
+    async with admin_of("http", FakeEngine(), tmp_path, gate=gate, alias_warm_seconds=0.05) as admin:
+        await admin.set_alias("support", good)
+        gate.check = slow_check  # type: ignore[method-assign]
+        assert (await refusal_of(admin.set_alias("support", bad))).code == "not_finite"
+        assert (await admin.alias("support"))["revision"] == good
+
+
 @FACES
 async def test_an_adapter_that_kills_the_engine_while_it_loads_never_takes_an_aliass_traffic(
     tmp_path: Path, face: str

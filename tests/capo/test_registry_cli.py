@@ -1,0 +1,65 @@
+"""``capo registry``'s alias commands, and the settings of pins, as an operator types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from capo.cli import registry as registry_cli
+from capo.cli.serve import read_settings
+from registry import Registry, errors
+from tests.serve.running import publish
+
+
+def run(root: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(registry_cli.app, [*arguments, "--registry", str(root)], env={"COLUMNS": "250"})
+
+
+def test_an_alias_gets_a_canary_is_rolled_back_and_removed(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    one, two = (publish(registry, "support", content).revision for content in ("one", "two"))
+    assert run(tmp_path, "alias", "prod", one).output == f"prod -> {one}\n"
+    done = run(tmp_path, "alias", "prod", one, "--canary", two, "--percent", "10", "--expected", one)
+    assert done.output == f"prod -> {one}, 10 % -> {two}\n"
+    assert "prod (10 %)" in run(tmp_path, "list").output
+    assert run(tmp_path, "rollback", "prod").output == f"prod -> {one}\n"
+    assert registry.alias("prod").canary is None
+    assert run(tmp_path, "unalias", "prod").output == "removed prod\n"
+    assert registry.aliases() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--canary", "TWO"], errors.InvalidRequestError),
+        (["--percent", "10"], errors.InvalidRequestError),
+        (["--canary", "TWO", "--percent", "0"], errors.InvalidRequestError),
+        (["--canary", "ONE", "--percent", "10"], errors.InvalidRequestError),
+        (["--expected", "TWO"], errors.ConflictError),
+    ],
+)
+def test_a_wrong_alias_command_changes_nothing(tmp_path: Path, arguments: list[str], error: type[Exception]) -> None:
+    registry = Registry(tmp_path)
+    one, two = (publish(registry, "support", content).revision for content in ("one", "two"))
+    registry.set_alias("prod", one)
+    given = [{"ONE": one, "TWO": two}.get(argument, argument) for argument in arguments]
+    assert isinstance(run(tmp_path, "alias", "prod", two if "--expected" in given else one, *given).exception, error)
+    assert (registry.alias("prod").revision, registry.alias("prod").canary) == (one, None)
+
+
+@pytest.mark.parametrize("command", ["rollback", "unalias"])
+def test_an_alias_that_is_not_set_is_an_error(tmp_path: Path, command: str) -> None:
+    Registry(tmp_path)
+    assert isinstance(run(tmp_path, command, "prod").exception, errors.ModelNotFoundError)
+
+
+def test_pins_come_from_the_command_line_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    ft = "ft:capo-tiny:capo:support:k3j2h1g0"
+    assert read_settings().pin == ()
+    monkeypatch.setenv("CAPO_PIN", f"support, {ft},,support@3f9c2b7e91aa04d1")
+    assert read_settings().pin == ("support", ft, "support@3f9c2b7e91aa04d1")
+    assert read_settings(pin=["beta", "gamma"]).pin == ("beta", "gamma")
+    with pytest.raises(errors.InvalidRequestError, match="pin"):
+        read_settings(pin=["Not A Name"])
