@@ -25,6 +25,8 @@ from registry.durable import Filesystem
 from registry.errors import InvalidRequestError, UnavailableError
 from tune.checkpoint import CheckpointFolder, Position, restore
 from tune.data.dataset import remove_stores
+from tune.evaluation.after_training import make_exports, reviewer
+from tune.evaluation.curves import CurveLog
 from tune.model import Trainable, load_trainable
 from tune.observers import TensorBoardLog
 from tune.optimizers import make_optimizer
@@ -92,6 +94,11 @@ def run(
         raise InvalidRequestError(
             f"alias={alias!r} and the recipe's promote_alias={recipe.promote_alias!r} differ; give one of them"
         )
+    if recipe.promote_if is not None and alias is None and recipe.promote_alias is None:
+        raise InvalidRequestError(
+            f"promote_if={recipe.promote_if!r} decides whether an alias moves, and none is given; set promote_alias",
+            param="promote_if",
+        )
     with joined_ranks() as ranks, ExitStack() as stack:
         if ranks.is_first:
             work_dir.mkdir(parents=True, exist_ok=True)
@@ -101,8 +108,16 @@ def run(
         else:
             observers = []
         ranks.wait()
+        if not ranks.is_first:
+            ranks.wait()  # the first one tokenises; the others then find the rows in the store
         prepared = prepare(recipe, registry, recipe_dir or Path(), FanOut(observers), work_dir / "data")
         if ranks.is_first:
+            ranks.wait()
+        curve = CurveLog(work_dir / f"curve-{prepared.fingerprint()[:_RUN_ID_DIGITS]}.jsonl")
+        review = None
+        if ranks.is_first:
+            observers.append(curve)
+            review = reviewer(prepared, recipe_dir or Path(), curve, FanOut(observers))
             for name in recipe.trackers:
                 tracker = open_tracker(
                     name,
@@ -110,7 +125,8 @@ def run(
                     run_id=prepared.fingerprint()[:_RUN_ID_DIGITS],
                     recipe=prepared.recipe.model_dump(mode="json"),
                 )
-                observers.append(stack.enter_context(tracker))
+                stack.push(tracker)
+                observers.append(tracker)
         watcher = FanOut(observers)
         trained = _train(prepared, work_dir, watcher, should_stop, ranks)
         totals = {"trained_tokens": float(trained.position.trained_tokens), "steps": float(trained.position.steps_done)}
@@ -125,8 +141,10 @@ def run(
                 job_id=job_id,
                 fine_tuned_name=fine_tuned_name,
                 alias=alias or recipe.promote_alias,
+                review=review,
             ).revision
             watcher.on_event(TrainingEvent("info", f"published {revision}", {"revision": revision}))
+            make_exports(prepared, registry.resolve(revision), registry, watcher)
             trained.checkpoints.clear()
             shutil.rmtree(_references_dir(work_dir), ignore_errors=True)
             remove_stores(work_dir / "data")
