@@ -26,8 +26,10 @@ _CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-]|\.\d)")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}(?!\w)")
 _SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
-_PHONE = re.compile(r"(?<![\w.])(?:\+\d[\d ().-]{6,22}\d|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4})(?![\w])")
+_IPV6 = re.compile(
+    r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])"
+)  # 2000::/3 is all that is global
+_PHONE = re.compile(r"(?<![\w.])(?:\+\d[\d ().-]{6,22}\d|(?:\(\d{3}\)[ .-]?|\d{3}[ .-])\d{3}[ .-]\d{4})(?!\w)")
 _DIGITS = re.compile(r"[\d@:]")
 _CARD_FIRST_DIGITS = "3456"
 """Of the issuers' ranges (ISO/IEC 7812): American Express, Visa, Mastercard, Discover."""
