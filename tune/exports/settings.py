@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NoReturn, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from registry.errors import InvalidRequestError
 from registry.names import check_name
 from tune.record import Record
 
@@ -122,3 +123,19 @@ def choose_thresholds(export: MergeExport | GptqExport | LoraExport, dtype: str)
     else:
         defaults, reason = _FOUR_BITS, "what the rank leaves out must not cost more than 4 bits would"
     return export.thresholds.or_else(defaults), reason
+
+
+def parse_export(given: object) -> MergeExport | GptqExport | LoraExport:
+    """
+    Raises:
+        InvalidRequestError: naming the field, or why this kind is not offered.
+    """
+    try:
+        export = TypeAdapter[MergeExport | GptqExport | LoraExport | AwqExport](Export).validate_python(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequestError(f"export{': ' + where if where else ''}: {reason}", param=where or None) from error
+    assert not isinstance(export, AwqExport), "no record of one can be made"
+    return export

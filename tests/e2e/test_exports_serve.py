@@ -1,0 +1,110 @@
+"""A GPTQ copy of a base, made and verified by Capo, serves in the real engine and takes the base's adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import Artifact, Registry
+from tests.e2e.service import Service, running
+
+pytestmark = [pytest.mark.engine, pytest.mark.training, pytest.mark.timeout(300)]
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "tasks"
+MAX_TOKENS = 16
+CLEAR_MARGIN = 1.0
+"""Between the two highest logits in float32; the engine computes in bfloat16, whose steps are 0.125 at 16 to 32."""
+
+
+@dataclass(frozen=True)
+class Served:
+    service: Service
+    registry: Registry
+    quantized: Artifact
+    adapter: Artifact
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    from tune.exports.session import export, locate_source, rows_for
+    from tune.exports.settings import GptqExport
+    from tune.recipe import parse_recipe
+    from tune.session import run
+
+    data_dir = tmp_path_factory.mktemp("quantized")
+    registry = Registry(data_dir / "registry")
+    stage = {"kind": "sft", "data": [{"path": "support/train.jsonl"}], "max_steps": 25, "learning_rate": 3e-3}
+    recipe = parse_recipe({"name": "briefly", "base_model": "capo-tiny", "stages": [stage]})
+    adapter = run(recipe, registry=registry, work_dir=data_dir / "work", recipe_dir=EXAMPLES).artifact
+    source = locate_source("capo-tiny", registry)
+    rows = rows_for(source, data=EXAMPLES / "support" / "train.jsonl", directories=[], max_rows=40, calibration_rows=32)
+    quantized = export(source, GptqExport(name="tiny-gptq"), rows, registry=registry)
+    with running(data_dir, "--model", quantized.revision, "--workers", "0") as service:
+        yield Served(service, registry, quantized, adapter)
+
+
+def prompts() -> list[list[dict[str, Any]]]:
+    lines = (EXAMPLES / "support" / "held_out.jsonl").read_text().splitlines()[:12]
+    return [json.loads(line)["messages"][:-1] for line in lines]
+
+
+def engine_tokens(served: Served, model: str, messages: list[dict[str, Any]]) -> list[int]:
+    reply = served.service.client.chat.completions.create(
+        model=model,
+        messages=messages,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        extra_body={"return_token_ids": True},
+    )
+    return reply.choices[0].token_ids  # type: ignore[attr-defined]
+
+
+def clear_tokens(model: Any, tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    """Greedy tokens up to the first one that wins by less than the margin."""
+    import torch
+
+    ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    found: list[int] = []
+    with torch.no_grad():
+        while len(found) < MAX_TOKENS:
+            best = model(input_ids=torch.tensor([ids + found])).logits[0, -1].topk(2)
+            if float(best.values[0] - best.values[1]) < CLEAR_MARGIN:
+                break
+            found.append(int(best.indices[0]))
+            if found[-1] == tokenizer.eos_token_id:
+                break
+    return found
+
+
+def test_the_engine_answers_from_the_quantised_weights_and_takes_an_adapter_of_their_base(served: Served) -> None:
+    """Both as the unpacked weights say, computed in float32 by another program."""
+    from transformers import AutoTokenizer
+
+    from tune.evaluation.loading import load
+
+    tokenizer = AutoTokenizer.from_pretrained(served.quantized.path)
+    compared = 0
+    answers: dict[str, list[list[int]]] = {}
+    for model, adapter_dir in ((served.quantized.revision, None), (served.adapter.revision, served.adapter.path)):
+        unpacked = load(served.quantized.path, adapter_dir)
+        answers[model] = [engine_tokens(served, model, messages) for messages in prompts()]
+        for messages, given in zip(prompts(), answers[model], strict=True):
+            expected = clear_tokens(unpacked, tokenizer, messages)
+            assert given[: len(expected)] == expected
+            compared += len(expected)
+    assert compared >= 50, "too few clear tokens to prove anything"
+    assert answers[served.quantized.revision] != answers[served.adapter.revision], "the adapter changes nothing"
+
+
+def test_what_was_measured_stands_in_the_manifest_and_in_the_report(served: Served) -> None:
+    manifest = served.quantized.manifest
+    assert manifest.kind == "gptq"
+    assert 0 < manifest.metrics["verification.kl"] < 0.15
+    report = json.loads((served.quantized.path / "report.json").read_text())
+    assert report["figures"]["measured"]["kl"] == manifest.metrics["verification.kl"]
+    assert served.registry.verify(served.quantized.revision) == []
