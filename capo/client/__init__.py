@@ -43,6 +43,7 @@ from capo.client.options import (
 from capo.client.results import (
     Adapter,
     Alias,
+    Canary,
     ChatAnswer,
     ChatChoice,
     ChatPiece,
@@ -64,6 +65,7 @@ __all__ = [
     "Alias",
     "AsyncCapoClient",
     "AuthenticationError",
+    "Canary",
     "CancelledByServerError",
     "CapoClient",
     "CapoClientError",

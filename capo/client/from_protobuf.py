@@ -9,6 +9,7 @@ from capo.client.options import Message, ToolCall
 from capo.client.results import (
     Adapter,
     Alias,
+    Canary,
     ChatAnswer,
     ChatChoice,
     ChatPiece,
@@ -124,14 +125,17 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         reason_code=message.reason_code,
         reason=message.reason,
         aliases=tuple(message.aliases),
+        canary_of=tuple(message.canary_of),
         rank=message.rank,
         created_at=message.created_at,
         requests_in_flight=message.requests_in_flight,
+        is_pinned=message.pinned,
     )
 
 
 def alias(message: adapters_pb2.Alias) -> Alias:
-    return Alias(message.alias, message.revision, message.write_once, message.updated_at)
+    canary = Canary(message.canary.revision, message.canary.percent) if message.HasField("canary") else None
+    return Alias(message.alias, message.revision, message.write_once, message.updated_at, canary)
 
 
 def _usage(usage: inference_pb2.Usage) -> Usage:

@@ -168,9 +168,20 @@ class Adapter:
     reason_code: str
     reason: str
     aliases: tuple[str, ...]
+    canary_of: tuple[str, ...]
     rank: int
     created_at: int
+    """Unix seconds."""
     requests_in_flight: int
+    is_pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A second revision that answers some of a hundred requests of an alias."""
+
+    revision: str
+    percent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +191,4 @@ class Alias:
     write_once: bool
     updated_at: int
     """Unix seconds."""
+    canary: Canary | None

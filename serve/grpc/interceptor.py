@@ -44,6 +44,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith(self._prefixes):
             return handler
+        assert not handler.request_streaming, f"{details.method} takes a stream, which is not looked after here yet"
         # Without a deserializer the bytes come here: what grpc says of bad ones is UNKNOWN and the text of a traceback.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
