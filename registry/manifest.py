@@ -72,9 +72,17 @@ class LoraShape(Record):
 class DataRecord(Record):
     path: str
     sha256: Sha256
+    format: str | None = None
+    """Container and row format, and how they were found."""
     rows_used: Count
+    rows_held_out: Count = 0
+    """Of the used ones: for validation."""
     rows_truncated: Count = 0
+    """Of the used ones."""
+    rows_redacted: Count = 0
+    """Of the used ones: personal data was replaced."""
     rows_dropped: Count = 0
+    dropped_by_reason: dict[str, Count] = {}
 
 
 class Probe(Record):

@@ -197,6 +197,9 @@ def _read_rows(
         return _Rows(sources, held_out, rows, [*accounts, account])
     assert stage.validation.share is not None, stage.validation
     held_out = held_out_mask(chain.from_iterable(sources), stage.validation.share, recipe.seed)
+    borders = np.cumsum([len(rows) for rows in sources])[:-1]
+    for account, part in zip(accounts, np.split(held_out, borders), strict=True):
+        account.rows_held_out = int(part.sum())
     return _Rows(sources, held_out, None, accounts)
 
 

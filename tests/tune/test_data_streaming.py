@@ -24,7 +24,7 @@ from tune.data.mask import Example
 from tune.data.store import EncodedRow, StoredRows, StoreWriter, open_store
 
 FEW, MANY = 1_000, size(40_000, 1_000_000)
-INDEX_BYTES = 200
+INDEX_BYTES = 120
 """A row may cost so much memory: its place, length, line and order of visit, and what planning holds for a moment."""
 SPARE_KIB = 8_000
 READ_AND_PLAN = """

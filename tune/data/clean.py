@@ -29,7 +29,17 @@ def _redacted_chat(row: ChatRow) -> ChatRow:
 
 def with_system_prompt(row: AnyRow, system_prompt: str | None) -> AnyRow:
     """The chat with ``system_prompt`` before it, unless it has a system message of its own."""
-    if system_prompt is None or not isinstance(row, ChatRow) or row.messages[0]["role"] in ("system", "developer"):
+    if system_prompt is None or isinstance(row, TextRow):
+        return row
+    if isinstance(row, PreferenceRow):
+        return replace(
+            row, chosen=_prompted(row.chosen, system_prompt), rejected=_prompted(row.rejected, system_prompt)
+        )
+    return _prompted(row, system_prompt)
+
+
+def _prompted(row: ChatRow, system_prompt: str) -> ChatRow:
+    if row.messages[0]["role"] in ("system", "developer"):
         return row
     system = {"role": "system", "content": system_prompt}
     return replace(row, messages=(system, *row.messages), trained=(False, *row.trained))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.durable import Filesystem
-from registry.errors import InvalidDataError
+from registry.errors import InvalidDataError, InvalidRequestError
 from tune.data.clean import redacted_row, with_system_prompt
 from tune.data.datafile import DataFile, Purpose, open_data
 from tune.data.encode import RowEncoder
@@ -63,6 +63,8 @@ class RowAccount:
     rows_dropped: int = 0
     rows_redacted: int = 0
     """Rows used in which personal data was replaced."""
+    rows_held_out: int = 0
+    """Rows used for validation instead of training."""
     split_rows: int = 0
     """Rows that became several examples, because one could not hold all trained turns as serving sees them."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -86,6 +88,8 @@ class RowAccount:
             text += f", {self.rows_dropped} dropped (lines {_shown(self.lines_dropped)})"
         if set(self.dropped) - {OVER_LENGTH}:
             text += f": {', '.join(f'{count} {reason}' for reason, count in sorted(self.dropped.items()))}"
+        if self.rows_held_out:
+            text += f", {self.rows_held_out} of them held out for validation"
         if self.split_rows:
             text += f", {self.split_rows} split into one example for each trained turn"
         return text
@@ -134,11 +138,16 @@ class DatasetReader:
 
         Raises:
             InvalidDataError: at the first faulty row; and when no row is left to train on.
+            InvalidRequestError: the options do not fit what the file holds.
             NotFoundError: there is no such file.
             StorageError: the disk refused.
         """
         options, duplicates = options or ReadOptions(), duplicates or {}
         file = self.open(path, options)
+        if options.system_prompt is not None and file.format == "text":
+            raise InvalidRequestError(
+                f"system_prompt stands before chats, and {shown_as} holds texts; remove it", param="system_prompt"
+            )
         account = RowAccount(path=shown_as, sha256=file.sha256(), format=file.sentence())
         if self._store_dir is not None:
             directory = self._store_dir / self._store_name(account.sha256, file, options, duplicates)
