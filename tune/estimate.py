@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -109,6 +111,7 @@ def _rehearse(trainable: Trainable, ready: ReadyStage) -> tuple[StageEstimate, i
     assert ready.stage.micro_batch_size is not None, ready.stage
     sizes = np.array([_padded_tokens(ready, objective, int(number), device_type) for number in numbers])
     chosen = [int(numbers[np.argmin(np.abs(sizes - np.quantile(sizes, share)))]) for share in _QUANTILES]
+    reference_seconds = _measure_reference(trainable, ready, chosen)
     run = _Rehearsal(trainable, ready, objective)
     curve = {
         _padded_tokens(ready, objective, number, device_type): run.seconds_of(number)
@@ -126,7 +129,7 @@ def _rehearse(trainable: Trainable, ready: ReadyStage) -> tuple[StageEstimate, i
         StageEstimate(
             label=ready.data.label,
             steps=total,
-            seconds=seconds + _validation_seconds(trainable, ready, total, run.micro_batch_size),
+            seconds=seconds + reference_seconds + _validation_seconds(trainable, ready, total, run.micro_batch_size),
             padded_tokens=round(float(sizes.mean()) * total),
             micro_batch_size=run.micro_batch_size,
         ),
@@ -187,15 +190,34 @@ def _padded_tokens(ready: ReadyStage, objective: Objective, number: int, device_
     return sum(len(chosen) * lengths[chosen[0]] for chosen in passes)
 
 
+def _measure_reference(trainable: Trainable, ready: ReadyStage, step_numbers: Sequence[int]) -> float:
+    """Give a dpo stage the reference of what is rehearsed; the seconds that all its pairs will take."""
+    if ready.reference is None:
+        return 0.0
+    steps = [ready.data.steps[number] for number in step_numbers]
+    indices = {index for step in steps for sequence in sequences_of(step) for index in sequence}
+    started = time.perf_counter()
+    ready.reference.measure(
+        trainable, [ready.data.examples[index] for index in sorted(indices)], ready.micro_batch_size
+    )
+    rate = (time.perf_counter() - started) / len(indices)
+    ready.reference.measure(trainable, _validation_sample(ready), ready.micro_batch_size)
+    return rate * (len(ready.data.examples) + len(ready.data.validation))
+
+
+def _validation_sample(ready: ReadyStage) -> list[Any]:
+    """Of all lengths as they come."""
+    examples = ready.data.validation
+    number = min(len(examples), _MOST_VALIDATION_SEQUENCES)
+    return [examples[int(index)] for index in np.linspace(0, len(examples) - 1, number)]
+
+
 def _validation_seconds(trainable: Trainable, ready: ReadyStage, steps: int, micro_batch_size: int) -> float:
     """Before the first step, when they are due, after the last one, and once more on the published weights."""
     examples = ready.data.validation
     if not examples:
         return 0.0
-    sample = [
-        examples[int(i)] for i in np.linspace(0, len(examples) - 1, min(len(examples), _MOST_VALIDATION_SEQUENCES))
-    ]
-
+    sample = _validation_sample(ready)
     started = time.perf_counter()
     evaluate(trainable, sample, micro_batch_size=micro_batch_size, make_objective=ready.data.make_objective)
     once = (time.perf_counter() - started) * len(examples) / len(sample)

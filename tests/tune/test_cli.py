@@ -133,3 +133,13 @@ def test_a_json_recipe_is_a_recipe(recipe: Path) -> None:
     path = recipe.with_suffix(".json")
     path.write_text(json.dumps(yaml.safe_load(recipe.read_text())))
     assert load_recipe(path) == load_recipe(recipe)
+
+
+def test_a_dry_run_rehearses_every_stage_kind(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"prompt": "What colour is the door?", "chosen": "Red.", "rejected": "No idea, ask the cat."}
+    write_jsonl(recipe.parent / "pairs.jsonl", [pair | {"prompt": f"Question {n}?"} for n in range(12)])
+    given = yaml.safe_load(recipe.read_text())
+    given["stages"].append({"kind": "dpo", "data": [{"path": "pairs.jsonl"}], "validation": {"share": 0.2}})
+    recipe.write_text(yaml.safe_dump(given))
+    assert main([str(recipe), "--registry", str(recipe.parent / "reg"), "--dry-run"]) == 0
+    assert re.search(r"stage 2-dpo: \d+ steps in [\d.]+ s", capsys.readouterr().out)

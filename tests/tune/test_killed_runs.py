@@ -10,29 +10,32 @@ from pathlib import Path
 import pytest
 
 from tests.sizes import LONG, size
+from tests.tune.samples import write_jsonl
+from tests.tune.test_methods_dpo import preference_rows
 from tests.tune.workshop import Workshop
 
 KILLS = size(3, 50)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_run_that_is_killed_at_a_random_moment_ends_with_the_same_bytes(workshop: Workshop) -> None:
-    """Text and then chats, both packed, with dropout, noise, validations and the best weights."""
+    """Text and then chats, both packed, then preferences; with dropout, noise, validations and the best weights."""
+    write_jsonl(workshop.root / "preferences.jsonl", preference_rows(24))
     stage = {
         "epochs": None,
-        "max_steps": 20,
+        "max_steps": 9,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "packing": True,
-        "max_length": 128,
         "neftune_alpha": 5,
-        "evaluate_every_steps": 4,
+        "evaluate_every_steps": 3,
         "early_stopping": {"patience": 50},
     }
+    packed = stage | {"packing": True, "max_length": 128}
+    preferences = {"kind": "dpo", "data": [{"path": "preferences.jsonl"}], "validation": {"share": 0.2}}
     recipe = workshop.recipe(
         method={"kind": "lora", "dropout": 0.1},
-        checkpoint_every_steps=3,
-        stages=[workshop.cpt(**stage), workshop.sft(**stage)],
+        checkpoint_every_steps=2,
+        stages=[workshop.cpt(**packed), workshop.sft(**packed), preferences | stage],
     )
     done = subprocess.run(
         [sys.executable, "-m", "tests.tune.killed_run", str(workshop.root), str(KILLS)],
