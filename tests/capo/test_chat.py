@@ -80,7 +80,7 @@ async def terminal(faces: Faces, *arguments: str) -> AsyncIterator[Terminal]:
     try:
         await opened.wait_for("> ")
         yield opened
-        opened.type("\x04")  # the end of input, where /quit has not come before it
+        opened.type("\n/quit\n")  # a whole line, which is read whether or not the prompt is up yet
         await asyncio.wait_for(process.wait(), 10)
     finally:
         if process.returncode is None:
@@ -175,6 +175,9 @@ async def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> No
         shell.type("still there?\n")
         assert "base base" in await shell.wait_for("tokens/s")
         assert engine.turns() == [("user", "still there?")]
+        await shell.wait_for("> ")
+        shell.type("\x04")
+        await asyncio.wait_for(shell.process.wait(), 10)
 
 
 async def test_a_models_text_cannot_command_the_terminal(tmp_path: Path) -> None:
