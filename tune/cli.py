@@ -45,7 +45,7 @@ def tune_recipe(
     """
     recipe = load_recipe(recipe_path)
     prepare_environment()
-    _hush_optional_libraries()
+    hush_optional_libraries()
     from tune.session import (
         run,
         tensorboard_dir,
@@ -97,7 +97,7 @@ def print_schema() -> None:
 def _prepare(recipe_path: Path, registry_dir: Path, *, say: Callable[[str], None]) -> Prepared:
     recipe = load_recipe(recipe_path)
     prepare_environment()
-    _hush_optional_libraries()
+    hush_optional_libraries()
     from tune.preparation import prepare
 
     class Speaker(SilentObserver):
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _hush_optional_libraries() -> None:
+def hush_optional_libraries() -> None:
     """peft imports these to ask whether they are in use; what they say about themselves would hide the bar."""
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

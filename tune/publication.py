@@ -15,6 +15,7 @@ from registry.errors import StorageError
 from tune.data.mask import Example
 from tune.data.pairs import PreferenceExample
 from tune.delivery import Delivery, deliver
+from tune.evaluation.after_training import Review
 from tune.export import export_adapter, export_model
 from tune.methods import QloraMethod
 from tune.model import Trainable
@@ -39,10 +40,12 @@ def publish(
     job_id: str | None,
     fine_tuned_name: str | None,
     alias: str | None,
+    review: Review | None = None,
 ) -> Artifact:
     """Publish what was trained, in the form that can be served; uses ``trainable`` up.
 
-    ``metrics`` were measured so far; the validation figures of the stored weights join them in the manifest.
+    ``metrics`` were measured so far; the validation figures of the stored weights join them in the manifest, and so
+    do those of ``review``, which decides whether ``alias`` moves.
     """
     recipe = prepared.recipe
     assert recipe.save_dtype != "auto", recipe.save_dtype
@@ -64,6 +67,10 @@ def publish(
             lora = _export(prepared, delivery, directory)
         except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
             raise StorageError(f"cannot write the trained weights: {error}; free some space and resume") from error
+        if review is not None:
+            outcome = review(directory, lora is not None)
+            metrics |= outcome.metrics()
+            alias = alias if outcome.is_promoted else None
         draft = ManifestDraft(
             kind="lora" if lora is not None else "merged",
             name=recipe.name,
@@ -117,9 +124,13 @@ def _data_records(stages: Sequence[ReadyStage]) -> list[DataRecord]:
         DataRecord(
             path=account.path.as_posix(),
             sha256=account.sha256,
+            format=account.format,
             rows_used=account.rows_used,
+            rows_held_out=account.rows_held_out,
             rows_truncated=account.rows_truncated,
+            rows_redacted=account.rows_redacted,
             rows_dropped=account.rows_dropped,
+            dropped_by_reason=account.dropped,
         )
         for ready in stages
         for account in ready.accounts

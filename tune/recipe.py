@@ -23,6 +23,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from registry.errors import InvalidRequestError, NotFoundError
 from registry.names import check_name, parse_alias
+from tune.evaluation.promotion import check_promotion
+from tune.evaluation.settings import Evaluation
+from tune.exports.settings import Export
 from tune.methods import LoraMethod, Method
 from tune.record import Record
 
@@ -31,7 +34,7 @@ class DataSource(Record):
     """One file or folder of training rows: JSONL, a JSON array, CSV, Parquet, or a Hugging Face dataset folder."""
 
     path: Path = Field(description="Relative paths start at the recipe file's directory.")
-    format: Literal["chat", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
+    format: Literal["chat", "prompt-completion", "alpaca", "sharegpt", "preference", "text"] | None = Field(
         None, description="Of the rows. None = found out from the keys of the first row, and said."
     )
     system_prompt: str | None = Field(
@@ -114,6 +117,10 @@ class Dpo(Record):
         description="Adds this times the mean cross-entropy of the preferred answer's tokens, so that it does not lose "
         "likelihood itself (https://arxiv.org/abs/2404.19733, section 2, which uses 1).",
     )
+
+
+_CHATS = ("chat", "prompt-completion", "alpaca", "sharegpt")
+_FORMATS_OF_KIND = {"sft": _CHATS, "cpt": ("text",), "mixed": (*_CHATS, "text"), "dpo": ("preference",)}
 
 
 class Stage(Record):
@@ -280,12 +287,13 @@ class Stage(Record):
                 "packing=true leaves nothing to pad, so group_by_length=true has no effect; keep one of them"
             )
         for index, source in enumerate(self.data):
-            if self.kind == "cpt" and (source.system_prompt is not None or source.format not in (None, "text")):
+            if self.kind == "cpt" and source.system_prompt is not None:
+                raise ValueError(f"data[{index}]: system_prompt stands before chats, and a cpt stage reads texts")
+            if source.format is not None and source.format not in _FORMATS_OF_KIND[self.kind]:
                 raise ValueError(
-                    f"data[{index}]: system_prompt and chat formats belong to kind sft; cpt reads text rows"
+                    f"data[{index}]: a stage of kind {self.kind} reads {', '.join(_FORMATS_OF_KIND[self.kind])}, not "
+                    f"format={source.format}"
                 )
-            if self.kind == "sft" and source.format == "text":
-                raise ValueError(f"data[{index}]: format=text belongs to kind cpt; sft reads chats")
         if self.evaluate_every_steps is not None and self.validation is None:
             raise ValueError(
                 f"evaluate_every_steps={self.evaluate_every_steps} needs rows to evaluate on, but validation is not "
@@ -327,11 +335,30 @@ class Recipe(Record):
         "tracker's own environment (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME).",
     )
     promote_alias: str | None = Field(None, description="Alias that points to the result once it is published.")
+    evaluation: Evaluation | None = Field(
+        None,
+        description="Base against tuned model after training: figures, answers side by side, and a report in the "
+        "artifact. None = validation figures only.",
+    )
+    promote_if: str | None = Field(
+        None,
+        description="Moves the alias only if this holds of the evaluation's figures, as in 'exact_match > base + 0.05' "
+        "(tune/evaluation/promotion.py). The result is published either way.",
+    )
+    exports: tuple[Export, ...] = Field(
+        (), max_length=8, description="Further artifacts made of the result and verified against it: merge, gptq, lora."
+    )
 
     @field_validator("name")
     @classmethod
     def _name_must_be_publishable(cls, value: str) -> str:
         return check_name(value)
+
+    @model_validator(mode="after")
+    def _promotion_needs_measured_figures(self) -> Recipe:
+        if self.promote_if is not None:
+            check_promotion(self.promote_if, self.evaluation)
+        return self
 
     @field_validator("promote_alias")
     @classmethod
