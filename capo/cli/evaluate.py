@@ -34,6 +34,7 @@ def evaluate(
         str | None, typer.Option(help="Run the benchmarks on this service instead, such as http://127.0.0.1:8000.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.html.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Where its base is, if the base's id does not say.")] = None,
     registry: Annotated[Path | None, typer.Option(help="Registry directory; default as for capo serve.")] = None,
 ) -> None:
     """Measure a tuned model and its base on the same rows, and write a report."""
@@ -68,7 +69,7 @@ def evaluate(
         ):
             raise errors.InvalidRequestError("--endpoint runs benchmarks only: give --benchmark, and no rows or gate")
         artifact = opened.resolve(reference)
-        base = locate_base_model(artifact.manifest.base_model.id, opened)
+        base = locate_base_model(base_model or artifact.manifest.base_model.id, opened)
         figures = evaluate_endpoint(endpoint, [base.id, reference], base.path, asked)
         _print({"base": figures[base.id], "tuned": figures[reference]})
         return
@@ -78,6 +79,7 @@ def evaluate(
         registry=opened,
         directories=[Path(), files_dir(settings.data_dir)],
         promote_if=promote_if,
+        base_model=base_model,
     )
     _print({column: dict(values) for column, values in outcome.report.figures.items()})
     folder = output or settings.data_dir / "reports" / outcome.report.title

@@ -24,6 +24,7 @@ NameOption = Annotated[
 DataOption = Annotated[
     Path | None, typer.Option(help="Rows to verify (and calibrate) on; default those of its own training job.")
 ]
+BaseOption = Annotated[str | None, typer.Option(help="Where its base is, if the base's id does not say.")]
 KlOption = Annotated[float | None, typer.Option("--max-kl", help="Not published beyond this divergence, in nats.")]
 TopOption = Annotated[float | None, typer.Option("--min-top1-agreement", help="Not published below this share.")]
 RegistryOption = Annotated[
@@ -39,11 +40,14 @@ def merge(
     data: DataOption = None,
     max_kl: KlOption = None,
     min_top1_agreement: TopOption = None,
+    base_model: BaseOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Add an adapter into its base's weights: a model that serves with capo serve --model NAME@REVISION."""
     limits = {"max_kl": max_kl, "min_top1_agreement": min_top1_agreement}
-    _export({"kind": "merge", "dtype": dtype, "name": name, "thresholds": limits}, reference, data, registry)
+    _export(
+        {"kind": "merge", "dtype": dtype, "name": name, "thresholds": limits}, reference, data, base_model, registry
+    )
 
 
 @app.command()
@@ -57,6 +61,7 @@ def gptq(
     data: DataOption = None,
     max_kl: KlOption = None,
     min_top1_agreement: TopOption = None,
+    base_model: BaseOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Quantise to 4 or 8 bits. A copy of a plain base takes the base's adapters."""
@@ -69,7 +74,7 @@ def gptq(
         "name": name,
         "thresholds": {"max_kl": max_kl, "min_top1_agreement": min_top1_agreement},
     }
-    _export(asked, reference, data, registry)
+    _export(asked, reference, data, base_model, registry)
 
 
 @app.command()
@@ -80,17 +85,18 @@ def lora(
     data: DataOption = None,
     max_kl: KlOption = None,
     min_top1_agreement: TopOption = None,
+    base_model: BaseOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Extract an adapter from a model whose whole weights were tuned."""
     limits = {"max_kl": max_kl, "min_top1_agreement": min_top1_agreement}
-    _export({"kind": "lora", "rank": rank, "name": name, "thresholds": limits}, reference, data, registry)
+    _export({"kind": "lora", "rank": rank, "name": name, "thresholds": limits}, reference, data, base_model, registry)
 
 
 @app.command()
 def awq(reference: ReferenceArgument) -> None:
     """Not offered; says why."""
-    _export({"kind": "awq"}, reference, None, None)
+    _export({"kind": "awq"}, reference, None, None, None)
 
 
 class _Told:
@@ -103,7 +109,9 @@ class _Told:
         del metrics
 
 
-def _export(asked: dict[str, Any], reference: str, data: Path | None, registry: Path | None) -> None:
+def _export(
+    asked: dict[str, Any], reference: str, data: Path | None, base_model: str | None, registry: Path | None
+) -> None:
     from tune.cli import hush_optional_libraries
     from tune.exports.session import export, locate_source, rows_for
     from tune.exports.settings import parse_export
@@ -113,7 +121,7 @@ def _export(asked: dict[str, Any], reference: str, data: Path | None, registry: 
     export_settings = parse_export(asked)
     opened = Registry(settings.registry_path)
     hush_optional_libraries()
-    source = locate_source(reference, opened)
+    source = locate_source(reference, opened, base_model)
     rows = rows_for(
         source,
         data=data,

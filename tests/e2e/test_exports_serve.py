@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from registry import Artifact, Registry
+from registry.errors import InvalidArtifactError
 from tests.e2e.service import Service, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.training, pytest.mark.timeout(300)]
@@ -108,3 +109,16 @@ def test_what_was_measured_stands_in_the_manifest_and_in_the_report(served: Serv
     report = json.loads((served.quantized.path / "report.json").read_text())
     assert report["figures"]["measured"]["kl"] == manifest.metrics["verification.kl"]
     assert served.registry.verify(served.quantized.revision) == []
+
+
+def test_the_artifact_names_no_path_of_this_machine_and_is_not_quantised_again(served: Served) -> None:
+    from tune.exports.session import export, locate_source, rows_for
+    from tune.exports.settings import GptqExport
+
+    config = (served.quantized.path / "config.json").read_text()
+    assert "/tmp" not in config
+    assert "/" not in json.dumps(json.loads(config)["quantization_config"])
+    source = locate_source(served.quantized.revision, served.registry)
+    rows = rows_for(source, data=EXAMPLES / "support" / "held_out.jsonl", directories=[], max_rows=8)
+    with pytest.raises(InvalidArtifactError, match="is quantised"):
+        export(source, GptqExport(), rows, registry=served.registry)

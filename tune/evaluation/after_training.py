@@ -10,8 +10,9 @@ from registry import Artifact, Registry
 from registry.errors import CapoError
 from tune.data.mask import Example
 from tune.evaluation.curves import CurveLog
+from tune.evaluation.loading import Judged
 from tune.evaluation.session import Contest, Outcome, judge, rows_for
-from tune.exports.session import ExportRows, export, locate_source
+from tune.exports.session import ExportRows, Source, export
 from tune.exports.settings import AwqExport, GptqExport
 from tune.preparation import Prepared
 from tune.progress import Observer, TrainingEvent
@@ -55,6 +56,10 @@ def reviewer(prepared: Prepared, recipe_dir: Path, curve: CurveLog, watcher: Obs
 
 def make_exports(prepared: Prepared, artifact: Artifact, registry: Registry, watcher: Observer) -> list[Artifact]:
     """Every export that the recipe asks for. One that fails is told and left out: the model it is of is published."""
+    base = prepared.base
+    is_adapter = artifact.manifest.kind == "lora"
+    model_dir, adapter_dir = (base.path, artifact.path) if is_adapter else (artifact.path, None)
+    source = Source(Judged(artifact.revision, base, model_dir, adapter_dir), artifact)
     made = []
     for settings in prepared.recipe.exports:
         assert not isinstance(settings, AwqExport), "no record of one can be made"
@@ -65,9 +70,7 @@ def make_exports(prepared: Prepared, artifact: Artifact, registry: Registry, wat
         judged_on = (held_out if len(held_out) else trained)[: settings.max_rows]
         rows = ExportRows(trained[:calibration_rows], judged_on, note)
         try:
-            made.append(
-                export(locate_source(artifact.revision, registry), settings, rows, registry=registry, watcher=watcher)
-            )
+            made.append(export(source, settings, rows, registry=registry, watcher=watcher))
         except CapoError as error:
             watcher.on_event(TrainingEvent("warn", f"export {settings.kind} failed: {error.message}"))
     return made

@@ -20,7 +20,6 @@ from registry import Artifact, BaseModel, Registry, locate_base_model
 from registry.adapter_config import read_adapter_config
 from registry.adapter_files import WEIGHTS_NAME
 from registry.errors import InvalidArtifactError
-from registry.names import RevisionReference, parse_reference
 from tune.evaluation.gptq_weights import plain_weights, quantization_of
 
 _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:A\.weight|embedding_A)", re.ASCII)
@@ -38,8 +37,8 @@ class Judged:
     adapter_dir: Path | None
 
 
-def locate(reference: str, registry: Registry) -> tuple[Judged, Artifact]:
-    """An artifact and the base to judge it against.
+def locate(reference: str, registry: Registry, base_model: str | None = None) -> tuple[Judged, Artifact]:
+    """An artifact and the base to judge it against: ``base_model``, or what its manifest names.
 
     Raises:
         ModelNotFoundError: it, or the base that its manifest names, is nowhere.
@@ -47,7 +46,7 @@ def locate(reference: str, registry: Registry) -> tuple[Judged, Artifact]:
     """
     artifact = registry.resolve(reference)
     identity = artifact.manifest.base_model
-    base = locate_base_model(identity.id, registry)
+    base = locate_base_model(base_model or identity.id, registry)
     if identity.fingerprint is not None and base.identity.fingerprint != identity.fingerprint:
         raise InvalidArtifactError(
             f"{artifact.revision} was made from {identity.id} (fingerprint {identity.fingerprint[:16]}); the one found "
@@ -57,10 +56,6 @@ def locate(reference: str, registry: Registry) -> tuple[Judged, Artifact]:
     if artifact.manifest.kind == "lora":
         return Judged(artifact.revision, base, base.path, artifact.path), artifact
     return Judged(artifact.revision, base, artifact.path, None), artifact
-
-
-def is_revision(reference: str) -> bool:
-    return "@" in reference and isinstance(parse_reference(reference), RevisionReference)
 
 
 def load(model_dir: Path, adapter_dir: Path | None = None, *, device: torch.device | None = None) -> Any:

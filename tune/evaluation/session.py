@@ -115,6 +115,7 @@ def evaluate_reference(
     registry: Registry,
     directories: Sequence[Path],
     promote_if: str | None = None,
+    base_model: str | None = None,
 ) -> Outcome:
     """An artifact of the registry against the base that it was made from.
 
@@ -124,7 +125,7 @@ def evaluate_reference(
         ModelNotFoundError, InvalidArtifactError: it or its base cannot be had.
         InvalidRequestError, InvalidDataError, NotFoundError: there are no rows, or bad ones.
     """
-    judged, artifact = locate(reference, registry)
+    judged, artifact = locate(reference, registry, base_model)
     held_out: Sequence[Example] = []
     if settings.data is None:
         tokenizer = load_tokenizer(judged.base.path)

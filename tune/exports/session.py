@@ -74,18 +74,19 @@ class _Made:
     figures: Mapping[str, float] | None = None
 
 
-def locate_source(reference: str, registry: Registry) -> Source:
-    """An artifact by revision or alias, or else a base model.
+def locate_source(reference: str, registry: Registry, base_model: str | None = None) -> Source:
+    """An artifact by revision or alias, or else a base model. ``base_model``: where the artifact's base is, if its id
+    does not say.
 
     Raises:
         ModelNotFoundError: it is neither.
     """
     try:
-        judged, artifact = locate(reference, registry)
+        registry.resolve(reference)
     except (ModelNotFoundError, InvalidNameError):
         base = locate_base_model(reference, registry)
         return Source(Judged(base.id, base, base.path, None), None)
-    return Source(judged, artifact)
+    return Source(*locate(reference, registry, base_model))
 
 
 def rows_for(

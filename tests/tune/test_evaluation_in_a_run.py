@@ -1,0 +1,106 @@
+"""A whole run with an evaluation, a gate and an export: what moves, and what the artifact then holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import Registry
+from registry.errors import InvalidRequestError, ModelNotFoundError
+from tests.tune.samples import chat_rows, text_rows, write_jsonl
+from tune.progress import StepMetrics, TrainingEvent
+from tune.recipe import parse_recipe
+from tune.session import run
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.events: list[TrainingEvent] = []
+
+    def on_event(self, event: TrainingEvent) -> None:
+        self.events.append(event)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        del metrics
+
+
+def recipe(tmp_path: Path, base_dir: Path, **more: Any) -> Any:
+    write_jsonl(tmp_path / "rows.jsonl", chat_rows(40))
+    write_jsonl(tmp_path / "general.jsonl", text_rows(10))
+    stage = {"kind": "sft", "data": [{"path": "rows.jsonl"}], "validation": {"share": 0.2}, "max_steps": 12}
+    return parse_recipe(
+        {
+            "name": "colours",
+            "base_model": str(base_dir),
+            "stages": [stage | {"learning_rate": 5e-3}],
+            "promote_alias": "colours-live",
+            "evaluation": {"general": "general.jsonl", "max_tokens": 8},
+            **more,
+        }
+    )
+
+
+def test_a_run_reports_base_against_tuned_moves_its_alias_and_makes_its_exports(tmp_path: Path, base_dir: Path) -> None:
+    heard, registry = Heard(), Registry(tmp_path / "registry")
+    loose = {"max_kl": 1e-12, "min_top1_agreement": 1.0}
+    asked = recipe(
+        tmp_path,
+        base_dir,
+        promote_if="loss < base - 0.1",
+        exports=[{"kind": "merge", "dtype": "float32"}, {"kind": "merge", "dtype": "bfloat16", "thresholds": loose}],
+    )
+    result = run(asked, registry=registry, work_dir=tmp_path / "work", observer=heard, recipe_dir=tmp_path)
+    assert registry.resolve("colours-live") == result.artifact
+    metrics = result.artifact.manifest.metrics
+    assert metrics["promotion.is_promoted"] == 1.0
+    # The same rows through the training's own code.
+    assert metrics["evaluation.tuned.loss"] == pytest.approx(metrics["1-sft.valid_loss"], abs=1e-4)
+    assert metrics["evaluation.base.loss"] == pytest.approx(metrics["1-sft.base_valid_loss"], abs=1e-4)
+    assert metrics["evaluation.base.general_loss"] != metrics["evaluation.tuned.general_loss"]
+    report = json.loads((result.artifact.path / "report.json").read_text())
+    assert [point["step"] for point in report["curve"]] == list(range(1, 13))
+    assert len(report["answers"]) == 8
+    assert "report.html" in result.artifact.manifest.files
+    merged = registry.artifacts("colours-merged")
+    assert [artifact.manifest.dtype for artifact in merged] == ["float32"]
+    assert merged[0].manifest.parents == [result.artifact.revision]
+    failed = [
+        event.message for event in heard.events if event.level == "warn" and "export merge failed" in event.message
+    ]
+    assert len(failed) == 1
+    assert "is not published" in failed[0]
+
+
+def test_a_gate_that_does_not_hold_leaves_the_alias_and_still_publishes(tmp_path: Path, base_dir: Path) -> None:
+    heard, registry = Heard(), Registry(tmp_path / "registry")
+    asked = recipe(tmp_path, base_dir, promote_if="loss < base - 100")
+    result = run(asked, registry=registry, work_dir=tmp_path / "work", observer=heard, recipe_dir=tmp_path)
+    with pytest.raises(ModelNotFoundError):
+        registry.resolve("colours-live")
+    assert registry.resolve(result.artifact.revision).manifest.metrics["promotion.is_promoted"] == 0.0
+    assert any("does not hold (base.loss = " in event.message for event in heard.events if event.level == "warn")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"promote_if": "loss < base", "promote_alias": None}, "none is given; set promote_alias"),
+        ({"evaluation": {"data": "absent.jsonl"}}, "absent.jsonl"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused_before_training(
+    tmp_path: Path, base_dir: Path, more: dict[str, Any], reason: str
+) -> None:
+    heard = Heard()
+    with pytest.raises((InvalidRequestError, ModelNotFoundError, LookupError), match=reason):
+        run(
+            recipe(tmp_path, base_dir, **more),
+            registry=Registry(tmp_path / "registry"),
+            work_dir=tmp_path / "work",
+            observer=heard,
+            recipe_dir=tmp_path,
+        )
+    assert not any("trained parameters" in event.message for event in heard.events)
