@@ -55,3 +55,28 @@ def test_an_argument_that_would_be_ignored_or_do_harm_is_refused(model: Path, ar
         chosen(model, *arguments)
     assert caught.value.code == "invalid_engine_arguments"
     assert arguments[0].partition("=")[0].replace("_", "-") in caught.value.message
+
+
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser")
+
+
+def test_tools_work_by_default_where_the_template_shows_how(model: Path) -> None:
+    assert not set(TOOLS) & chosen(model).keys()
+    (model / "chat_template.jinja").write_text("{{ tools }}<tool_call></tool_call>")
+    assert chosen(model)["--tool-call-parser"] == "hermes"
+    assert "--enable-auto-tool-choice" in chosen(model)
+
+
+def test_a_parser_that_the_user_names_is_taken_and_enabled(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ tools }}<tool_call></tool_call>")
+    mine = chosen(model, "--tool-call-parser", "mistral")
+    assert "--tool-call-parser" not in mine
+    assert "--enable-auto-tool-choice" in mine
+    assert not set(TOOLS) & chosen(model, "--enable-auto-tool-choice", "--tool-call-parser=mistral").keys() - {TOOLS[0]}
+
+
+def test_one_backend_compiles_constraints_unless_the_user_says_which(model: Path) -> None:
+    """By itself vLLM keeps the backend that its first constrained request happens to need, for all that follow."""
+    assert chosen(model)["--structured-outputs-config"] == '{"backend": "xgrammar"}'
+    for mine in ("--structured-outputs-config={}", "--structured-outputs-config.backend=guidance"):
+        assert "--structured-outputs-config" not in chosen(model, mine)

@@ -281,3 +281,48 @@ async def test_requests_beyond_a_models_limit_are_a_429_and_beyond_the_services_
         engine.answer_gate.set()
         assert [(await task).status_code for task in running] == [200] * 3
         assert service._in_flight_of == {}
+
+
+async def test_responses_stream_an_error_event_and_no_completed_one_when_the_engine_dies(tmp_path: Path) -> None:
+    engine = FakeEngine(num_tokens=4)
+    engine.fail_after_tokens = 2
+    async with running_service(engine, tmp_path) as (client, _):
+        body = {"model": BASE, "input": "hello", "stream": True}
+        async with client.stream("POST", "/v1/responses", json=body) as response:
+            lines = [line async for line in response.aiter_lines() if line]
+    assert lines[-2] == "event: error"
+    error = json.loads(lines[-1].removeprefix("data: "))
+    assert (error["type"], error["code"], error["sequence_number"]) == ("error", "engine_dead", 2)
+
+
+async def test_tokens_are_converted_under_any_model_name_and_no_other(tmp_path: Path) -> None:
+    artifact = publish(Registry(tmp_path), "support", alias="help")
+    async with running_service(FakeEngine(), tmp_path) as (client, service):
+        for model in (BASE, "help", artifact.revision):
+            tokens = (await client.post("/tokenize", json={"model": model, "prompt": "ab"})).json()["tokens"]
+            back = await client.post("/detokenize", json={"model": model, "tokens": tokens})
+            assert back.json()["prompt"] == "ab"
+        assert (await client.post("/tokenize", json={"model": "nope", "prompt": "ab"})).status_code == 404
+        assert service.engine.loaded == {}  # type: ignore[attr-defined]
+
+
+async def test_an_unknown_route_names_those_that_exist(tmp_path: Path) -> None:
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        for path in ("/v1/embeddings", "/v1/images/generations", "/v1/audio/speech", "/v1/moderations"):
+            response = await client.post(path, json={"model": BASE})
+            assert response.status_code == 404
+            assert response.json()["error"]["code"] == "unknown_url"
+            assert "/v1/chat/completions" in response.json()["error"]["message"]
+
+
+async def test_the_openapi_document_describes_bodies_as_the_policy_has_them(tmp_path: Path) -> None:
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        document = (await client.get("/openapi.json")).json()
+    assert "422" not in json.dumps(document)
+    post = document["paths"]["/v1/chat/completions"]["post"]
+    body = post["requestBody"]["content"]["application/json"]["schema"]
+    assert body["additionalProperties"] is False
+    assert body["properties"]["n"]["maximum"] == 16
+    assert "priority" not in body["properties"]  # the engine knows it, clients may not send it
+    alias = document["paths"]["/v1/aliases/{alias}"]["put"]["requestBody"]["content"]["application/json"]["schema"]
+    assert alias["required"] == ["revision"]

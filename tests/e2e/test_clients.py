@@ -1,0 +1,375 @@
+"""Stock clients talk to the service as they talk to OpenAI: openai's SDK, LangChain, litellm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import openai
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
+
+from tests.e2e.service import Service
+
+pytestmark = pytest.mark.engine
+
+MODEL = "capo-tiny"
+HELLO: dict[str, Any] = {"role": "user", "content": "Who are you?"}
+CITIES = {"Paris", "Rome"}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": sorted(CITIES)}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "The weather.",
+    "parameters": PARAMETERS,
+    "strict": True,
+}
+WEATHER_TOOL: Any = {"type": "function", "function": WEATHER}
+NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
+LITELLM = Path("build/litellm").absolute()
+
+
+class Reply(BaseModel):
+    """A form that no untrained answer has by chance."""
+
+    mood: Literal["glad", "sad"]
+    is_sure: bool
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> openai.OpenAI:
+    return service.client
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    fields: dict[str, Any] = {"model": MODEL, "messages": [HELLO], "temperature": 0, "max_tokens": 48, **options}
+    return client.chat.completions.create(**fields)
+
+
+def text_of(answer: Any) -> str:
+    return answer.choices[0].message.content or ""
+
+
+# -- openai's SDK: chat ----------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_of_several_turns_streams_what_it_answers_in_one_piece(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "developer", "content": "Be brief."}]
+    for question in ("Hello.", "Who are you?", "Thank you."):
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        whole = ask(client, messages=messages)
+        with ask(client, messages=messages, stream=True, stream_options={"include_usage": True}) as stream:
+            chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text_of(whole) != ""
+        assert chunks[-1].usage == whole.usage
+        messages.append(whole.choices[0].message)  # as it came, with all its empty fields
+
+
+async def test_the_async_client_streams_the_same(service: Service, client: openai.OpenAI) -> None:
+    async with service.async_client() as async_client:
+        stream = await async_client.chat.completions.create(
+            model=MODEL,
+            messages=[HELLO],
+            temperature=0,
+            max_tokens=48,
+            stream=True,  # type: ignore[arg-type]
+        )
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == text_of(ask(client))
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_tool_call_goes_round_whole_and_streamed(client: openai.OpenAI, choice: Any) -> None:
+    answer = ask(client, tools=[WEATHER_TOOL], tool_choice=choice).choices[0]
+    (call,) = answer.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in CITIES
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny."}
+    after = ask(client, messages=[HELLO, answer.message, result], tools=[WEATHER_TOOL])
+    assert after.usage.prompt_tokens > ask(client, tools=[WEATHER_TOOL]).usage.prompt_tokens
+
+    with client.chat.completions.stream(
+        model=MODEL, messages=[HELLO], temperature=0, max_tokens=48, tools=[WEATHER_TOOL], tool_choice=choice
+    ) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.message.tool_calls[0].function.name == "get_weather"
+    assert streamed.message.tool_calls[0].function.arguments == call.function.arguments
+    assert streamed.finish_reason == answer.finish_reason
+
+
+def test_tool_choice_none_and_auto_leave_the_answer_to_the_model(client: openai.OpenAI) -> None:
+    for choice in ("none", "auto"):
+        message = ask(client, tools=[WEATHER_TOOL], tool_choice=choice).choices[0].message
+        assert message.content or message.tool_calls
+        assert choice == "auto" or not message.tool_calls
+
+
+def test_a_schema_answer_parses_into_its_class(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=[HELLO], response_format=Reply, temperature=0, max_tokens=64
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Reply)
+
+
+def test_an_answer_can_be_bound_to_json_a_regex_a_choice_and_a_grammar(client: openai.OpenAI) -> None:
+    assert isinstance(json.loads(text_of(ask(client, response_format={"type": "json_object"}, max_tokens=200))), dict)
+    for bound, allowed in (
+        ({"regex": "[a-c]{3}-[0-9]{2}"}, lambda text: text[:3].strip("abc") == "" and text[3] == "-"),
+        ({"choice": ["yes", "no"]}, {"yes", "no"}.__contains__),
+        ({"grammar": 'root ::= "x" ("1" | "2")'}, {"x1", "x2"}.__contains__),
+        ({"json": {"enum": [7]}}, "7".__eq__),
+    ):
+        assert allowed(text_of(ask(client, extra_body={"structured_outputs": bound})))
+
+
+def test_sampling_fields_do_what_openai_says(client: openai.OpenAI) -> None:
+    plain = ask(client)
+    first = plain.choices[0].message.content.split()[0]
+    assert text_of(ask(client, stop=[first])) == ""
+    assert ask(client, max_tokens=None, max_completion_tokens=2).usage.completion_tokens == 2
+    logprobs = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert all(token.logprob == max(top.logprob for top in token.top_logprobs) for token in logprobs)
+    assert {len(token.top_logprobs) for token in logprobs} == {3}
+    banned = {str(token_id): -100 for token_id in _token_ids(client, first)}
+    assert not text_of(ask(client, logit_bias=banned)).startswith(first)
+    several = ask(client, n=3, temperature=1.5, seed=5, max_tokens=24)
+    assert len({choice.message.content for choice in several.choices}) > 1
+    again = ask(client, n=3, temperature=1.5, seed=5, max_tokens=24)
+    assert [c.message.content for c in again.choices] == [c.message.content for c in several.choices]
+    assert ask(client, temperature=1.5, seed=6, max_tokens=24) != several
+
+
+def _token_ids(client: openai.OpenAI, text: str) -> list[int]:
+    url = str(client.base_url).removesuffix("/v1/")
+    return httpx.post(f"{url}/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
+
+
+def test_tokens_of_a_conversation_are_those_that_it_is_billed_for(service: Service, client: openai.OpenAI) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, HELLO]
+    tokens = httpx.post(f"{service.url}/tokenize", json={"model": MODEL, "messages": messages}).json()["tokens"]
+    assert len(tokens) == ask(client, messages=messages).usage.prompt_tokens
+    back = httpx.post(f"{service.url}/detokenize", json={"model": MODEL, "tokens": tokens}).json()["prompt"]
+    assert "Be brief." in back
+    assert HELLO["content"] in back
+
+
+def test_trouble_is_the_sdks_own_exception(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(client, model="nope")
+    assert missing.value.code == "model_not_found"
+    for options in (
+        {"temperature": -1},
+        {"extra_body": {"temprature": 1}},
+        {"extra_body": {"structured_outputs": {"regex": "[a-"}}},
+        {"extra_body": {"structured_outputs": {"grammar": "root ::= nothing"}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+        {"messages": [{"role": "user", "content": "x" * 60_000}]},
+        {"reasoning_effort": "high"},
+    ):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError):
+                ask(client, stream=stream, **options)
+    with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        client.embeddings.create(model=MODEL, input="x")
+
+
+# -- openai's SDK: responses -----------------------------------------------------------------------------------------
+
+
+def respond(client: openai.OpenAI, **options: Any) -> Any:
+    fields: dict[str, Any] = {"model": MODEL, "input": "Who are you?", "temperature": 0, "max_output_tokens": 48}
+    return client.responses.create(**{**fields, **options})
+
+
+def test_a_response_says_what_chat_says_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = respond(client)
+    assert whole.status == "completed"
+    assert whole.output_text == text_of(ask(client))
+    events = list(respond(client, stream=True))
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.output_text == whole.output_text
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_a_response_that_is_cut_is_incomplete_and_not_completed(client: openai.OpenAI) -> None:
+    cut = respond(client, max_output_tokens=2)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert list(respond(client, max_output_tokens=2, stream=True))[-1].type == "response.incomplete"
+
+
+def test_a_tool_call_goes_round_through_responses(client: openai.OpenAI) -> None:
+    flat: Any = {"type": "function", **WEATHER}
+    called = respond(client, tools=[flat], tool_choice="required")
+    (call,) = called.output
+    assert (call.type, call.name) == ("function_call", "get_weather")
+    assert json.loads(call.arguments)["city"] in CITIES
+    conversation = [
+        HELLO,
+        *(item.model_dump(exclude_none=True) for item in called.output),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."},
+    ]
+    after = respond(client, input=conversation, tools=[flat])
+    assert after.usage.input_tokens > called.usage.input_tokens
+    events = list(respond(client, tools=[flat], tool_choice="required", stream=True))
+    assert events[-1].response.output[0].arguments == call.arguments
+
+
+def test_a_schema_response_parses_into_its_class(client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model=MODEL, input="Who are you?", text_format=Reply, temperature=0)
+    assert isinstance(parsed.output_parsed, Reply)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"store": True}, {"background": True}, {"previous_response_id": "resp_1"}, {"tools": [{"type": "web_search"}]},
+     {"include": ["reasoning.encrypted_content"]}, {"top_logprobs": 2}, {"max_tool_calls": 1}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_response_cannot_honour_is_refused(client: openai.OpenAI, options: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        respond(client, **options)
+    assert caught.value.param.partition(".")[0] in options
+
+
+# -- constraints that cost too much ----------------------------------------------------------------------------------
+
+COSTLY: list[dict[str, Any]] = [
+    # 300 strings with different bounds: minutes to compile.
+    {"json": {"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": 200 + n} for n in range(300)}}},
+    # 100 nested patterns: 6 s to check, on the event loop of a stock vLLM.
+    {"json": {"type": "object", "properties": {
+        f"p{n}": {"type": "string", "pattern": f"^((a{{1,100}}){{1,100}}){{1,100}}${n}"} for n in range(100)}}},
+    # Each token 0.1 s and more, in the step that all requests share.
+    {"regex": "([^a]{1,30}[^b]{1,30}){1,30}"},
+    {"regex": "([^a]{1,9}[^b]{1,9}){1,9}" * 20},
+    {"grammar": "root ::= r0\n" + 'r150 ::= "y"\n'
+     + "\n".join(f"r{n} ::= r{n + 1} r{n + 1} | [a-z]* | r{n + 1} [0-9]*" for n in range(150))},
+]  # fmt: skip
+
+
+def test_a_costly_constraint_is_refused_and_holds_up_nobody(service: Service, client: openai.OpenAI) -> None:
+    engine_pid = service.engine_pid()
+    slowest, stop = 0.0, threading.Event()
+
+    def keep_asking() -> None:
+        nonlocal slowest
+        with httpx.Client(base_url=service.url, timeout=60) as http:
+            body = {"model": MODEL, "prompt": "In the village", "max_tokens": 4}
+            while not stop.is_set():
+                response = http.post("/v1/completions", json=body)
+                slowest = max(slowest, response.elapsed.total_seconds())
+
+    others = threading.Thread(target=keep_asking)
+    others.start()
+    try:
+        for constraint in COSTLY:
+            with pytest.raises(openai.BadRequestError, match="costs too much") as caught:
+                ask(client, extra_body={"structured_outputs": constraint})
+            assert caught.value.code == "invalid_constraint"
+    finally:
+        stop.set()
+        others.join()
+    assert slowest < 2.0, f"somebody else waited {slowest:.1f} s"
+    assert service.engine_pid() == engine_pid
+    assert text_of(ask(client, extra_body={"structured_outputs": {"choice": ["a", "b"]}})) in ("a", "b")
+
+
+# -- LangChain -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def langchain(service: Service) -> Iterator[ChatOpenAI]:
+    with httpx.Client() as http:
+        yield ChatOpenAI(
+            model=MODEL,
+            base_url=f"{service.url}/v1",
+            api_key="none",  # type: ignore[arg-type]
+            temperature=0,
+            max_tokens=64,  # type: ignore[call-arg]
+            max_retries=0,
+            http_client=http,
+        )
+
+
+@tool
+def get_weather(city: Literal["Paris", "Rome"]) -> str:
+    """The weather in a city."""
+    return f"Sunny in {city}."
+
+
+def test_langchain_invokes_and_streams(langchain: ChatOpenAI, client: openai.OpenAI) -> None:
+    messages = [SystemMessage("Be brief."), HumanMessage("Who are you?")]
+    answer = langchain.invoke(messages)
+    assert answer.text
+    assert answer.usage_metadata is not None
+    assert "".join(chunk.text for chunk in langchain.stream(messages)) == answer.text
+
+
+def test_langchain_calls_tools(langchain: ChatOpenAI) -> None:
+    bound = langchain.bind_tools([get_weather], tool_choice="any", strict=True)
+    question = HumanMessage("Who are you?")
+    answer = bound.invoke([question])
+    assert isinstance(answer, AIMessage)
+    (call,) = answer.tool_calls
+    assert call["args"]["city"] in CITIES
+    result = get_weather.invoke(call)
+    assert isinstance(result, ToolMessage)
+    after = langchain.bind_tools([get_weather]).invoke([question, answer, result])
+    assert after.usage_metadata["input_tokens"] > answer.usage_metadata["input_tokens"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_langchain_reads_structured_output(langchain: ChatOpenAI, method: Literal["json_schema"]) -> None:
+    structured = langchain.with_structured_output(Reply, method=method, strict=True)
+    assert isinstance(structured.invoke([HumanMessage("Who are you?")]), Reply)
+
+
+# -- litellm ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def litellm_python() -> Path:
+    """litellm's own environment (docs/dependencies.md says why), made when it is missing or its lock changed."""
+    lock = Path(__file__).parent / "litellm.lock"
+    wanted = hashlib.sha256(lock.read_bytes()).hexdigest()
+    python, stamp = LITELLM / "bin" / "python", LITELLM / "lock.sha256"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(LITELLM, with_pip=True, clear=True)
+        install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "-r", lock]
+        subprocess.run(install, check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def test_litellm_completes_streams_and_calls_tools(service: Service, litellm_python: Path) -> None:
+    script = Path(__file__).parent / "litellm_conversation.py"
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONDONTWRITEBYTECODE": ""}
+    done = subprocess.run(
+        [litellm_python, script, service.url], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["text"] == seen["streamed"] == text_of(ask(service.client, max_tokens=32))
+    assert seen["tool"]["name"] == "get_weather"
+    assert seen["tool"]["arguments"]["city"] in CITIES
+    assert seen["streamed_tool"] == seen["tool"]
+    assert seen["after_tool"] in ("stop", "length", "tool_calls")
+    assert (seen["unknown_model"], seen["bad_request"]) == ("NotFoundError", "BadRequestError")

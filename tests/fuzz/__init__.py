@@ -1,0 +1,1 @@
+"""Requests that nobody would write: thousands for each endpoint and each call of gRPC, on the real engine."""

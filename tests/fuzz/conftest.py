@@ -1,0 +1,21 @@
+"""One service for all of it, and the watch that says whether it came through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.service import Service, running
+from tests.fuzz.watch import Watch
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running(tmp_path_factory.mktemp("fuzz"), "--workers", "0") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def watch(service: Service) -> Watch:
+    return Watch(service)

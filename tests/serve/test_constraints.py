@@ -1,0 +1,106 @@
+"""Constraints are tried out in a process that may hang or die, and nobody waits for it longer than allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import pytest
+
+from registry import errors
+from serve import constraints
+from serve.constraints import ConstraintTrials
+
+
+def trial_process(connection: Connection) -> None:
+    """Does what it is told instead of compiling anything."""
+    connection.send("ready")
+    while True:
+        try:
+            _, told = connection.recv()
+        except EOFError:
+            return
+        if told == "hang":
+            time.sleep(60)
+        if told == "die":
+            os._exit(1)
+        connection.send({"fine": None, "slow": ("TimeoutError", "one token takes 3 s")}.get(told, ("ValueError", told)))
+
+
+class Trials(ConstraintTrials):
+    def __init__(self) -> None:
+        super().__init__(self._start_process)
+        self.starts = 0
+
+    def _start_process(self) -> tuple[BaseProcess, Connection]:
+        self.starts += 1
+        context = multiprocessing.get_context("forkserver")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=trial_process, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(constraints, "SLOWEST_TRIAL_SECONDS", 0.5)
+    made = Trials()
+    yield made
+    made.close()
+
+
+async def refused(trials: ConstraintTrials, told: str) -> str:
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await trials.check("regex", told)
+    assert caught.value.code == "invalid_constraint"
+    return caught.value.message
+
+
+async def test_what_is_fine_passes_and_is_remembered(trials: Trials) -> None:
+    await trials.check("regex", "fine")
+    trials.close()
+    await trials.check("regex", "fine")  # from memory: no second process
+    assert trials.starts == 1
+
+
+async def test_a_refusal_says_why_and_is_remembered(trials: Trials) -> None:
+    assert "is not usable: unclosed" in await refused(trials, "[12:00:00] /project/cpp/regex.cc:83: unclosed")
+    assert "costs too much: one token takes 3 s" in await refused(trials, "slow")
+    trials.close()
+    assert "costs too much" in await refused(trials, "slow")
+    assert trials.starts == 1
+
+
+@pytest.mark.parametrize("told", ["hang", "die"])
+async def test_a_process_that_hangs_or_dies_costs_only_its_own_request(trials: Trials, told: str) -> None:
+    await trials.check("regex", "fine")
+    began = time.monotonic()
+    assert "costs too much" in await refused(trials, told)
+    assert time.monotonic() - began < 2
+    await trials.check("choice", "fine")
+    assert trials.starts == 2
+
+
+async def test_the_event_loop_runs_on_while_a_constraint_is_tried(trials: Trials) -> None:
+    await trials.check("regex", "fine")
+    task, ticks = asyncio.create_task(refused(trials, "hang")), 0
+    while not task.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    assert ticks > 20
+
+
+async def test_a_client_that_leaves_does_not_pass_its_answer_on_to_the_next(trials: Trials) -> None:
+    await trials.check("regex", "fine")
+    task = asyncio.create_task(trials.check("regex", "hang"))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "not usable: another" in await refused(trials, "another")

@@ -1,0 +1,148 @@
+"""What stands within a request is allowed or refused by name, in all its depth, before the engine sees it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from registry import errors
+from serve.engine_api import Endpoint
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED
+from serve.request_policy import check_body, parse_body
+from serve.request_shapes import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+
+HELLO = {"role": "user", "content": "hello"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+FLAT_TOOL = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+MINIMAL: dict[Endpoint, dict[str, Any]] = {
+    Endpoint.CHAT: {"model": "m", "messages": [HELLO]},
+    Endpoint.COMPLETION: {"model": "m", "prompt": "hello"},
+    Endpoint.RESPONSES: {"model": "m", "input": "hello"},
+    Endpoint.TOKENIZE: {"model": "m", "prompt": "hello"},
+    Endpoint.DETOKENIZE: {"model": "m", "tokens": [1]},
+}
+CHAT, COMPLETION, RESPONSES, TOKENIZE = Endpoint.CHAT, Endpoint.COMPLETION, Endpoint.RESPONSES, Endpoint.TOKENIZE
+
+
+def check(endpoint: Endpoint, **fields: Any) -> dict[str, Any]:
+    return check_body(copy.deepcopy({**MINIMAL[endpoint], **fields}), endpoint)
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+def nested(levels: int) -> Any:
+    schema: Any = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "param"),
+    [
+        (CHAT, {"messages": [{**HELLO, "contnet": "x"}]}, "messages.0.contnet"),
+        (CHAT, {"messages": [{**HELLO, "tool_calls": [{"id": "c"}]}]}, "messages.0.tool_calls"),
+        (CHAT, {"messages": ["hello"]}, "messages.0"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+        (CHAT, {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages.0.refusal"),
+        (CHAT, {"tools": [{**TOOL, "cache_control": {}}]}, "tools.0.cache_control"),
+        (CHAT, {"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "a", "strikt": True}}]}, "tools.0.function.strikt"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+         "response_format"),
+        (CHAT, {"response_format": {"type": "grammar"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_object", "json_schema": {}}}, "response_format"),
+        (CHAT, {"response_format": schema_format({"a": "x" * MAX_SCHEMA_BYTES})}, "response_format.json_schema.schema"),
+        (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH + 1))}, "response_format.json_schema.schema"),
+        (CHAT, {"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        (CHAT, {"structured_outputs": {}}, "structured_outputs"),
+        (CHAT, {"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        (CHAT, {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+         "structured_outputs.whitespace_pattern"),
+        (CHAT, {"structured_outputs": {"regex": "a" * 5000}}, "structured_outputs"),
+        (CHAT, {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        (CHAT, {"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        (CHAT, {"user": 5}, "user"),
+        (CHAT, {"echo": True}, "echo"),
+        (CHAT, {"guided_json": {}}, "guided_json"),
+        (CHAT, {"verbosity": "low"}, "verbosity"),
+        (COMPLETION, {"logprobs": True}, "logprobs"),
+        (RESPONSES, {"store": True}, "store"),
+        (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
+        (RESPONSES, {"tools": [TOOL]}, "tools.0.function"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
+        (RESPONSES, {"input": [{"role": "assistant", "content": [{"type": "output_text", "text": "a"}] * 2}]},
+         "input.0"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": [{}]}]}, "input.0.output"),
+        (RESPONSES, {"top_logprobs": 2}, "top_logprobs"),
+        (RESPONSES, {"text": {"verbosity": "low"}}, "text.verbosity"),
+        (RESPONSES, {"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        (RESPONSES, {"include": ["reasoning.encrypted_content"]}, "include"),
+        (TOKENIZE, {"messages": [HELLO]}, "prompt"),
+        (TOKENIZE, {"add_generation_prompt": True}, "add_generation_prompt"),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_what_would_be_ignored_is_refused_by_its_place(endpoint: Endpoint, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        check(endpoint, **fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        # What SDKs send back: messages as they came, with all their empty fields.
+        (CHAT, {"messages": [HELLO, {"role": "assistant", "content": "a", "refusal": None, "annotations": [],
+                                     "audio": None, "function_call": None, "tool_calls": None}]}),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "text"}}),
+        (CHAT, {"tools": [TOOL], "response_format": schema_format({"type": "object"})}),
+        (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH))}),
+        (RESPONSES, {"tools": [FLAT_TOOL], "tool_choice": {"type": "function", "name": "look"}}),
+        (RESPONSES, {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "reasoning": {"effort": None}}),
+        (RESPONSES, {"input": [HELLO, {"type": "function_call", "id": "i", "call_id": "c", "name": "a",
+                                       "arguments": "{}", "status": "completed"}]}),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_what_means_something_or_asks_for_nothing_passes(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    assert check(endpoint, **fields) == {**MINIMAL[endpoint], **fields}
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_fields_that_ask_for_nothing_do_not_reach_the_engine(endpoint: Endpoint) -> None:
+    for name, values in HARMLESS_VALUES.items():
+        for value in values if name not in ALLOWED[endpoint] else ():
+            assert check(endpoint, **{name: value}) == MINIMAL[endpoint], f"{name}={value!r}"
+    for name in LABELS:
+        assert check(endpoint, **{name: "someone"}) == MINIMAL[endpoint]
+
+
+def test_no_field_is_both_allowed_everywhere_and_refused() -> None:
+    for name in REFUSED:
+        assert any(name not in allowed for allowed in ALLOWED.values()), name
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b'{"model": "m", "prompt": "x", "temperature": NaN}', "NaN"),
+        (b'{"model": "m", "prompt": "x", "n": 1, "n": 2}', "repeats a key"),
+        (b'{"model": "m", "prompt": "\\ud800"}', "surrogate"),
+        (b'{"model": "m", "prompt": "\xff"}', "utf-8"),
+        (b'{"model": "m", "prompt": "x", "n": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
+def test_json_that_means_different_things_to_different_readers_is_refused(raw: bytes, says: str) -> None:
+    with pytest.raises(errors.InvalidRequestError, match=says) as caught:
+        parse_body(raw, COMPLETION)
+    assert caught.value.code == "invalid_json"
+    json.dumps(caught.value.message).encode()
