@@ -32,7 +32,9 @@ from tune.train import evaluate, make_scaler
 
 _QUANTILES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Of the steps' sizes; the heaviest first, because it decides the memory."""
-_REPEATS = 3
+_MOST_REPEATS = 5
+_LONG_ENOUGH_SECONDS = 2.0
+"""A step that takes this long is measured well enough by one repeat; short ones are repeated, and the median counts."""
 _MOST_STEPS_LOOKED_AT = 2000
 _MOST_VALIDATION_SEQUENCES = 64
 
@@ -153,7 +155,10 @@ class _Rehearsal:
         if not self._is_warm:  # allocations and first-use initialisation would count as work
             self._step(number)
             self._is_warm = True
-        return statistics.median(self._step(number) for _ in range(_REPEATS))
+        seconds = [self._step(number)]
+        while len(seconds) < _MOST_REPEATS and sum(seconds) < _LONG_ENOUGH_SECONDS:
+            seconds.append(self._step(number))
+        return statistics.median(seconds)
 
     def _step(self, number: int) -> float:
         self._trainable.model.train()
