@@ -116,7 +116,24 @@ def our_losses(trainable: Trainable, kind: str, examples: Sequence[Any], steps: 
     return recorder.steps
 
 
-def trl_history(kind: str, model: Any, rows: list[dict[str, Any]], rate: float, directory: Path, base: Path) -> Any:
+def keep_first_weights(model: Any, ours: Trainable) -> None:
+    """Those of ours, in float32: TRL rounds the adapter of a 4-bit base to bfloat16, in which small steps are lost."""
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.parameters():
+            theirs[name].data = parameter.detach().clone()
+
+
+def trl_history(
+    kind: str,
+    model: Any,
+    rows: list[dict[str, Any]],
+    ours: Trainable,
+    *,
+    rate: float,
+    directory: Path,
+    base: Path,
+) -> Any:
     """TRL's own trainer over ``rows`` in their order; its log, one entry for each optimizer step."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -165,12 +182,13 @@ def trl_history(kind: str, model: Any, rows: list[dict[str, Any]], rate: float, 
                 train_dataset=Dataset.from_list(rows),
                 processing_class=tokenizer,
             )
+        keep_first_weights(trainer.model, ours)
         trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def stock_model(base: Path, method: Method, ours: Trainable) -> Any:
-    """Made by transformers and PEFT alone, with the first adapter weights of ours."""
+def stock_model(base: Path, method: Method) -> Any:
+    """Made by transformers and PEFT alone."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -186,12 +204,7 @@ def stock_model(base: Path, method: Method, ours: Trainable) -> Any:
     if isinstance(method, FullMethod):
         return model
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    stock = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    theirs = dict(stock.named_parameters())
-    with torch.no_grad():
-        for name, parameter in ours.parameters():
-            theirs[name].copy_(parameter)
-    return stock
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def in_order(steps: Sequence[StepPlan]) -> Iterator[int]:
@@ -230,8 +243,9 @@ def test_the_loss_of_every_step_is_that_of_trls_trainer(
     examples = rows[kind]
     steps = plan_of([len(example.token_ids) for example in examples])
     ours = load(capo_tiny, method)
-    stock = stock_model(capo_tiny, method, ours)
-    theirs = trl_history(kind, stock, [trl_row(examples[i]) for i in in_order(steps)], rate, tmp_path, capo_tiny)
+    stock = stock_model(capo_tiny, method)
+    given = [trl_row(examples[i]) for i in in_order(steps)]
+    theirs = trl_history(kind, stock, given, ours, rate=rate, directory=tmp_path, base=capo_tiny)
     mine = our_losses(ours, kind, examples, steps, rate)
     assert len(mine) == len(theirs) == STEPS
     assert mine[-1].train_loss < 0.9 * mine[0].train_loss, "it learns, so equal losses say something"
@@ -244,7 +258,7 @@ def test_loss_and_rewards_of_every_dpo_step_are_those_of_trls_trainer(
     pairs = Pairs(rows["dpo"])
     steps = plan_of([len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs])
     ours = load(capo_tiny, LORA)
-    stock = stock_model(capo_tiny, LORA, ours)
+    stock = stock_model(capo_tiny, LORA)
     given = []
     for index in in_order(steps):
         pair = pairs[index]
@@ -254,7 +268,7 @@ def test_loss_and_rewards_of_every_dpo_step_are_those_of_trls_trainer(
             for name, side in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected))
         }
         given.append({"prompt_ids": prompt} | sides)
-    theirs = trl_history("dpo", stock, given, 1e-3, tmp_path, capo_tiny)
+    theirs = trl_history("dpo", stock, given, ours, rate=1e-3, directory=tmp_path, base=capo_tiny)
     mine = our_losses(ours, "dpo", pairs, steps, 1e-3)
     assert len(mine) == len(theirs) == STEPS
     assert mine[-1].train_loss < 0.6, "it learns, so equal losses say something"
