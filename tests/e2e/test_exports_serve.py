@@ -122,3 +122,50 @@ def test_the_artifact_names_no_path_of_this_machine_and_is_not_quantised_again(s
     rows = rows_for(source, data=EXAMPLES / "support" / "held_out.jsonl", directories=[], max_rows=8)
     with pytest.raises(InvalidArtifactError, match="is quantised"):
         export(source, GptqExport(), rows, registry=served.registry)
+
+
+TASK = """task: answers
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: answers.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_gives_the_served_model_the_score_of_the_same_weights_in_memory(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    from tune.evaluation.benchmarks import run_on_endpoint, run_on_model
+    from tune.evaluation.loading import load
+    from tune.evaluation.settings import Benchmark
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = [json.loads(line)["messages"] for line in (EXAMPLES / "support" / "train.jsonl").read_text().splitlines()]
+    rows = [
+        {"question": asked[-2]["content"], "choices": [asked[-1]["content"], other[-1]["content"]], "label": 0}
+        for asked, other in zip(lines[:16], lines[100:116], strict=True)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "answers.yaml").write_text(TASK)
+    benchmarks = [Benchmark(task="answers", file=Path("answers.yaml"))]
+    tokenizer = AutoTokenizer.from_pretrained(served.quantized.path)
+    in_memory = run_on_model(
+        load(served.quantized.path, served.adapter.path), tokenizer, benchmarks, tmp_path, batch_size=4
+    )
+    over_http = run_on_endpoint(
+        served.service.url, served.adapter.revision, served.quantized.path, benchmarks, tmp_path
+    )
+    assert in_memory.keys() == over_http.keys() == {"benchmarks.answers.acc"}
+    # The engine computes in bfloat16, so one close pair of sixteen may fall the other way.
+    assert abs(in_memory["benchmarks.answers.acc"] - over_http["benchmarks.answers.acc"]) <= 1 / 16
