@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.durable import Filesystem
+from registry.durable import Filesystem, storage_errors
 from registry.errors import InvalidDataError, InvalidRequestError
 from tune.data.clean import redacted_row, with_system_prompt
 from tune.data.datafile import DataFile, Purpose, open_data
@@ -180,7 +180,11 @@ class DatasetReader:
         options: ReadOptions,
         duplicates: Mapping[int, str],
     ) -> StoredRows:
-        with StoreWriter(directory) as writer, (directory / "rows.jsonl").open("w", encoding="utf-8") as outcomes:
+        with (
+            storage_errors("keep tokenised rows"),
+            StoreWriter(directory) as writer,
+            (directory / "rows.jsonl").open("w", encoding="utf-8") as outcomes,
+        ):
 
             def drop(line: int, reason: str) -> None:
                 account.rows_dropped += 1

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from registry.errors import UnavailableError
+from registry.errors import CapoError, UnavailableError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], num: int) -> Iterator[Result]:
+def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], num: int) -> Generator[Result]:
     """``map`` with ``num`` forked processes, each with one item under way; with ``num`` below 2 in this one.
 
-    ``function`` is inherited by the fork and may hold anything; items and results are pickled. It must not raise.
+    ``function`` is inherited by the fork and may hold anything; items and results are pickled.
 
     Raises:
+        CapoError: what ``function`` raised, at the place of its result.
         UnavailableError: a process was lost (killed, or no memory for it).
     """
     if num < 2:
@@ -52,12 +53,20 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
 
 def _received(link: Connection) -> Any:
     try:
-        return link.recv()
+        result = link.recv()
     except EOFError as error:
         reason = "a process that checked rows was ended (no memory left?); check a smaller file, or free memory"
         raise UnavailableError(reason) from error
+    if isinstance(result, CapoError):
+        raise result
+    return result
 
 
 def _work(function: Callable[[Item], object], link: Connection) -> None:
     while True:
-        link.send(function(link.recv()))
+        item: Item = link.recv()
+        try:
+            result: object = function(item)
+        except CapoError as error:
+            result = error
+        link.send(result)
