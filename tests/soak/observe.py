@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -9,6 +10,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.service import Service
+
+_LOADED = re.compile(r"serve\.pool: loaded (\S+) in ([0-9.]+) s")
 
 
 def samples(service: Service) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -34,6 +37,11 @@ def adapter_views(service: Service) -> dict[str, dict[str, Any]]:
     """``GET /v1/adapters`` by revision."""
     listed = httpx.get(f"{service.url}/v1/adapters", timeout=30).json()["data"]
     return {view["revision"]: view for view in listed}
+
+
+def load_seconds(service: Service) -> dict[str, float]:
+    """How long the last load of each revision took, by the service's log: an adapter may be gone again by now."""
+    return {found[1]: float(found[2]) for found in _LOADED.finditer(service.log())}
 
 
 def memory_bytes(service: Service) -> dict[str, int]:
