@@ -333,7 +333,8 @@ def check_unpacking(tmp_path: Path, base_dir: Path, bits: int) -> None:
     theirs, ours = load_file(tmp_path / "weights"), dict(plain_weights(artifact.path))
     assert len(theirs) == 14
     for name, weight in theirs.items():
-        torch.testing.assert_close(ours[f"{name}.weight"], weight, rtol=1e-3, atol=1e-5)
+        # Theirs come in bfloat16: scale and product are rounded to 8 bits each. A wrong zero point is a whole step off.
+        torch.testing.assert_close(ours[f"{name}.weight"], weight, rtol=2**-7, atol=1e-6)
 
 
 if LONG:  # two imports of GPTQModel each; the short suite quantises once, for the engine (tests/e2e)
