@@ -1,13 +1,13 @@
 """What every training method publishes serves, and answers what the trainer answered.
 
-The trainer itself writes down its greedy tokens, ends each answer before its first near tie (``tune.probes``), and puts
-them into the manifest. 25 prompts for each of a few methods; 100 for all of them with CAPO_LONG=1.
+The trainer itself writes down its greedy tokens where it publishes, and ends each answer before its first near tie
+(``tune.probes``). 25 prompts for each of a few methods; 100 for all of them with CAPO_LONG=1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from registry import Artifact, Registry
+from registry.manifest import Probe
 from tests.e2e.service import running
 from tests.sizes import LONG, size
 from tune import publication
@@ -55,27 +56,41 @@ if LONG:
     }
 
 
-def train(name: str, method: dict[str, Any], stages: list[dict[str, Any]], data_dir: Path) -> Artifact:
+@dataclass(frozen=True)
+class Trained:
+    artifact: Artifact
+    answers: list[Probe]
+    """Of the model as the trainer holds it when it publishes."""
+
+
+def train(name: str, method: dict[str, Any], stages: list[dict[str, Any]], data_dir: Path) -> Trained:
+    answers: list[Probe] = []
+
+    def many_probes(*given: Any) -> list[Probe]:
+        answers.extend(make_probes(*given, number=NUM_PROBES))
+        return answers[:4]
+
     batch = {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
     recipe = {"name": name, "base_model": "capo-tiny", "method": method, "stages": [stage | batch for stage in stages]}
-    with patch.object(publication, "make_probes", partial(make_probes, number=NUM_PROBES)):
-        return run(
+    with patch.object(publication, "make_probes", many_probes):
+        result = run(
             parse_recipe(recipe),
             registry=Registry(data_dir / "registry"),
             work_dir=data_dir / "runs" / name,
             recipe_dir=EXAMPLES,
-        ).artifact
+        )
+    return Trained(result.artifact, answers)
 
 
-def assert_answers_are_the_trainers(client: openai.OpenAI, model: str, artifact: Artifact) -> None:
-    probes = artifact.manifest.probes
+def assert_answers_are_the_trainers(client: openai.OpenAI, trained: Trained) -> None:
+    probes = trained.answers
     assert len(probes) == NUM_PROBES
     assert sum(len(probe.completion_token_ids) for probe in probes) > 2 * NUM_PROBES
     assert len({tuple(probe.completion_token_ids) for probe in probes}) > 1
     for probe in probes:
         expected = probe.completion_token_ids
         reply = client.completions.create(
-            model=model,
+            model=trained.artifact.revision,
             prompt=probe.prompt_token_ids,
             max_tokens=len(expected),
             temperature=0,
@@ -86,26 +101,28 @@ def assert_answers_are_the_trainers(client: openai.OpenAI, model: str, artifact:
 
 
 @pytest.fixture(scope="module")
-def service_with_adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[openai.OpenAI, dict[str, Any]]]:
+def service_with_adapters(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[openai.OpenAI, dict[str, Trained]]]:
     data_dir = tmp_path_factory.mktemp("adapters")
-    artifacts = {name: train(name, method, stages, data_dir) for name, (method, stages) in ADAPTERS.items()}
-    rank = max(artifact.manifest.lora.rank for artifact in artifacts.values() if artifact.manifest.lora is not None)
+    trained = {name: train(name, method, stages, data_dir) for name, (method, stages) in ADAPTERS.items()}
+    rank = max(made.artifact.manifest.lora.rank for made in trained.values() if made.artifact.manifest.lora is not None)
     with running(data_dir, "--workers", "0", "--", "--max-lora-rank", str(rank)) as service:
-        yield service.client, artifacts
+        yield service.client, trained
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_every_method_serves_hot_and_answers_what_the_trainer_answered(
-    service_with_adapters: tuple[openai.OpenAI, dict[str, Artifact]], name: str
+    service_with_adapters: tuple[openai.OpenAI, dict[str, Trained]], name: str
 ) -> None:
-    client, artifacts = service_with_adapters
-    assert artifacts[name].manifest.kind == "lora"
-    assert_answers_are_the_trainers(client, artifacts[name].revision, artifacts[name])
+    client, trained = service_with_adapters
+    assert trained[name].artifact.manifest.kind == "lora"
+    assert_answers_are_the_trainers(client, trained[name])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_weights_serve_as_a_base_and_answer_what_the_trainer_answered(name: str, tmp_path: Path) -> None:
-    artifact = train(name, *MODELS[name], tmp_path)
-    assert artifact.manifest.kind == "merged"
-    with running(tmp_path, "--workers", "0", "--model", artifact.revision) as service:
-        assert_answers_are_the_trainers(service.client, artifact.revision, artifact)
+    trained = train(name, *MODELS[name], tmp_path)
+    assert trained.artifact.manifest.kind == "merged"
+    with running(tmp_path, "--workers", "0", "--model", trained.artifact.revision) as service:
+        assert_answers_are_the_trainers(service.client, trained)
