@@ -64,8 +64,8 @@ class Clean(Record):
     )
     personal_data: Literal["keep", "redact", "drop"] = Field(
         "keep",
-        description="E-mail addresses, phone, card, bank account and social security numbers, IP addresses: replaced by "
-        "their kind, or the row is dropped.",
+        description="E-mail addresses, phone, card, bank account and social security numbers, IP addresses: replaced "
+        "by their kind, or the row is dropped.",
     )
 
 
