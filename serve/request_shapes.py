@@ -19,7 +19,8 @@ MAX_GRAMMAR_CHARACTERS = 8192
 MAX_CHOICES = 1024
 
 _MESSAGE_KEYS = {
-    "assistant": {"tool_calls", "reasoning", "reasoning_content"},
+    # litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields, and sends it back with it.
+    "assistant": {"tool_calls", "reasoning", "reasoning_content", "provider_specific_fields"},
     "tool": {"tool_call_id"},
 }
 # Empty fields that the SDKs' message objects carry when they are sent back.

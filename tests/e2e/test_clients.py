@@ -127,7 +127,12 @@ def test_a_schema_answer_parses_into_its_class(client: openai.OpenAI) -> None:
 
 
 def test_an_answer_can_be_bound_to_json_a_regex_a_choice_and_a_grammar(client: openai.OpenAI) -> None:
-    assert isinstance(json.loads(text_of(ask(client, response_format={"type": "json_object"}, max_tokens=200))), dict)
+    for question in ("hello", "Who are you?", "Thank you."):
+        message = {"role": "user", "content": question}
+        answer = ask(client, messages=[message], response_format={"type": "json_object"}, max_tokens=200)
+        assert text_of(answer).startswith("{")
+        if answer.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(text_of(answer)), dict)
     for bound, allowed in (
         ({"regex": "[a-c]{3}-[0-9]{2}"}, lambda text: text[:3].strip("abc") == "" and text[3] == "-"),
         ({"choice": ["yes", "no"]}, {"yes", "no"}.__contains__),

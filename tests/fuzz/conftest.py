@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -17,5 +18,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def watch(service: Service) -> Watch:
-    return Watch(service)
+def watch(service: Service) -> Iterator[Watch]:
+    with contextlib.closing(Watch(service)) as watching:
+        yield watching

@@ -26,6 +26,11 @@ TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"id": "call-1", "type": "function", "function": {"name": "look", "arguments": '{"b": "x"}'}}
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 MOST_TOKENS = 4
+_TOKEN_LIMITS = {
+    "/v1/chat/completions": "max_tokens",
+    "/v1/completions": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
 
 # Sound bodies of each endpoint, which hostile ones are made from.
 SOUND: dict[tuple[str, str], list[dict[str, Any]]] = {
@@ -140,10 +145,10 @@ def test_bodies_made_from_our_document_are_answered_and_do_no_harm(
     schema = schemathesis.openapi.from_dict(document)
     cases = schema[path.replace("/fuzzed", "/{alias}")][method].as_strategy()
     with watch.over(f"schema {method} {path}") as outcomes:
-        _run(cases, outcomes, lambda raw: _send(watch, method, path, raw))
+        _run(cases, path, outcomes, lambda raw: _send(watch, method, path, raw))
 
 
-def _run(cases: st.SearchStrategy[Any], outcomes: Counter[str], send: Callable[[bytes], str]) -> None:
+def _run(cases: st.SearchStrategy[Any], path: str, outcomes: Counter[str], send: Callable[[bytes], str]) -> None:
     @settings(
         max_examples=NUM_REQUESTS,
         deadline=None,
@@ -155,12 +160,12 @@ def _run(cases: st.SearchStrategy[Any], outcomes: Counter[str], send: Callable[[
     @given(cases, st.randoms(use_true_random=False))
     def each(case: Any, of: random.Random) -> None:
         if isinstance(case.body, dict):
-            outcomes[send(json.dumps(_made_cheap(case.body, of)).encode("utf-8", "surrogatepass"))] += 1
+            outcomes[send(json.dumps(_made_cheap(case.body, of, path)).encode("utf-8", "surrogatepass"))] += 1
 
     each()
 
 
-def _made_cheap(body: dict[str, Any], of: random.Random) -> dict[str, Any]:
+def _made_cheap(body: dict[str, Any], of: random.Random, path: str) -> dict[str, Any]:
     """Few fields beside the required ones, so that one bad value does not hide all the rest; and few tokens."""
     needed = {"model", "messages", "prompt", "input", "tokens", "revision", "training_file"}
     optional = [name for name in body if name not in needed]
@@ -168,11 +173,7 @@ def _made_cheap(body: dict[str, Any], of: random.Random) -> dict[str, Any]:
     body = {name: value for name, value in body.items() if name in needed | kept}
     if "model" in body and of.random() < 0.95:
         body["model"] = MODEL
-    limit = "max_output_tokens" if "input" in body else "max_tokens"
-    if ({"messages", "prompt", "input"} & body.keys()) and not {
-        "return_token_strs",
-        "add_special_tokens",
-    } & body.keys():
+    if (limit := _TOKEN_LIMITS.get(path)) is not None:
         body[limit] = MOST_TOKENS
         body.pop("max_completion_tokens", None)
     return body

@@ -45,6 +45,9 @@ class Watch:
             grown = memory - self._memory.get(process, memory)  # one that tries out constraints may be a new one
             assert grown < MOST_GROWTH_BYTES, f"{process.name()} grew by {grown / 1e6:.0f} MB"
 
+    def close(self) -> None:
+        self.http.close()
+
     def _ask(self) -> None:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 4}
         assert self.http.post("/v1/chat/completions", json=body).status_code == 200

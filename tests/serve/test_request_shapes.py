@@ -103,6 +103,7 @@ def test_what_would_be_ignored_is_refused_by_its_place(endpoint: Endpoint, field
         # What SDKs send back: messages as they came, with all their empty fields.
         (CHAT, {"messages": [HELLO, {"role": "assistant", "content": "a", "refusal": None, "annotations": [],
                                      "audio": None, "function_call": None, "tool_calls": None}]}),
+        (CHAT, {"messages": [HELLO, {"role": "assistant", "content": "a", "provider_specific_fields": {"a": 1}}]}),
         (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "text"}}),
         (CHAT, {"tools": [TOOL], "response_format": schema_format({"type": "object"})}),
         (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH))}),
