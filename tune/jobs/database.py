@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, insert, select
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from registry.errors import CapoError, InvalidRequestError, StorageError, UnavailableError
-from tune.jobs import schema
+from tune.jobs import migrations
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a writer waits for another. Writes take milliseconds, so this is reached only by a stuck disk."""
@@ -73,8 +73,7 @@ class Database:
             event.listen(self._engine, "connect", _on_sqlite_connect)
             event.listen(self._engine, "begin", _on_sqlite_begin)
         with self.write() as connection:
-            schema.metadata.create_all(connection)
-            _check_version(connection)
+            migrations.upgrade(connection)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -123,18 +122,6 @@ def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
 def _on_sqlite_begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get(_WRITE, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _check_version(connection: Connection) -> None:
-    found = connection.execute(select(schema.schema_info.c.version)).scalar_one_or_none()
-    if found is None:
-        connection.execute(insert(schema.schema_info).values(version=schema.SCHEMA_VERSION))
-    elif found > schema.SCHEMA_VERSION:
-        raise InvalidRequestError(
-            f"the job store has schema version {found}, this Capo knows {schema.SCHEMA_VERSION}; "
-            "start the newer Capo that wrote it",
-            code="store_too_new",
-        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, insert, or_, select, update
 
@@ -23,6 +23,9 @@ from tune.jobs.schema import files, jobs
 
 LEASE_LOST = "lease_lost"
 MAX_RETRY_DELAY_SECONDS = 300.0
+
+Asked = Literal["cancel", "pause"]
+"""What a client wants of a running job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,18 @@ class WorkQueue:
         self._database.close()
 
     def next_waiting(self) -> JobRecord | None:
-        """The oldest job that may start now, still unclaimed."""
+        """The next job that may start now, still unclaimed: by priority, then by age."""
         now = self._clock()
         due = or_(
             jobs.c.not_before <= now,
             jobs.c.not_before > now + MAX_RETRY_DELAY_SECONDS,  # the clock was set back: do not wait for it
         )
-        query = select(jobs).where(jobs.c.status == "queued", due).order_by(jobs.c.position).limit(1)
+        query = (
+            select(jobs)
+            .where(jobs.c.status == "queued", jobs.c.paused.is_(False), due)
+            .order_by(jobs.c.priority.desc(), jobs.c.position)
+            .limit(1)
+        )
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else job_record(row)
@@ -70,6 +78,8 @@ class WorkQueue:
             jobs.c.status == seen.status,
             jobs.c.epoch == seen.epoch,
             jobs.c.heartbeats == seen.heartbeats,
+            # A job that was paused meanwhile stays where it is; an abandoned one must be taken to be put back.
+            or_(jobs.c.status == "running", jobs.c.paused.is_(False)),
         )
         with self._database.write() as connection:
             won = connection.execute(
@@ -96,14 +106,16 @@ class WorkQueue:
             self._change(connection, job, heartbeats=jobs.c.heartbeats + 1, heartbeat_at=self._clock())
             return load_job(connection, job.id)
 
-    def is_cancel_requested(self, job: JobRecord) -> bool:
-        """Whether the owner should stop. Raises :class:`ConflictError` when the lease is lost."""
-        query = select(jobs.c.cancel_requested).where(*_held(job))
+    def asked(self, job: JobRecord) -> Asked | None:
+        """Whether and why the owner should stop. Raises :class:`ConflictError` when the lease is lost."""
+        query = select(jobs.c.cancel_requested, jobs.c.paused).where(*_held(job))
         with self._database.read() as connection:
-            asked = connection.execute(query).scalar_one_or_none()
-        if asked is None:
+            row = connection.execute(query).one_or_none()
+        if row is None:
             raise _lease_lost(job)
-        return bool(asked)
+        if row.cancel_requested:
+            return "cancel"
+        return "pause" if row.paused else None
 
     def add_events(self, job: JobRecord, new: Sequence[NewEvent], *, estimated_finish: int | None = None) -> None:
         with self._database.write() as connection:

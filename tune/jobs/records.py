@@ -18,6 +18,8 @@ WAITING: tuple[JobStatus, ...] = ("validating_files", "queued")
 OPEN: tuple[JobStatus, ...] = (*WAITING, "running")
 
 FilePurpose = Literal["fine-tune", "fine-tune-results"]
+RowFormat = Literal["chat", "preference"]
+JobMethod = Literal["supervised", "dpo"]
 EventLevel = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
 
@@ -43,6 +45,8 @@ class FileRecord:
     rows: int | None
     """Rows of a training file; ``None`` for files that Capo wrote."""
     created_at: int
+    row_format: RowFormat | None = None
+    """Of a training file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,13 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """OpenAI's three, with every ``"auto"`` already turned into a number."""
+    """OpenAI's, with every ``"auto"`` already turned into a number."""
 
     n_epochs: int
     batch_size: int
     learning_rate_multiplier: float
+    beta: float | None = None
+    """Of method ``dpo``, and of it only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,8 @@ class NewJob:
     metadata: Mapping[str, str] | None
     extensions: Mapping[str, Any]
     """The checked ``capo`` object of the request, as JSON."""
+    method: JobMethod = "supervised"
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,11 @@ class JobRecord:
     """How long the owner's silence must last before another worker may take the job."""
     attempts: int
     cancel_requested: bool
+    paused: bool
+    """A paused job is ``queued``, and no worker takes it; a running one is on its way there."""
+    priority: int
+    """Of waiting jobs the highest goes first, and of equal ones the oldest."""
+    method: JobMethod
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def files_router(service: FileService) -> APIRouter:
 
 
 def fine_tuning_router(service: JobService) -> APIRouter:
-    """POST and GET /v1/fine_tuning/jobs, GET one, POST its cancel, GET its events."""
+    """POST and GET /v1/fine_tuning/jobs, GET one, POST its cancel, pause and resume, GET its events."""
     router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
     @router.post("")
@@ -113,6 +113,14 @@ def fine_tuning_router(service: JobService) -> APIRouter:
     @router.post("/{job_id}/cancel")
     async def cancel_job(job_id: str) -> JSONResponse:
         return JSONResponse(wire.job_object(await asyncio.to_thread(service.cancel, job_id)))
+
+    @router.post("/{job_id}/pause")
+    async def pause_job(job_id: str) -> JSONResponse:
+        return JSONResponse(wire.job_object(await asyncio.to_thread(service.pause, job_id)))
+
+    @router.post("/{job_id}/resume")
+    async def resume_job(job_id: str) -> JSONResponse:
+        return JSONResponse(wire.job_object(await asyncio.to_thread(service.resume, job_id)))
 
     @router.get("/{job_id}/events")
     async def list_events(request: Request, job_id: str) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Tables of the job store, in SQL that SQLite and PostgreSQL both take.
+"""Tables of the job store, in SQL that SQLite and PostgreSQL both take. Each change of them is also a migration.
 
 Order never comes from a clock: rows carry a growing ``position`` (jobs, files) or ``sequence`` (events).
 """
@@ -18,17 +18,13 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
-
-SCHEMA_VERSION = 1
-"""Raise with each change of the tables; a store of a newer version is refused, not guessed at."""
 
 metadata = MetaData()
 
 # SQLite grows a key by itself only when its type is exactly INTEGER.
 _position = BigInteger().with_variant(Integer, "sqlite")
-
-schema_info = Table("schema_info", metadata, Column("version", Integer, primary_key=True))
 
 files = Table(
     "files",
@@ -40,6 +36,7 @@ files = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("rows", BigInteger),
+    Column("row_format", String(32)),
     Column("created_at", BigInteger, nullable=False),
     # A deleted file keeps its row: jobs point to it, and a list's cursor may stand on it.
     Column("deleted_at", BigInteger),
@@ -80,8 +77,11 @@ jobs = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("not_before", Float, nullable=False, default=0.0),
     Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("paused", Boolean, nullable=False, default=False, server_default=false()),
+    Column("priority", Integer, nullable=False, default=0, server_default="0"),
+    Column("method", String(16), nullable=False, default="supervised", server_default="supervised"),
     Column("last_event", BigInteger, nullable=False, default=0),
-    Index("jobs_by_status", "status", "position"),
+    Index("jobs_by_status", "status", "priority", "position"),
 )
 
 job_metadata = Table(

@@ -97,6 +97,12 @@ class JobService:
     def cancel(self, job_id: str) -> JobRecord:
         return self._store.cancel(job_id)
 
+    def pause(self, job_id: str) -> JobRecord:
+        return self._store.pause(job_id)
+
+    def resume(self, job_id: str) -> JobRecord:
+        return self._store.resume(job_id)
+
     def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRecord]:
         return self._store.events(job_id, after=after, limit=limit)
 

@@ -85,6 +85,8 @@ class JobStore:
                     hyperparameters=asdict(new.hyperparameters),
                     metadata=None if new.metadata is None else dict(new.metadata),
                     extensions=dict(new.extensions),
+                    method=new.method,
+                    priority=new.priority,
                     reserved_name=name,
                     created_at=now,
                     result_files=[],
@@ -163,6 +165,7 @@ class JobStore:
                     owner=None,
                     finished_at=int(now),
                     estimated_finish=None,
+                    paused=False,
                 )
             ).rowcount
             if ended:
@@ -180,6 +183,39 @@ class JobStore:
             raise ConflictError(
                 f"{job_id} has already {job.status}; only a job that has not ended can be cancelled",
                 code="job_already_ended",
+            )
+        return job
+
+    def pause(self, job_id: str) -> JobRecord:
+        """Keep a waiting job from being taken; ask the worker of a running one to put it back. Repeating is fine.
+
+        Raises:
+            NotFoundError: there is no such job.
+            ConflictError: the job has ended, or is being cancelled.
+        """
+        return self._set_paused(job_id, paused=True, event=NewEvent("Fine-tuning job paused"))
+
+    def resume(self, job_id: str) -> JobRecord:
+        """Let a paused job go on; any worker takes it up at its last checkpoint. Raises as :meth:`pause`."""
+        return self._set_paused(job_id, paused=False, event=NewEvent("Fine-tuning job resumed; it is queued again"))
+
+    def _set_paused(self, job_id: str, *, paused: bool, event: NewEvent) -> JobRecord:
+        with self._database.write() as connection:
+            changed = connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job_id, jobs.c.status.in_(OPEN), jobs.c.cancel_requested.is_(False))
+                .where(jobs.c.paused.is_(not paused))
+                .values(paused=paused, not_before=0.0)
+            ).rowcount
+            if changed:
+                if paused and load_job(connection, job_id).status == "running":
+                    event = NewEvent("Pause requested")
+                append_events(connection, job_id, [event], now=int(self._clock()))
+            job = load_job(connection, job_id)
+        if job.status not in OPEN or job.cancel_requested:
+            state = "is being cancelled" if job.status in OPEN else f"has already ended as {job.status}"
+            raise ConflictError(
+                f"{job_id} {state}; only a job that has not ended can be paused or resumed", code="job_already_ended"
             )
         return job
 

@@ -31,7 +31,7 @@ from tune.jobs.convert import job_recipe, parse_extension
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileStorage, file_sha256
 from tune.jobs.observer import JobObserver
-from tune.jobs.queue import LEASE_LOST, Outcome, WorkQueue
+from tune.jobs.queue import LEASE_LOST, Asked, Outcome, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
 from tune.jobs.results import store_metrics_table
 from tune.jobs.settings import WorkerSettings
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _WORTH_ANOTHER_ATTEMPT = (StorageError, UnavailableError)
 """Errors of the machine. The same job would meet any other error again."""
 _STOP_CHECK_SECONDS = 1.0
+_STOP_REASONS: dict[Asked, str] = {"cancel": "the job was cancelled", "pause": "the job was paused"}
 
 
 class TrainedModel(Protocol):
@@ -137,10 +138,13 @@ class JobRun:
         return True
 
     def settle_stop(self) -> None:
-        """The process was asked to stop: by a cancel, or because the worker is going away."""
-        if self._queue.is_cancel_requested(self._job):
+        """The process was asked to stop: by a cancel or a pause, or because the worker is going away."""
+        asked = self._queue.asked(self._job)
+        if asked == "cancel":
             if not self.adopt():
                 self._queue.end_cancelled(self._job)
+        elif asked == "pause":
+            self._queue.requeue(self._job, "Fine-tuning job paused", counts=False)
         else:
             self._queue.requeue(self._job, "The worker is shutting down; the job is queued again", counts=False)
 
@@ -148,7 +152,7 @@ class JobRun:
         """The training process was lost: another attempt, or the end."""
         if self.adopt():
             return
-        if self._queue.is_cancel_requested(self._job):
+        if self._queue.asked(self._job) == "cancel":
             self._queue.end_cancelled(self._job)
             return
         allowed = self._settings.max_attempts
@@ -249,4 +253,5 @@ class JobRun:
         if now - self._checked_at < _STOP_CHECK_SECONDS:
             return None
         self._checked_at = now
-        return "the job was cancelled" if self._queue.is_cancel_requested(self._job) else None
+        asked = self._queue.asked(self._job)
+        return None if asked is None else _STOP_REASONS[asked]

@@ -34,7 +34,8 @@ def deleted_file_object(file_id: str) -> JsonObject:
 
 
 def job_object(job: JobRecord) -> JsonObject:
-    hyperparameters = asdict(job.hyperparameters)
+    numbers = {name: value for name, value in asdict(job.hyperparameters).items() if value is not None}
+    shared = {name: value for name, value in numbers.items() if name != "beta"}
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -51,8 +52,8 @@ def job_object(job: JobRecord) -> JsonObject:
         "result_files": list(job.result_files),
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
-        "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": dict(hyperparameters)}},
+        "hyperparameters": shared,
+        "method": {"type": job.method, job.method: {"hyperparameters": numbers}},
         "integrations": [],
         "metadata": None if job.metadata is None else dict(job.metadata),
         "capo": {
@@ -61,6 +62,8 @@ def job_object(job: JobRecord) -> JsonObject:
             "revision": job.revision,
             "attempts": job.attempts,
             "cancel_requested": job.cancel_requested,
+            "paused": job.paused,
+            "priority": job.priority,
         },
     }
 

@@ -170,6 +170,9 @@ class Worker:
             self._job_run(job).settle_crash("the worker that had the job was lost")
             self._remove_work_dir(job.id)
             return
+        if job.paused:
+            self._job_run(job).settle_stop()
+            return
         self._database.close()
         context = multiprocessing.get_context("fork")
         process = context.Process(
@@ -189,7 +192,7 @@ class Worker:
             if time.monotonic() - child.beat_at >= self._settings.heartbeat_seconds:
                 self._queue.heartbeat(child.job)
                 child.beat_at = time.monotonic()
-            if self._stop.is_set or self._queue.is_cancel_requested(child.job):
+            if self._stop.is_set or self._queue.asked(child.job) is not None:
                 child.ask_to_stop(self._settings.stop_grace_seconds)
         except ConflictError as lost:
             if self._store.job(child.job.id).epoch == child.job.epoch:
