@@ -9,6 +9,7 @@ the file itself before anything maps it: sizes and offsets that lie have led loa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def _has_full_exponent(source: BinaryIO, tensor: TensorEntry) -> bool:
     return False
 
 
+@functools.cache
 def _full_mask_table(mask: int) -> bytes:
     """A table for bytes.translate: 1 where all bits of ``mask`` are set, else 0."""
     return bytes(int(byte & mask == mask) for byte in range(256))
