@@ -87,12 +87,12 @@ def read_text_rows(path: Path) -> Iterator[TextRow]:
 
 def check_chat_file(path: Path, limit_errors: int = 10) -> FileReport:
     """Read the whole file and report the first ``limit_errors`` faults instead of raising them."""
-    return _check(path, parse_chat_row, limit_errors)
+    return check_rows(path, parse_chat_row, limit_errors)
 
 
 def check_text_file(path: Path, limit_errors: int = 10) -> FileReport:
     """As :func:`check_chat_file`, for text rows."""
-    return _check(path, parse_text_row, limit_errors)
+    return check_rows(path, parse_text_row, limit_errors)
 
 
 def parse_chat_row(raw: bytes, line: int) -> ChatRow:
@@ -145,7 +145,8 @@ def _read(path: Path, parse: Callable[[bytes, int], Row]) -> Iterator[Row]:
         raise no_rows()
 
 
-def _check(path: Path, parse: Callable[[bytes, int], Row], limit_errors: int) -> FileReport:
+def check_rows(path: Path, parse: Callable[[bytes, int], object], limit_errors: int) -> FileReport:
+    """Read the whole file with ``parse``, one row on each line, and report the first ``limit_errors`` faults."""
     rows = 0
     errors: list[RowError] = []
     with open_file(path) as file:

@@ -14,21 +14,36 @@ from dataclasses import asdict
 from pathlib import Path
 
 from registry.errors import UnavailableError
-from tune.data.rows import FileReport, RowError, check_chat_file
+from tune.data.faults import RowFault
+from tune.data.formats import detect_format, parse_object
+from tune.data.rows import FileReport, RowError, check_rows, decode_object, open_file, parse_chat_row, read_lines
+from tune.jobs.records import RowFormat
 
 REPORTED_ERRORS = 10
 IN_PLACE_BYTES = 1024 * 1024
 """Smaller files are checked at once: that takes less time than starting a process."""
 
 
+def row_format(path: Path) -> RowFormat:
+    """What the first row is; ``chat``, OpenAI's own, where that cannot be told."""
+    with open_file(path) as file:
+        for line, raw in read_lines(file):
+            try:
+                is_preference = isinstance(raw, bytes) and detect_format(decode_object(raw, line)) == "preference"
+            except RowFault:
+                is_preference = False
+            return "preference" if is_preference else "chat"
+    return "chat"
+
+
 def check_training_file(path: Path) -> FileReport:
-    """Check every row; the first ten faults are reported. Blocks, without keeping the interpreter busy.
+    """Check every row against the first one's format and report the first ten faults. Blocks, without keeping the interpreter busy.
 
     Raises:
         UnavailableError: the checking process was lost (killed, or no memory for it).
     """
     if path.stat().st_size <= IN_PLACE_BYTES:
-        return check_chat_file(path, limit_errors=REPORTED_ERRORS)
+        return _check(path)
     command = [sys.executable, "-m", "tune.jobs.check_file", str(path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode != 0:
@@ -40,9 +55,19 @@ def check_training_file(path: Path) -> FileReport:
     return FileReport(rows=report["rows"], errors=tuple(RowError(**error) for error in report["errors"]))
 
 
+def _check(path: Path) -> FileReport:
+    if row_format(path) == "chat":
+        return check_rows(path, parse_chat_row, REPORTED_ERRORS)
+    return check_rows(path, _parse_preference_row, REPORTED_ERRORS)
+
+
+def _parse_preference_row(raw: bytes, line: int) -> object:
+    return parse_object(decode_object(raw, line), line, "preference")
+
+
 def main() -> None:
     os.nice(5)  # serving comes first
-    report = check_chat_file(Path(sys.argv[1]), limit_errors=REPORTED_ERRORS)
+    report = _check(Path(sys.argv[1]))
     json.dump(asdict(report), sys.stdout)
 
 

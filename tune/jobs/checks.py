@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from registry.errors import InvalidRequestError
+from tune.jobs.records import JobMethod
 from tune.jobs.requests import CreateJobBody, HyperparametersBody
 
 MAX_METADATA_PAIRS = 16
@@ -13,32 +14,39 @@ MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 
 
+def given_method(body: CreateJobBody) -> JobMethod:
+    """After :func:`check_method`."""
+    return "dpo" if body.method is not None and body.method.type == "dpo" else "supervised"
+
+
 def given_hyperparameters(body: CreateJobBody) -> HyperparametersBody:
     """The hyper-parameters, wherever the client put them."""
-    supervised = None if body.method is None else body.method.supervised
-    inner = None if supervised is None else supervised.hyperparameters
-    return body.hyperparameters or inner or HyperparametersBody()
+    return body.hyperparameters or _inner_hyperparameters(body) or HyperparametersBody()
+
+
+def _inner_hyperparameters(body: CreateJobBody) -> HyperparametersBody | None:
+    part = None if body.method is None else body.method.dpo or body.method.supervised
+    return None if part is None else part.hyperparameters
 
 
 def check_method(body: CreateJobBody) -> None:
     method = body.method
     if method is None:
         return
-    if method.type != "supervised":
+    if method.type == "reinforcement":
         raise InvalidRequestError(
-            f"method.type {method.type!r} is not offered yet; 'supervised' is",
+            "method.type 'reinforcement' is not offered: Capo has no graders; 'supervised' and 'dpo' are offered",
             code="method_not_offered",
             param="method.type",
         )
-    for name in ("dpo", "reinforcement"):
-        if getattr(method, name) is not None:
+    for name in ("supervised", "dpo", "reinforcement"):
+        if name != method.type and getattr(method, name) is not None:
             raise InvalidRequestError(
-                f"method.{name} does not belong to method.type 'supervised'", param=f"method.{name}"
+                f"method.{name} does not belong to method.type {method.type!r}", param=f"method.{name}"
             )
-    inner = None if method.supervised is None else method.supervised.hyperparameters
-    if inner is not None and body.hyperparameters is not None:
+    if _inner_hyperparameters(body) is not None and body.hyperparameters is not None:
         raise InvalidRequestError(
-            "hyperparameters and method.supervised.hyperparameters are both given; "
+            f"hyperparameters and method.{method.type}.hyperparameters are both given; "
             "keep the latter, the former is OpenAI's old place for it",
             param="hyperparameters",
         )

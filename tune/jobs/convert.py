@@ -1,4 +1,4 @@
-"""From OpenAI's three hyper-parameters to a recipe, in one place and in one direction.
+"""From OpenAI's hyper-parameters and the ``capo`` object to a recipe, in one place and in one direction.
 
 What ``"auto"`` becomes is decided by :mod:`tune.choices`, like every open value of a recipe, when the job is
 created; the job shows the numbers from then on.
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from registry.errors import InvalidRequestError
 from tune.choices import choose_batch, choose_epochs
-from tune.jobs.records import Hyperparameters, JobRecord, NewJob
-from tune.jobs.requests import CapoBody, HyperparametersBody
-from tune.methods import LoraMethod
-from tune.recipe import DataSource, Recipe, Stage, Validation, parse_recipe
+from tune.jobs.records import Hyperparameters, JobMethod, JobRecord, NewJob
+from tune.jobs.requests import CapoBody, DpoHyperparametersBody, HyperparametersBody
+from tune.methods import LoraMethod, publishes_adapter
+from tune.recipe import DataSource, Dpo, Recipe, Stage, Validation, parse_recipe
 
 HELD_OUT_SHARE = 0.1
 FEWEST_ROWS_TO_HOLD_OUT = 50
@@ -27,13 +28,32 @@ all rows are trained on. ``capo.validation_share: 0`` trains on all rows at any 
 CHECKPOINT_EVERY_STEPS = 100
 """A killed job repeats at most this many steps. An adapter's checkpoint is small."""
 _LARGEST_MICRO_BATCH = 8
+_STAGE_KINDS: dict[JobMethod, Literal["sft", "dpo"]] = {"supervised": "sft", "dpo": "dpo"}
+_DECIDED_BY_OPENAI = frozenset(
+    {
+        "kind",
+        "data",
+        "validation",
+        "epochs",
+        "max_steps",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate_multiplier",
+        "dpo",
+    }
+)
 
 
 def resolve_hyperparameters(
-    given: HyperparametersBody, extension: CapoBody, *, rows: int, has_validation_file: bool
+    given: HyperparametersBody,
+    extension: CapoBody,
+    *,
+    rows: int,
+    has_validation_file: bool,
+    method: JobMethod = "supervised",
 ) -> Hyperparameters:
     """Turn each ``"auto"`` into a number, for a training file of ``rows`` rows."""
-    open_stage = Stage(kind="sft", data=(DataSource(path=Path("training.jsonl")),))
+    open_stage = Stage(kind=_STAGE_KINDS[method], data=(DataSource(path=Path("training.jsonl")),))
     share = held_out_share(extension, rows=rows, has_validation_file=has_validation_file)
     trained_rows = max(1, rows - round(rows * share))
     if given.n_epochs == "auto":
@@ -46,10 +66,15 @@ def resolve_hyperparameters(
     else:
         batch_size = given.batch_size
     multiplier = given.learning_rate_multiplier
+    beta: float | None = None
+    if method == "dpo":
+        asked = given.beta if isinstance(given, DpoHyperparametersBody) else "auto"
+        beta = Dpo().beta if asked == "auto" else float(asked)
     return Hyperparameters(
         n_epochs=n_epochs,
         batch_size=batch_size,
         learning_rate_multiplier=1.0 if multiplier == "auto" else float(multiplier),
+        beta=beta,
     )
 
 
@@ -78,8 +103,6 @@ def job_recipe(
         InvalidRequestError: the job asks for something no recipe can say.
     """
     extension = parse_extension(job.extensions)
-    method = extension.lora or LoraMethod()
-    open_stage = Stage(kind="sft", data=(DataSource(path=Path(job.training_file)),))
     micro_batch_size = _largest_divisor(job.hyperparameters.batch_size, _LARGEST_MICRO_BATCH)
     share = held_out_share(extension, rows=training_rows, has_validation_file=job.validation_file is not None)
     validation: Validation | None = None
@@ -88,8 +111,8 @@ def job_recipe(
     elif share > 0:
         validation = Validation(share=share)
     stage: dict[str, Any] = {
-        "kind": "sft",
-        "data": open_stage.data,
+        "kind": _STAGE_KINDS[job.method],
+        "data": (DataSource(path=Path(job.training_file)),),
         "validation": validation,
         "epochs": float(job.hyperparameters.n_epochs),
         "micro_batch_size": micro_batch_size,
@@ -102,16 +125,62 @@ def job_recipe(
         "evaluate_every_steps",
     )
     stage |= {name: value for name in given if (value := getattr(extension, name)) is not None}
-    return parse_recipe(
-        {
-            "name": artifact_name,
-            "base_model": base_model,
-            "method": method,
-            "stages": (stage,),
-            "seed": job.seed,
-            "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,
-        }
+    if job.hyperparameters.beta is not None:
+        stage["dpo"] = Dpo(beta=job.hyperparameters.beta)
+    recipe: dict[str, Any] = {
+        "name": artifact_name,
+        "base_model": base_model,
+        "method": extension.method or extension.lora or LoraMethod(),
+        "stages": (stage | _stage_extension(extension, stage),),
+        "seed": job.seed,
+        "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,
+        "promote_alias": extension.alias,
+    }
+    whole: tuple[Literal["dtype", "save_dtype", "evaluation", "promote_if", "exports"], ...] = (
+        "dtype",
+        "save_dtype",
+        "evaluation",
+        "promote_if",
+        "exports",
     )
+    recipe |= {name: value for name in whole if (value := getattr(extension, name)) is not None}
+    parsed = parse_recipe(recipe)
+    _check_servable(parsed)
+    _check_no_paths(parsed)
+    return parsed
+
+
+def _stage_extension(extension: CapoBody, stage: Mapping[str, Any]) -> dict[str, Any]:
+    given = extension.stage or {}
+    for name in given:
+        if name in _DECIDED_BY_OPENAI or (name in stage and stage[name] is not None):
+            raise InvalidRequestError(
+                f"capo.stage.{name} is decided by another field of this request (OpenAI's hyper-parameters, files and "
+                "method, or capo's own of that name); leave it out",
+                param=f"capo.stage.{name}"[:120],
+            )
+    return dict(given)
+
+
+def _check_servable(recipe: Recipe) -> None:
+    if not publishes_adapter(recipe.method):
+        raise InvalidRequestError(
+            f"capo.method: kind {recipe.method.kind!r} publishes whole weights, which cannot be called beside "
+            "other models; set extract_lora_rank, or train with capo tune",
+            param="capo.method",
+        )
+
+
+def _check_no_paths(recipe: Recipe) -> None:
+    evaluation = recipe.evaluation
+    if evaluation is None:
+        return
+    if evaluation.data or evaluation.general or any(benchmark.file for benchmark in evaluation.benchmarks):
+        raise InvalidRequestError(
+            "capo.evaluation has a path, and a client names no files of the server: leave data, general and file out: "
+            "the held-out rows are evaluated",
+            param="capo.evaluation",
+        )
 
 
 def parse_extension(stored: Mapping[str, Any]) -> CapoBody:

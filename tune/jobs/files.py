@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 
 from registry.errors import InvalidDataError, InvalidRequestError, StorageError, TooLargeError
-from tune.jobs.check_file import check_training_file
+from tune.jobs.check_file import check_training_file, row_format
 from tune.jobs.file_store import FileStore, Order
-from tune.jobs.records import FilePurpose, FileRecord, Page
+from tune.jobs.records import FilePurpose, FileRecord, Page, RowFormat
 from tune.jobs.rows import new_id
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -153,7 +153,8 @@ class FileService:
         _check_filename(filename)
         upload.flush()
         rows = _checked_rows(upload.path)
-        return self._keep(upload, filename=filename, purpose="fine-tune", rows=rows)
+        found = row_format(upload.path)
+        return self._keep(upload, filename=filename, purpose="fine-tune", rows=rows, found=found)
 
     def file(self, file_id: str) -> FileRecord:
         return self._store.get(file_id)
@@ -174,7 +175,9 @@ class FileService:
         """Clean up after killed processes; for the start of a server."""
         return self.storage.sweep(self._store.ids())
 
-    def _keep(self, upload: Upload, *, filename: str, purpose: FilePurpose, rows: int | None) -> FileRecord:
+    def _keep(
+        self, upload: Upload, *, filename: str, purpose: FilePurpose, rows: int | None, found: RowFormat
+    ) -> FileRecord:
         record = FileRecord(
             id=new_id("file-"),
             filename=filename,
@@ -183,6 +186,7 @@ class FileService:
             sha256=upload.sha256,
             rows=rows,
             created_at=int(time.time()),
+            row_format=found,
         )
         upload.keep(record.id)
         try:

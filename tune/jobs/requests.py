@@ -66,10 +66,18 @@ class SupervisedBody(Body):
     hyperparameters: HyperparametersBody | None = None
 
 
+class DpoHyperparametersBody(HyperparametersBody):
+    beta: Annotated[Literal["auto"] | float, _auto_or("number", 0.001, 10)] = "auto"
+
+
+class DpoBody(Body):
+    hyperparameters: DpoHyperparametersBody | None = None
+
+
 class MethodBody(Body):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: SupervisedBody | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoBody | None = None
     reinforcement: dict[str, Any] | None = None
 
 
@@ -87,6 +95,18 @@ class CapoBody(Body):
     """
 
     lora: Annotated[LoraMethod, BeforeValidator(_lists_as_tuples)] | None = None
+    method: dict[str, Any] | None = None
+    """A recipe's ``method``: any that publishes an adapter. Instead of ``lora``."""
+    stage: dict[str, Any] | None = None
+    """Keys of a recipe's stage, except those that OpenAI's fields decide."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    save_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    evaluation: dict[str, Any] | None = None
+    """A recipe's ``evaluation``, on the held-out rows: a client names no paths of the server."""
+    promote_if: str | None = None
+    exports: list[dict[str, Any]] | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    """Of waiting jobs the highest goes first."""
     alias: str | None = None
     """Name that points to the result as soon as it is published."""
     validation_share: Annotated[float, Field(ge=0.0, le=0.5)] | None = None

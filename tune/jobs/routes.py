@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 
-from registry.errors import InvalidRequestError, TooLargeError
+from registry.errors import InvalidRequestError, NotFoundError, TooLargeError
 from tune.jobs import wire
 from tune.jobs.files import FileService
 from tune.jobs.requests import MAX_BODY_BYTES, CreateJobBody, parse_body
@@ -121,6 +121,15 @@ def fine_tuning_router(service: JobService) -> APIRouter:
     @router.post("/{job_id}/resume")
     async def resume_job(job_id: str) -> JSONResponse:
         return JSONResponse(wire.job_object(await asyncio.to_thread(service.resume, job_id)))
+
+    @router.get("/{job_id}/checkpoints")
+    async def list_checkpoints(job_id: str) -> JSONResponse:
+        await asyncio.to_thread(service.job, job_id)
+        raise NotFoundError(
+            "checkpoints are not published as models: only a job's last weights can be called. The figures of every step "
+            f"are metrics events, GET /v1/fine_tuning/jobs/{job_id}/events, and stand in the job's result file",
+            code="checkpoints_not_offered",
+        )
 
     @router.get("/{job_id}/events")
     async def list_events(request: Request, job_id: str) -> JSONResponse:

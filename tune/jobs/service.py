@@ -11,13 +11,24 @@ from dataclasses import dataclass
 from registry import Registry
 from registry.errors import InvalidNameError, InvalidRequestError, NotFoundError
 from registry.names import alias_file_stem, check_name, parse_alias
-from tune.jobs.checks import as_one, check_integrations, check_metadata, check_method, collect, given_hyperparameters
+from tune.jobs.checks import (
+    as_one,
+    check_integrations,
+    check_metadata,
+    check_method,
+    collect,
+    given_hyperparameters,
+    given_method,
+)
 from tune.jobs.convert import held_out_share, job_recipe, resolve_hyperparameters
 from tune.jobs.file_store import FileStore
-from tune.jobs.records import EventRecord, FileRecord, JobRecord, NewEvent, NewJob, Page
+from tune.jobs.records import EventRecord, FileRecord, JobMethod, JobRecord, NewEvent, NewJob, Page, RowFormat
 from tune.jobs.requests import CapoBody, CreateJobBody
 from tune.jobs.store import JobStore, fine_tuned_name
+from tune.methods import LoraMethod, QloraMethod, extracted_rank
+from tune.recipe import Recipe
 
+_ROW_FORMATS: dict[JobMethod, RowFormat] = {"supervised": "chat", "dpo": "preference"}
 FEWEST_ROWS = 10
 """OpenAI's minimum for a training file (platform guide "Supervised fine-tuning")."""
 
@@ -73,12 +84,13 @@ class JobService:
             raise as_one(faults)
         new = _new_job(body, files)
         # The worker will build this same recipe; one that cannot be built must fail now.
-        job_recipe(
+        recipe = job_recipe(
             new,
             artifact_name=body.suffix or "job",
             base_model=bases[body.model],
             training_rows=files.training.rows or 0,
         )
+        self._check_rank(recipe)
         return self._store.create_job(new, _first_events(body, files))
 
     def job(self, job_id: str) -> JobRecord:
@@ -140,6 +152,10 @@ class JobService:
                 f"{extension.validation_share} exclude each other; give one",
                 param="capo.validation_share",
             )
+        if extension.lora is not None and extension.method is not None:
+            raise InvalidRequestError(
+                "capo.lora and capo.method both say what is trained; give one of them", param="capo.method"
+            )
         rank = None if extension.lora is None else extension.lora.rank
         if rank is not None and self._max_lora_rank is not None and rank > self._max_lora_rank:
             raise InvalidRequestError(
@@ -147,8 +163,19 @@ class JobService:
                 param="capo.lora.rank",
             )
 
+    def _check_rank(self, recipe: Recipe) -> None:
+        method = recipe.method
+        rank = method.rank if isinstance(method, LoraMethod | QloraMethod) else extracted_rank(method)
+        if rank is not None and self._max_lora_rank is not None and rank > self._max_lora_rank:
+            raise InvalidRequestError(
+                f"capo.method publishes an adapter of rank {rank}, above {self._max_lora_rank}, the largest that this "
+                "server serves",
+                param="capo.method",
+            )
+
     def _files(self, body: CreateJobBody) -> _Files:
-        training = self._fine_tune_file("training_file", body.training_file)
+        method = given_method(body)
+        training = self._fine_tune_file("training_file", body.training_file, method)
         if training.rows is None or training.rows < FEWEST_ROWS:
             raise InvalidRequestError(
                 f"training_file {training.id} has {training.rows or 0} rows; {FEWEST_ROWS} are the minimum",
@@ -157,7 +184,7 @@ class JobService:
             )
         if body.validation_file is None:
             return _Files(training, None)
-        validation = self._fine_tune_file("validation_file", body.validation_file)
+        validation = self._fine_tune_file("validation_file", body.validation_file, method)
         if validation.sha256 == training.sha256:
             raise InvalidRequestError(
                 "validation_file has the same content as training_file, so it would measure only memory; "
@@ -166,7 +193,7 @@ class JobService:
             )
         return _Files(training, validation)
 
-    def _fine_tune_file(self, param: str, file_id: str) -> FileRecord:
+    def _fine_tune_file(self, param: str, file_id: str, method: JobMethod) -> FileRecord:
         try:
             record = self._file_store.get(file_id)
         except NotFoundError as error:
@@ -179,6 +206,14 @@ class JobService:
             raise InvalidRequestError(
                 f"{param}: {file_id} has the purpose {record.purpose!r}, 'fine-tune' is needed",
                 code="wrong_purpose",
+                param=param,
+            )
+        needed = _ROW_FORMATS[method]
+        if record.row_format != needed:
+            raise InvalidRequestError(
+                f"{param}: {file_id} holds {record.row_format} rows, and method {method!r} trains on {needed} rows; "
+                "give another file, or the method that fits it",
+                code="wrong_format",
                 param=param,
             )
         return record
@@ -197,7 +232,10 @@ def _new_job(body: CreateJobBody, files: _Files) -> NewJob:
             extension,
             rows=files.training.rows or 0,
             has_validation_file=files.validation is not None,
+            method=given_method(body),
         ),
+        method=given_method(body),
+        priority=extension.priority,
         metadata=body.metadata,
         extensions=extension.model_dump(mode="json", exclude_unset=True),
     )

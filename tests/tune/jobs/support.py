@@ -46,6 +46,19 @@ def chat_rows(count: int, *, first: int = 0) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+def preference_rows(count: int) -> bytes:
+    """OpenAI's DPO rows."""
+    rows = (
+        {
+            "input": {"messages": [{"role": "user", "content": f"What is {number} plus 1?"}]},
+            "preferred_output": [{"role": "assistant", "content": str(number + 1)}],
+            "non_preferred_output": [{"role": "assistant", "content": "I do not know."}],
+        }
+        for number in range(count)
+    )
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
 @dataclass(frozen=True)
 class Place:
     """Everything one test's Capo has on disk, and services on top of it."""
@@ -117,6 +130,7 @@ def add_file_row(file_rows: FileStore, **changes: Any) -> str:
         "size_bytes": 1,
         "sha256": new_id("", 64),
         "rows": 20,
+        "row_format": "chat",
         "created_at": 0,
     }
     record = FileRecord(**(values | changes))

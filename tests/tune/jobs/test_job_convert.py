@@ -9,9 +9,9 @@ from tests.tune.jobs.support import BASE, new_job
 from tune.choices import choose_learning_rate
 from tune.jobs.convert import job_recipe, resolve_hyperparameters
 from tune.jobs.records import Hyperparameters, NewJob
-from tune.jobs.requests import CapoBody, HyperparametersBody
+from tune.jobs.requests import CapoBody, DpoHyperparametersBody, HyperparametersBody
 from tune.methods import LoraMethod
-from tune.recipe import Recipe
+from tune.recipe import Dpo, Recipe
 
 
 def recipe_of(job: NewJob, *, rows: int = 100) -> Recipe:
@@ -80,3 +80,32 @@ def test_given_numbers_stay_as_they_are() -> None:
     given = HyperparametersBody(n_epochs=5, batch_size=3, learning_rate_multiplier=0.25)
     numbers = resolve_hyperparameters(given, CapoBody(), rows=10, has_validation_file=False)
     assert numbers == Hyperparameters(5, 3, 0.25)
+
+
+def test_what_a_recipe_can_say_the_capo_object_can_say() -> None:
+    extensions = {
+        "method": {"kind": "dora", "rank": 4, "extract_lora_rank": 8},
+        "stage": {"scheduler": "linear", "neftune_alpha": 5.0, "clean": {"duplicates": "drop_exact"}},
+        "evaluation": {"max_rows": 20},
+        "exports": [{"kind": "merge"}],
+        "alias": "support",
+        "dtype": "float32",
+    }
+    recipe = recipe_of(replace(with_numbers(), extensions=extensions))
+    stage = recipe.stages[0]
+    assert (recipe.method.kind, recipe.dtype, recipe.promote_alias) == ("dora", "float32", "support")
+    assert (stage.scheduler, stage.neftune_alpha, stage.clean.duplicates) == ("linear", 5.0, "drop_exact")
+    assert recipe.evaluation is not None
+    assert recipe.evaluation.max_rows == 20
+    assert [export.kind for export in recipe.exports] == ["merge"]
+
+
+def test_a_dpo_job_trains_a_dpo_stage_with_its_beta() -> None:
+    given = DpoHyperparametersBody(beta=0.3)
+    numbers = resolve_hyperparameters(given, CapoBody(), rows=100, has_validation_file=False, method="dpo")
+    stage = recipe_of(replace(new_job("file-1", method="dpo"), hyperparameters=numbers)).stages[0]
+    assert stage.kind == "dpo"
+    assert stage.dpo is not None
+    assert stage.dpo.beta == 0.3
+    auto = resolve_hyperparameters(HyperparametersBody(), CapoBody(), rows=100, has_validation_file=False, method="dpo")
+    assert auto.beta == Dpo().beta

@@ -264,7 +264,16 @@ WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt hyper-parameter": ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs"),
     "method without a type": ({"method": {}}, "method.type"),
     "method of another kind": ({"method": {"type": "magic"}}, "method.type"),
-    "dpo": ({"method": {"type": "dpo", "dpo": {}}}, "method.type"),
+    "dpo on chat rows": ({"method": {"type": "dpo", "dpo": {}}}, "training_file"),
+    "dpo with supervised's part": ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+    "beta of supervised": (
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
+        "method.supervised.hyperparameters.beta",
+    ),
+    "beta zero": (
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
+        "method.dpo.hyperparameters.beta",
+    ),
     "reinforcement": ({"method": {"type": "reinforcement"}}, "method.type"),
     "supervised with dpo's part": ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
     "hyper-parameters in both places": (
@@ -280,6 +289,19 @@ WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "rank above the server's": ({"capo": {"lora": {"rank": 128}}}, "capo.lora.rank"),
     "unknown lora key": ({"capo": {"lora": {"rnk": 8}}}, "capo.lora"),
     "full training": ({"capo": {"lora": {"kind": "full"}}}, "capo.lora.kind"),
+    "whole weights": ({"capo": {"method": {"kind": "full"}}}, "capo.method"),
+    "extracted rank above the server's": (
+        {"capo": {"method": {"kind": "full", "extract_lora_rank": 128}}},
+        "capo.method",
+    ),
+    "two methods": ({"capo": {"method": {"kind": "lora"}, "lora": {"rank": 8}}}, "capo.method"),
+    "a stage's epochs": ({"capo": {"stage": {"epochs": 3}}}, "capo.stage.epochs"),
+    "another file": ({"capo": {"stage": {"data": [{"path": "/etc/passwd"}]}}}, "capo.stage.data"),
+    "unknown stage key": ({"capo": {"stage": {"pack": True}}}, "stages[0]"),
+    "an evaluation file": ({"capo": {"evaluation": {"data": "/etc/passwd"}}}, "capo.evaluation"),
+    "a promotion of nothing": ({"capo": {"promote_if": "exact_match > base"}}, None),
+    "an unknown export": ({"capo": {"exports": [{"kind": "zip"}]}}, "exports[0]"),
+    "priority too high": ({"capo": {"priority": 1001}}, "capo.priority"),
     "alias that climbs": ({"capo": {"alias": "../x"}}, "capo.alias"),
     "alias that is the base": ({"capo": {"alias": BASE}}, "capo.alias"),
     "validation share above half": ({"capo": {"validation_share": 0.9}}, "capo.validation_share"),
@@ -288,7 +310,7 @@ WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("changes", "param"), WRONG_BODIES.values(), ids=WRONG_BODIES.keys())
 def test_a_wrong_job_is_refused_with_its_field(
-    quiet_client: OpenAI, quiet_place: Place, quiet_file: str, changes: dict[str, Any], param: str
+    quiet_client: OpenAI, quiet_place: Place, quiet_file: str, changes: dict[str, Any], param: str | None
 ) -> None:
     body = {"model": BASE, "training_file": quiet_file} | changes
     body = {key: value for key, value in body.items() if value is not ...}
@@ -435,3 +457,10 @@ def test_a_cursor_of_another_jobs_event_is_refused(client: OpenAI, place: Place)
     foreign = place.store.events_since(first.id, 0)[0].id
     with pytest.raises(openai.BadRequestError):
         client.fine_tuning.jobs.list_events(second.id, after=foreign)
+
+
+def test_checkpoints_are_refused_with_the_way_to_the_figures(client: OpenAI, place: Place, training_file: str) -> None:
+    job = place.queue_job(training_file)
+    with pytest.raises(openai.NotFoundError, match=f"/v1/fine_tuning/jobs/{job.id}/events") as refused:
+        client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert refused.value.code == "checkpoints_not_offered"
