@@ -100,6 +100,13 @@ class _ObservedAsyncLLM(AsyncLLM):
                     call.prompt_tokens += len(output.prompt_token_ids)
                     prompt_counted = True
                 _observe(call, output)
+                if sampling_params.structured_outputs is not None and call.finish_reasons[-1:] == ["error"]:
+                    # The scheduler ends a request whose token its grammar rejects: no token was left to choose.
+                    raise errors.InvalidRequestError(
+                        "No token satisfies the constraint on the answer together with the rest of the request, "
+                        "such as allowed_token_ids, bad_words or min_tokens.",
+                        code="contradictory_constraints",
+                    )
                 yield output
         except Exception as error:
             call.error = error
