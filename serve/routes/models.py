@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from serve.model_list import callable_models
+from serve.model_removal import remove_model
 from serve.service import ServingService
 
 
@@ -25,6 +26,11 @@ def models_router(service: ServingService) -> APIRouter:
             return _model(model, created=0)
         main = (await service.catalog.served_by(model))[0]
         return _model(model, main.manifest.created_at, service.catalog.base_model, main.revision)
+
+    @router.delete("/v1/models/{model:path}")
+    async def delete_model(model: str) -> dict[str, Any]:
+        await remove_model(service.catalog, service.catalog.registry, model)
+        return {"id": model, "object": "model", "deleted": True}
 
     return router
 

@@ -1,0 +1,45 @@
+"""``DELETE /v1/models/{model}``: a name goes, and with its last name the artifact."""
+
+from __future__ import annotations
+
+import asyncio
+
+from registry import Registry, errors
+from serve.catalog import Catalog
+
+
+async def remove_model(catalog: Catalog, registry: Registry, model: str) -> None:
+    """Remove an alias, an ``ft:`` name or a revision.
+
+    What the name pointed to goes too, unless another name serves it or another artifact has it as its base.
+    Requests that run on it end as they began.
+
+    Raises:
+        PermissionDeniedError: it is the base model.
+        ModelNotFoundError: there is no such model.
+        ConflictError: a revision that something else needs.
+    """
+    if model == catalog.base_model:
+        raise errors.PermissionDeniedError(
+            f"'{model}' is the base model that this server runs; only fine-tuned models can be deleted.",
+            code="base_model",
+            param="model",
+        )
+    served = await catalog.served_by(model)
+    await asyncio.to_thread(_remove, registry, model, [artifact.revision for artifact in served])
+    await catalog.refresh()
+
+
+def _remove(registry: Registry, model: str, revisions: list[str]) -> None:
+    if model in revisions:
+        registry.remove(model)
+        return
+    registry.delete_alias(model)
+    for revision in revisions:
+        try:
+            registry.remove(revision)
+        except errors.ConflictError as error:
+            if error.code != "artifact_in_use":
+                raise
+        except errors.ModelNotFoundError:
+            continue  # somebody else was faster

@@ -1,0 +1,55 @@
+"""``DELETE /v1/models/{model}`` through HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from registry import Registry
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.running import BASE, publish, running_service
+
+FT = "ft:capo-tiny:capo:support:abcd1234"
+
+
+async def delete(client: httpx.AsyncClient, model: str) -> httpx.Response:
+    return await client.delete(f"/v1/models/{model}")
+
+
+async def test_the_stock_sdk_deletes_a_fine_tuned_model_and_its_files(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    artifact = publish(registry, "support", fine_tuned_name=FT)
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        sdk = openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0)
+        deleted = await sdk.models.delete(FT)
+        assert type(deleted).model_validate_json(deleted.to_json(), strict=True).deleted
+        assert (deleted.id, deleted.object) == (FT, "model")
+        assert [model.id async for model in sdk.models.list()] == [BASE]
+        with pytest.raises(openai.NotFoundError):
+            await sdk.models.delete(FT)
+        await sdk.close()
+    assert registry.artifacts() == []
+    assert not artifact.path.exists()
+
+
+async def test_an_artifact_that_another_name_serves_stays(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    artifact = publish(registry, "support", alias="help", fine_tuned_name=FT)
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        assert (await delete(client, FT)).status_code == 200
+        models = {model["id"] for model in (await client.get("/v1/models")).json()["data"]}
+        assert models == {BASE, "help"}
+        refused = await delete(client, artifact.revision)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "artifact_in_use")
+        assert (await delete(client, "help")).status_code == 200
+    assert registry.artifacts() == []
+
+
+async def test_the_base_is_never_deleted(tmp_path: Path) -> None:
+    Registry(tmp_path)
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        refused = await delete(client, BASE)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "base_model")
