@@ -39,7 +39,7 @@ from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
 from serve.service import ServingService
-from tune.jobs.database import Database, sqlite_url
+from tune.jobs.database import Database
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
 from tune.jobs.routes import files_router, fine_tuning_router
@@ -98,7 +98,7 @@ class CapoServer:
             self.base_model, [*(part for choice in self._choices for part in choice.argv), *vllm_arguments]
         )
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self._database = Database(sqlite_url(settings.job_store_path))
+        self._database = Database(settings.job_store_url)
         self._workers = LocalWorkers(settings, clean_environment)
 
     def _build_serving(self, base_model: BaseModel, arguments: list[str]) -> ServingService:

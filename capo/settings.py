@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from registry import errors, parse_reference
 from registry.names import check_name
 from serve.limits import Limits
+from tune.jobs.database_url import sqlite_url
 
 DEFAULT_DATA_DIR = Path("capo-data")
 _LIMITS = Limits()
@@ -32,6 +33,11 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         default=DEFAULT_DATA_DIR,
         description="Everything Capo writes: registry, uploaded files, job store, work dirs.",
+    )
+    database_url: str | None = Field(
+        default=None,
+        description="The job store, as postgresql+psycopg://user:password@host/database for workers on other machines "
+        "that share DATA_DIR; not set: a SQLite file in DATA_DIR, which needs all processes on one machine.",
     )
     registry_dir: Path | None = Field(default=None, description="The registry; not set: DATA_DIR/registry.")
     host: str = Field(default="127.0.0.1", description="Loopback by default: there are no keys yet to guard a network.")
@@ -111,5 +117,7 @@ class Settings(BaseSettings):
         return self.registry_dir if self.registry_dir is not None else self.data_dir / "registry"
 
     @property
-    def job_store_path(self) -> Path:
-        return (self.data_dir / "jobs.sqlite").absolute()
+    def job_store_url(self) -> str:
+        if self.database_url is not None:
+            return self.database_url
+        return sqlite_url((self.data_dir / "jobs.sqlite").absolute())

@@ -67,4 +67,7 @@ class LocalWorkers:
         ]  # fmt: skip
         if settings.worker_threads is not None:
             command += ["--threads", str(settings.worker_threads)]
-        return subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
+        environment = dict(self._environment)
+        if settings.database_url is not None:  # it may hold a password, and arguments are for all to see
+            environment["CAPO_DATABASE_URL"] = settings.database_url
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)

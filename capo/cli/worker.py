@@ -25,7 +25,6 @@ def worker(
     """Work fine-tuning jobs until SIGTERM; a running job then goes back to the queue."""
     from capo.logs import configure_logging
     from registry import Registry, locate_base_model
-    from tune.jobs.database import sqlite_url
     from tune.jobs.settings import WorkerSettings
     from tune.jobs.worker import run_worker
 
@@ -36,7 +35,7 @@ def worker(
     base_model = locate_base_model(settings.model, Registry(settings.registry_path))
     run_worker(
         WorkerSettings(
-            database_url=sqlite_url(settings.job_store_path),
+            database_url=settings.job_store_url,
             data_dir=settings.data_dir,
             registry_dir=settings.registry_path,
             base_models={base_model.id: settings.model},

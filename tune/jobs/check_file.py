@@ -37,7 +37,9 @@ def row_format(path: Path) -> RowFormat:
 
 
 def check_training_file(path: Path) -> FileReport:
-    """Check every row against the first one's format and report the first ten faults. Blocks, without keeping the interpreter busy.
+    """Check every row against the first one's format and report the first ten faults.
+
+    Blocks, without keeping the interpreter busy.
 
     Raises:
         UnavailableError: the checking process was lost (killed, or no memory for it).

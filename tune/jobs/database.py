@@ -21,10 +21,13 @@ from typing import Any
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
 from registry.errors import CapoError, InvalidRequestError, StorageError, UnavailableError
 from tune.jobs import migrations
+from tune.jobs.database_url import sqlite_url
+
+__all__ = ["Database", "sqlite_url"]
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a writer waits for another. Writes take milliseconds, so this is reached only by a stuck disk."""
@@ -38,11 +41,6 @@ _DISK_ERRORS = {
     sqlite3.SQLITE_NOTADB,
 }
 _WRITE = "capo_write"
-
-
-def sqlite_url(path: Path) -> str:
-    """The URL of a SQLite file, for :class:`Database`."""
-    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 class Database:
@@ -68,7 +66,14 @@ class Database:
         if self._is_sqlite:
             _prepare_sqlite_file(parsed)
             arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
-        self._engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._is_sqlite)
+        try:
+            self._engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._is_sqlite)
+        except (NoSuchModuleError, ModuleNotFoundError) as error:
+            raise InvalidRequestError(
+                f"the job store's database needs a driver that is not installed ({error}); for PostgreSQL "
+                "pip install 'capo-llm[postgres]' and write postgresql+psycopg://user:password@host/database",
+                param="database_url",
+            ) from error
         if self._is_sqlite:
             event.listen(self._engine, "connect", _on_sqlite_connect)
             event.listen(self._engine, "begin", _on_sqlite_begin)
@@ -78,7 +83,8 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads and sees one moment of the store."""
-        with _translated(), self._engine.connect() as connection, connection.begin():
+        options = {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with _translated(), self._engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
     @contextmanager

@@ -126,8 +126,8 @@ def fine_tuning_router(service: JobService) -> APIRouter:
     async def list_checkpoints(job_id: str) -> JSONResponse:
         await asyncio.to_thread(service.job, job_id)
         raise NotFoundError(
-            "checkpoints are not published as models: only a job's last weights can be called. The figures of every step "
-            f"are metrics events, GET /v1/fine_tuning/jobs/{job_id}/events, and stand in the job's result file",
+            "checkpoints are not published as models: only a job's last weights can be called. The figures of "
+            f"every step are metrics events, GET /v1/fine_tuning/jobs/{job_id}/events, and stand in its result file",
             code="checkpoints_not_offered",
         )
 

@@ -6,12 +6,31 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from tests.tune.jobs.postgres import binary, new_database, running_postgres
 from tests.tune.jobs.support import Place, client_of, open_place, serve
+from tune.jobs.rows import new_id
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
     opened = open_place(tmp_path)
+    yield opened
+    opened.database.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    with running_postgres() as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", "postgresql"] if binary("postgres") else ["sqlite"])
+def any_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """As ``place``, on each kind of database that this machine can run."""
+    url = None
+    if request.param == "postgresql":
+        url = new_database(request.getfixturevalue("postgres"), new_id("test_", 8))
+    opened = open_place(tmp_path, database_url=url)
     yield opened
     opened.database.close()
 

@@ -70,10 +70,7 @@ class Place:
     files: FileService
     jobs: JobService
     registry: Registry
-
-    @property
-    def database_url(self) -> str:
-        return sqlite_url(self.directory / "jobs.db")
+    database_url: str
 
     @property
     def data_dir(self) -> Path:
@@ -96,15 +93,17 @@ class Place:
         return sorted(path.name for path in files_dir(self.data_dir).rglob("*") if path.is_file())
 
 
-def open_place(directory: Path, *, max_file_bytes: int = 1024 * 1024) -> Place:
-    database = Database(sqlite_url(directory / "jobs.db"))
+def open_place(directory: Path, *, max_file_bytes: int = 1024 * 1024, database_url: str | None = None) -> Place:
+    """``database_url``: of an empty database; a SQLite file of its own when not given."""
+    url = database_url or sqlite_url(directory / "jobs.db")
+    database = Database(url)
     store = JobStore(database, organization="acme")
     file_rows = FileStore(database)
     storage = FileStorage(files_dir(directory / "data"), max_file_bytes=max_file_bytes)
     registry = Registry(directory / "registry")
     bases = {BASE: BASE, "Qwen/Qwen3-0.6B": "/bases/qwen"}
     jobs = JobService(store, file_rows, registry, base_models=bases, max_lora_rank=64)
-    return Place(directory, database, store, file_rows, FileService(file_rows, storage), jobs, registry)
+    return Place(directory, database, store, file_rows, FileService(file_rows, storage), jobs, registry, url)
 
 
 def new_job(training_file: str, **changes: Any) -> NewJob:

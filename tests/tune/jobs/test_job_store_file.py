@@ -1,0 +1,58 @@
+"""The SQLite file of a job store."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from registry.errors import InvalidRequestError, StorageError
+from tests.tune.jobs.support import Place
+from tune.jobs.database import Database, sqlite_url
+
+
+class TestTheFile:
+    def test_commits_survive_a_power_cut_and_readers_do_not_block_writers(self, place: Place) -> None:
+        with place.database.read() as connection:
+            pragmas = {
+                name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+                for name in ("journal_mode", "synchronous", "foreign_keys")
+            }
+        assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+    def test_other_users_cannot_read_it(self, place: Place) -> None:
+        assert (place.directory / "jobs.db").stat().st_mode & 0o077 == 0
+
+    def test_a_store_of_a_newer_capo_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "newer.db"
+        Database(sqlite_url(path)).close()
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.close()
+        with pytest.raises(InvalidRequestError, match="schema version '9999'"):
+            Database(sqlite_url(path))
+
+    @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "not a url"])
+    def test_a_url_that_workers_could_not_share_is_refused(self, url: str) -> None:
+        with pytest.raises(InvalidRequestError):
+            Database(url)
+
+    def test_a_file_that_is_no_database_is_a_storage_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "text.db"
+        path.write_text("this is not SQLite, and long enough to be looked at" * 100)
+        with pytest.raises(StorageError):
+            Database(sqlite_url(path))
+
+    def test_many_processes_may_create_it_at_once(self, tmp_path: Path) -> None:
+        url = sqlite_url(tmp_path / "shared.db")
+        opened: list[Database] = []
+        threads = [threading.Thread(target=lambda: opened.append(Database(url))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(opened) == 8
+        for database in opened:
+            database.close()
