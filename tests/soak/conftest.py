@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ from tests.e2e.service import Service, running
 from tests.sizes import LONG
 from tests.soak.figures import DEFAULT_PATH, Figures
 
+collect_ignore = [] if LONG else ["test_many_starts.py"]
+
 _FIGURES = pytest.StashKey[Figures]()
 
 # float32, because the greedy answers of random adapters have many near ties: in bfloat16 two candidates are often
 # equal to the last bit, and a batch of another shape would decide them otherwise.
 ENGINE_ARGUMENTS = ("--workers", "0", "--", "--dtype", "float32")
+
+PATIENT_DRAIN_SECONDS = 120
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,22 @@ def base() -> BaseModel:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with running(tmp_path_factory.mktemp("soak"), *ENGINE_ARGUMENTS) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def service_with_two_slots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Service]]:
+    """Gives a service with two adapter slots and a patient drain: the one that runs, or a new one if that was ended."""
+    arguments = (*ENGINE_ARGUMENTS, "--max-loras", "2")
+    started: list[Service] = []
+    with contextlib.ExitStack() as services, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CAPO_DRAIN_SECONDS", str(PATIENT_DRAIN_SECONDS))
+
+        def get() -> Service:
+            if not started or started[-1].process.poll() is not None:
+                started.append(services.enter_context(running(tmp_path_factory.mktemp("two-slots"), *arguments)))
+            return started[-1]
+
+        yield get
 
 
 @pytest.fixture(scope="session")

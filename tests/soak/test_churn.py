@@ -25,7 +25,7 @@ NUM_ADAPTERS = size(20, 200)
 NUM_LOADS = size(150, 10_000)
 NUM_CLIENTS = 6
 MOST_GROWTH = 0.02 if LONG else 0.10
-"""Of each process's memory from the end of the first pass over all adapters. In a short run the allocator has not yet
+"""Of each process's memory from the first tenth of the loads to the last. In a short run the allocator has not yet
 found its level."""
 SETTLE_SECONDS = 20.0
 
@@ -38,28 +38,29 @@ async def test_loading_and_unloading_for_long_leaves_nothing_behind(
     with published(service.registry, base, names, rank=4) as artifacts:
         models = [artifact.revision for artifact in artifacts]
         loads_before = metric(service, "capo_adapter_loads_total")
-        await ask_each(service, models, seed=0, num_requests=max(NUM_ADAPTERS, NUM_LOADS // 10))
-        warm = memory_bytes(service)
-        warm_loads = metric(service, "capo_adapter_loads_total") - loads_before
+        loads, requests = 0, 0
+        memory: list[dict[str, int]] = []
+        """After each tenth of the loads."""
         began_at = time.monotonic()
-        seed, requests = 1, 0
-        while (loads := metric(service, "capo_adapter_loads_total") - loads_before) < NUM_LOADS:
-            missing = int(NUM_LOADS - loads) + 1
-            await ask_each(service, models, seed=seed, num_requests=missing)
-            seed, requests = seed + 1, requests + missing
+        for tenth in range(1, 11):
+            while (missing := tenth * NUM_LOADS // 10 - loads) > 0:
+                await ask_each(service, models, seed=requests, num_requests=missing)
+                requests += missing
+                loads = int(metric(service, "capo_adapter_loads_total") - loads_before)
+            memory.append(memory_bytes(service))
         seconds = time.monotonic() - began_at
-        end = memory_bytes(service)
         resident = metric(service, "capo_adapters_resident")
+    warm, end = memory[0], memory[-1]
     gone = await settled(service)
     series_left = capo_series(service) - series_before
     growth = {role: end[role] / warm[role] - 1 for role in warm}
     figures.record(
         f"churn over {NUM_ADAPTERS} adapters",
-        loads=int(loads),
+        loads=loads,
         requests=requests,
-        ms_per_load=1000 * seconds / (loads - warm_loads),
+        ms_per_load=1000 * seconds / loads,
         **{f"growth_{role}": share for role, share in growth.items()},
-        **{f"mib_{role}": size_bytes / 2**20 for role, size_bytes in end.items()},
+        **{f"mib_{role}": ", ".join(f"{one[role] / 2**20:.1f}" for one in memory) for role in warm},
         resident_while_churning=int(resident),
         resident_after_removal=int(metric(service, "capo_adapters_resident")),
         series_left=len(series_left),

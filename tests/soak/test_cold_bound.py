@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import aiohttp
 import pytest
 
 from registry import BaseModel
 from serve.pool import AdapterPool
-from tests.e2e.service import Service, running
+from tests.e2e.service import Service
 from tests.sizes import size
 from tests.soak.adapters import published
 from tests.soak.answers import Answer, Ask, http_client
-from tests.soak.conftest import ENGINE_ARGUMENTS
 from tests.soak.figures import Figures
 from tests.soak.observe import load_seconds, metric
 
@@ -31,15 +30,8 @@ OVERHEAD_SECONDS = 0.5
 """Reading the adapter's bytes, one prefill and the way through both processes, on two busy cores."""
 
 
-@pytest.fixture
-def two_slots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    directory = tmp_path_factory.mktemp("two-slots")
-    with running(directory, *ENGINE_ARGUMENTS, "--max-loras", str(NUM_SLOTS)) as service:
-        yield service
-
-
 async def test_a_cold_adapter_gets_its_first_token_in_time(
-    two_slots: Service, base: BaseModel, figures: Figures
+    service_with_two_slots: Callable[[], Service], base: BaseModel, figures: Figures
 ) -> None:
     """The bound for one that finds nobody in line before it::
 
@@ -48,7 +40,7 @@ async def test_a_cold_adapter_gets_its_first_token_in_time(
     A hot adapter keeps its slot for ``turn_seconds`` while somebody waits, then takes no new request, and leaves when
     its last running answer ends. Each adapter that is in line before adds the same once more.
     """
-    service = two_slots
+    service = service_with_two_slots()
     hot_names = [f"hot{number}" for number in range(NUM_SLOTS)]
     cold_names = [f"cold{number}" for number in range(NUM_ARRIVALS)]
     with (

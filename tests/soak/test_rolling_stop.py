@@ -5,58 +5,55 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import aiohttp
 import grpc
 import pytest
 
 from registry import BaseModel
-from tests.e2e.service import Service, running
+from tests.e2e.service import Service
 from tests.soak.adapters import published
 from tests.soak.answers import Answer, Ask, grpc_client, http_client
-from tests.soak.conftest import ENGINE_ARGUMENTS
 from tests.soak.figures import Figures
 
 pytestmark = pytest.mark.engine
 
 NUM_STREAMS, NUM_GRPC_STREAMS = 100, 10
 NUM_TOKENS = 100
-DRAIN_SECONDS = 120
 
 
 async def test_a_hundred_open_streams_end_whole_at_sigterm(
-    tmp_path: Path, base: BaseModel, figures: Figures, monkeypatch: pytest.MonkeyPatch
+    service_with_two_slots: Callable[[], Service], base: BaseModel, figures: Figures
 ) -> None:
-    monkeypatch.setenv("CAPO_DRAIN_SECONDS", str(DRAIN_SECONDS))
-    with running(tmp_path, *ENGINE_ARGUMENTS) as service:
-        with published(service.registry, base, ["one", "two"], rank=8) as artifacts:
-            models = ["capo-tiny", *(artifact.revision for artifact in artifacts)]
-            connector = aiohttp.TCPConnector(limit=0)
-            async with (
-                aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(180)) as session,
-                grpc.aio.insecure_channel(service.grpc_address) as channel,
-            ):
-                http = http_client(session, service.url, ignore_eos=True)
-                rpc = grpc_client(channel, ignore_eos=True)
-                streams = [
-                    asyncio.create_task(
-                        (rpc if number < NUM_GRPC_STREAMS else http)(
-                            models[number % len(models)], f"{number}: who are you?", NUM_TOKENS
-                        )
+    service = service_with_two_slots()
+    with published(service.registry, base, ["one", "two"], rank=8) as artifacts:
+        models = ["capo-tiny", *(artifact.revision for artifact in artifacts)]
+        connector = aiohttp.TCPConnector(limit=0)
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(180)) as session,
+            grpc.aio.insecure_channel(service.grpc_address) as channel,
+        ):
+            http = http_client(session, service.url, ignore_eos=True)
+            rpc = grpc_client(channel, ignore_eos=True)
+            streams = [
+                asyncio.create_task(
+                    (rpc if number < NUM_GRPC_STREAMS else http)(
+                        models[number % len(models)], f"{number}: who are you?", NUM_TOKENS
                     )
-                    for number in range(NUM_STREAMS)
-                ]
-                await until_open(service, session)
-                finished_before = sum(stream.done() for stream in streams)
-                sent_at = time.monotonic()
-                service.process.send_signal(signal.SIGTERM)
-                refused = await until_refused(http)
-                refused_over_grpc = await rpc("capo-tiny", "Who are you?", 1)
-                still_open = sum(not stream.done() for stream in streams)
-                answers = await asyncio.gather(*streams)
-        code = await asyncio.to_thread(service.process.wait, 30)
-        stopped_after = time.monotonic() - sent_at
+                )
+                for number in range(NUM_STREAMS)
+            ]
+            await until_open(service, session)
+            finished_before = sum(stream.done() for stream in streams)
+            sent_at = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            refused = await until_refused(http)
+            refused_over_grpc = await rpc("capo-tiny", "Who are you?", 1)
+            still_open = sum(not stream.done() for stream in streams)
+            answers = await asyncio.gather(*streams)
+    code = await asyncio.to_thread(service.process.wait, 30)
+    stopped_after = time.monotonic() - sent_at
     cut = [answer for answer in answers if not answer.is_whole or len(answer.token_ids) != NUM_TOKENS]
     figures.record(
         "SIGTERM with 100 open streams",
