@@ -15,7 +15,7 @@ from sqlalchemy import insert, or_, select, update
 from registry.errors import ConflictError
 from tune.jobs.database import Database
 from tune.jobs.records import OPEN, FileRecord, Page
-from tune.jobs.rows import file_record, live_file, position_of
+from tune.jobs.rows import file_record, is_live, live_file, position_of
 from tune.jobs.schema import files, jobs
 
 Order = Literal["asc", "desc"]
@@ -34,12 +34,12 @@ class FileStore:
 
     def get(self, file_id: str) -> FileRecord:
         with self._database.read() as connection:
-            return live_file(connection, file_id)
+            return live_file(connection, file_id, now=self._clock())
 
     def page(
         self, *, after: str | None, limit: int, order: Order = "desc", purpose: str | None = None
     ) -> Page[FileRecord]:
-        query = select(files).where(files.c.deleted_at.is_(None))
+        query = select(files).where(is_live(self._clock()))
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         with self._database.read() as connection:
@@ -58,7 +58,7 @@ class FileStore:
             ConflictError: a job that has not ended still needs it.
         """
         with self._database.write() as connection:
-            live_file(connection, file_id, lock=True)
+            live_file(connection, file_id, now=self._clock(), lock=True)
             user = connection.execute(
                 select(jobs.c.id)
                 .where(jobs.c.status.in_(OPEN))
@@ -71,6 +71,13 @@ class FileStore:
                     code="file_in_use",
                 )
             connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=int(self._clock())))
+
+    def take_expired(self) -> list[str]:
+        """Mark the files that have expired as deleted; their ids. Their bytes are the caller's to remove."""
+        now = self._clock()
+        query = update(files).where(files.c.deleted_at.is_(None), files.c.expires_at <= now, ~is_live(now))
+        with self._database.write() as connection:
+            return list(connection.execute(query.values(deleted_at=int(now)).returning(files.c.id)).scalars())
 
     def ids(self) -> set[str]:
         """Ids of all files that were not deleted."""

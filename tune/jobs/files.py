@@ -18,7 +18,7 @@ from types import TracebackType
 from registry.errors import InvalidDataError, InvalidRequestError, StorageError, TooLargeError
 from tune.jobs.check_file import check_training_file, row_format
 from tune.jobs.file_store import FileStore, Order
-from tune.jobs.records import FilePurpose, FileRecord, Page, RowFormat
+from tune.jobs.records import FileRecord, Page
 from tune.jobs.rows import new_id
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -136,7 +136,9 @@ class FileService:
         self.storage = storage
         self._store = store
 
-    def finish_upload(self, upload: Upload, *, filename: str, purpose: str) -> FileRecord:
+    def finish_upload(
+        self, upload: Upload, *, filename: str, purpose: str, expires_after_seconds: int | None = None
+    ) -> FileRecord:
         """Check what was received and make it a file.
 
         Raises:
@@ -153,8 +155,21 @@ class FileService:
         _check_filename(filename)
         upload.flush()
         rows = _checked_rows(upload.path)
-        found = row_format(upload.path)
-        return self._keep(upload, filename=filename, purpose="fine-tune", rows=rows, found=found)
+        created_at = int(time.time())
+        record = FileRecord(
+            id=new_id("file-"),
+            filename=filename,
+            purpose="fine-tune",
+            size_bytes=upload.size_bytes,
+            sha256=upload.sha256,
+            rows=rows,
+            created_at=created_at,
+            row_format=row_format(upload.path),
+            expires_at=None if expires_after_seconds is None else created_at + expires_after_seconds,
+        )
+        self._keep(upload, record)
+        self.remove_expired()
+        return record
 
     def file(self, file_id: str) -> FileRecord:
         return self._store.get(file_id)
@@ -173,28 +188,21 @@ class FileService:
 
     def sweep(self) -> list[str]:
         """Clean up after killed processes; for the start of a server."""
+        self.remove_expired()
         return self.storage.sweep(self._store.ids())
 
-    def _keep(
-        self, upload: Upload, *, filename: str, purpose: FilePurpose, rows: int | None, found: RowFormat
-    ) -> FileRecord:
-        record = FileRecord(
-            id=new_id("file-"),
-            filename=filename,
-            purpose=purpose,
-            size_bytes=upload.size_bytes,
-            sha256=upload.sha256,
-            rows=rows,
-            created_at=int(time.time()),
-            row_format=found,
-        )
+    def remove_expired(self) -> None:
+        """Free the space of files that have expired; each upload does so."""
+        for file_id in self._store.take_expired():
+            self.storage.remove(file_id)
+
+    def _keep(self, upload: Upload, record: FileRecord) -> None:
         upload.keep(record.id)
         try:
             self._store.add(record)
         except Exception:
             self.storage.remove(record.id)
             raise
-        return record
 
 
 def file_sha256(path: Path) -> str:

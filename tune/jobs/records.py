@@ -47,6 +47,8 @@ class FileRecord:
     created_at: int
     row_format: RowFormat | None = None
     """Of a training file."""
+    expires_at: int | None = None
+    """From then on the file is as if deleted, except for jobs that have not ended."""
 
 
 @dataclass(frozen=True, slots=True)

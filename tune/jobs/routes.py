@@ -7,7 +7,7 @@ the wire form, and it also authenticates. Everything that blocks runs in a threa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ from tune.jobs.upload import receive_form
 
 LIST_LIMIT = 100
 LIST_DEFAULT = 20
+_UPLOAD_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
+_SHORTEST_EXPIRY, _LONGEST_EXPIRY = 3600, 2_592_000
+"""An hour to thirty days (openai/types/file_create_params.py)."""
 FILE_LIST_LIMIT = 10_000
 """Limit and default of GET /v1/files (openai/types/file_list_params.py)."""
 
@@ -35,7 +38,7 @@ def files_router(service: FileService) -> APIRouter:
     async def create_file(request: Request) -> JSONResponse:
         with service.storage.receive() as upload:
             form = await receive_form(
-                request, upload, fields=("purpose",), max_file_bytes=service.storage.max_file_bytes
+                request, upload, fields=_UPLOAD_FIELDS, max_file_bytes=service.storage.max_file_bytes
             )
             if "purpose" not in form.fields:
                 raise InvalidRequestError(
@@ -48,6 +51,7 @@ def files_router(service: FileService) -> APIRouter:
                 upload,
                 filename=form.filename or "",
                 purpose=form.fields["purpose"],
+                expires_after_seconds=_expires_after(form.fields),
             )
             record = await asyncio.to_thread(finish)
         return JSONResponse(wire.file_object(record))
@@ -140,6 +144,25 @@ def fine_tuning_router(service: JobService) -> APIRouter:
         return JSONResponse(wire.list_object(page, wire.event_object))
 
     return router
+
+
+def _expires_after(fields: Mapping[str, str]) -> int | None:
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise InvalidRequestError(
+            f"expires_after[anchor] must be 'created_at', got {anchor!r:.60}", param="expires_after[anchor]"
+        )
+    text = seconds or ""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if not _SHORTEST_EXPIRY <= number <= _LONGEST_EXPIRY:
+        raise InvalidRequestError(
+            f"expires_after[seconds] must be an integer from {_SHORTEST_EXPIRY} to {_LONGEST_EXPIRY}, "
+            f"got {seconds!r:.60}",
+            param="expires_after[seconds]",
+        )
+    return number
 
 
 async def _body(request: Request) -> bytes:

@@ -7,11 +7,11 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, insert, or_, select, update
 
 from registry.errors import InvalidRequestError, NotFoundError
 from registry.names import shown
-from tune.jobs.records import EventRecord, FileRecord, Hyperparameters, JobError, JobRecord, NewEvent
+from tune.jobs.records import OPEN, EventRecord, FileRecord, Hyperparameters, JobError, JobRecord, NewEvent
 from tune.jobs.schema import events, files, jobs
 
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -59,9 +59,17 @@ def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent], 
         connection.execute(insert(events), rows)
 
 
-def live_file(connection: Connection, file_id: str, *, lock: bool = False) -> FileRecord:
-    """A file that was not deleted; ``lock`` keeps it so until the transaction ends. Raises :class:`NotFoundError`."""
-    query = select(files).where(files.c.id == file_id, files.c.deleted_at.is_(None))
+def is_live(now: float) -> ColumnElement[bool]:
+    """Of rows of ``files``: not deleted, and not expired, unless an open job needs the file."""
+    needed = exists().where(
+        jobs.c.status.in_(OPEN), or_(jobs.c.training_file == files.c.id, jobs.c.validation_file == files.c.id)
+    )
+    return and_(files.c.deleted_at.is_(None), or_(files.c.expires_at.is_(None), files.c.expires_at > now, needed))
+
+
+def live_file(connection: Connection, file_id: str, *, now: float, lock: bool = False) -> FileRecord:
+    """A file that is there; ``lock`` keeps it so until the transaction ends. Raises :class:`NotFoundError`."""
+    query = select(files).where(files.c.id == file_id, is_live(now))
     # SQLite's writers exclude each other anyway and its dialect leaves FOR UPDATE out.
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:

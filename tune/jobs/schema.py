@@ -38,6 +38,7 @@ files = Table(
     Column("rows", BigInteger),
     Column("row_format", String(32)),
     Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
     # A deleted file keeps its row: jobs point to it, and a list's cursor may stand on it.
     Column("deleted_at", BigInteger),
 )

@@ -71,7 +71,7 @@ class JobStore:
         name = fine_tuned_name(new.model, self.organization, new.suffix)
         with self._database.write() as connection:
             for file_id in filter(None, (new.training_file, new.validation_file)):
-                live_file(connection, file_id, lock=True)
+                live_file(connection, file_id, now=now, lock=True)
             connection.execute(
                 insert(jobs).values(
                     id=job_id,

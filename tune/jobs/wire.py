@@ -21,7 +21,7 @@ def file_object(file: FileRecord) -> JsonObject:
         "object": "file",
         "bytes": file.size_bytes,
         "created_at": file.created_at,
-        "expires_at": None,
+        "expires_at": file.expires_at,
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",  # a file is visible only after its check
