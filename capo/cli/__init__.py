@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from capo.cli import chat, data, demo, evaluate, export, registry, serve, tune, worker
+from capo.cli import chat, data, demo, evaluate, export, jobs, registry, serve, tune, worker
 from registry.errors import CapoError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ serve.add_to(app)
 tune.add_to(app)
 evaluate.add_to(app)
 app.add_typer(export.app, name="export")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(registry.app, name="registry")
 app.add_typer(data.app, name="data")
 chat.add_to(app)

@@ -1,0 +1,75 @@
+"""``capo jobs`` against a real service, and a real worker where a job has to move."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from capo.cli.jobs import app
+from registry.errors import CapoError
+from tests.tune.jobs import standins
+from tests.tune.jobs.support import BASE, Place, chat_rows, preference_rows
+from tests.tune.jobs.test_jobs_worker import worker
+
+
+def capo_jobs(url: str, *arguments: str) -> Result:
+    result = CliRunner().invoke(app, [*arguments, "--url", url])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(chat_rows(20))
+    return str(path)
+
+
+def test_a_job_is_created_followed_to_its_end_and_its_log_read(url: str, place: Place, rows: str) -> None:
+    made = capo_jobs(
+        url, "create", rows, "--model", BASE, "--suffix", "care", "--epochs", "2", "--capo", '{"priority": 3}'
+    )
+    job = place.store.job(made.output.strip())
+    assert (job.suffix, job.hyperparameters.n_epochs, job.priority) == ("care", 2, 3)
+    with worker(place, standins.trains_well):
+        followed = capo_jobs(url, "follow", job.id)
+    assert followed.exit_code == 0
+    assert followed.output.strip().splitlines()[-1] == job.reserved_name
+    assert "data read" in followed.output
+    log = capo_jobs(url, "logs", job.id).output.splitlines()
+    assert [line.split(maxsplit=2)[2] for line in log] == [
+        event.message for event in place.store.events_since(job.id, 0)
+    ]
+
+
+def test_a_job_is_listed_shown_paused_resumed_and_cancelled(url: str, rows: str) -> None:
+    job_id = capo_jobs(url, "create", rows, "--model", BASE).output.strip()
+    assert capo_jobs(url, "pause", job_id).output.strip() == "paused"
+    assert capo_jobs(url, "list").output.split()[:3] == [job_id, "paused", BASE]
+    assert capo_jobs(url, "resume", job_id).output.strip() == "queued"
+    assert capo_jobs(url, "cancel", job_id).output.strip() == "cancelled"
+    assert json.loads(capo_jobs(url, "show", job_id).output)["status"] == "cancelled"
+    assert capo_jobs(url, "follow", job_id).exit_code == 1
+
+
+def test_preference_rows_make_a_dpo_job(url: str, place: Place, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(preference_rows(20))
+    job_id = capo_jobs(url, "create", str(path), "--model", BASE, "--method", "dpo").output.strip()
+    assert place.store.job(job_id).method == "dpo"
+
+
+def test_refusals_come_in_the_services_own_words(url: str, rows: str) -> None:
+    with pytest.raises(CapoError, match="base models: "):
+        capo_jobs(url, "create", rows, "--model", "gpt-4o")
+    with pytest.raises(CapoError, match="not valid JSON"):
+        capo_jobs(url, "create", rows, "--model", BASE, "--capo", "{")
+    with pytest.raises(CapoError, match="no fine-tuning job"):
+        capo_jobs(url, "show", "ftjob-nothing")
+    with pytest.raises(CapoError, match="capo serve"):
+        capo_jobs("http://127.0.0.1:9", "list")
