@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import random
 from collections.abc import Callable, Sequence
 
 import aiohttp
@@ -25,7 +26,8 @@ NUM_SLOTS = 2
 NUM_ARRIVALS = size(3, 20)
 CLIENTS_PER_ADAPTER = 4
 HOT_TOKENS = 64
-PAUSE_SECONDS = 2.5
+PAUSES_SECONDS = (0.2, 2.0)
+"""Between two arrivals. After a short one the turns of the hot adapters have just begun, after a long one they are up."""
 OVERHEAD_SECONDS = 0.5
 """Reading the adapter's bytes, one prefill and the way through both processes, on two busy cores."""
 
@@ -56,9 +58,10 @@ async def test_a_cold_adapter_gets_its_first_token_in_time(
                 for _ in range(CLIENTS_PER_ADAPTER)
             ]
             arrived: list[Answer] = []
+            random_of = random.Random(0)
             loads_before = metric(service, "capo_adapter_loads_total")
             for artifact in cold:
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(random_of.uniform(*PAUSES_SECONDS))
                 arrived.append(await stream(artifact.revision, "Who are you?", 1))
             loads = metric(service, "capo_adapter_loads_total") - loads_before
             longest_load = max(load_seconds(service)[artifact.revision] for artifact in cold)
