@@ -27,7 +27,7 @@ NUM_ARRIVALS = size(3, 20)
 CLIENTS_PER_ADAPTER = 4
 HOT_TOKENS = 64
 PAUSES_SECONDS = (0.2, 2.0)
-"""Between two arrivals. After a short one the turns of the hot adapters have just begun, after a long one they are up."""
+"""Between two arrivals. After a short one the hot adapters' turns have just begun, after a long one they are up."""
 OVERHEAD_SECONDS = 0.5
 """Reading the adapter's bytes, one prefill and the way through both processes, on two busy cores."""
 
