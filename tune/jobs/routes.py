@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from registry.errors import InvalidRequestError, NotFoundError, TooLargeError
 from tune.jobs import wire
 from tune.jobs.files import FileService
+from tune.jobs.idempotency import Idempotency
 from tune.jobs.requests import MAX_BODY_BYTES, CreateJobBody, parse_body
 from tune.jobs.service import JobService
 from tune.jobs.upload import receive_form
@@ -93,8 +94,11 @@ def fine_tuning_router(service: JobService) -> APIRouter:
 
     @router.post("")
     async def create_job(request: Request) -> JSONResponse:
-        body = parse_body(await _body(request), CreateJobBody)
-        return JSONResponse(wire.job_object(await asyncio.to_thread(service.create, body)))
+        raw = await _body(request)
+        key = request.headers.get("idempotency-key")
+        asked = None if key is None else Idempotency.of(key, raw)
+        body = parse_body(raw, CreateJobBody)
+        return JSONResponse(wire.job_object(await asyncio.to_thread(service.create, body, asked)))
 
     @router.get("")
     async def list_jobs(request: Request) -> JSONResponse:

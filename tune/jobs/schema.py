@@ -94,6 +94,15 @@ job_metadata = Table(
     Index("job_metadata_by_pair", "key", "value"),
 )
 
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("key", String(255), primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("job_id", String(64), ForeignKey("jobs.id"), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
 events = Table(
     "events",
     metadata,

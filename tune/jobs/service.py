@@ -22,6 +22,7 @@ from tune.jobs.checks import (
 )
 from tune.jobs.convert import held_out_share, job_recipe, resolve_hyperparameters
 from tune.jobs.file_store import FileStore
+from tune.jobs.idempotency import Idempotency
 from tune.jobs.records import EventRecord, FileRecord, JobMethod, JobRecord, NewEvent, NewJob, Page, RowFormat
 from tune.jobs.requests import CapoBody, CreateJobBody
 from tune.jobs.store import JobStore, fine_tuned_name
@@ -61,12 +62,15 @@ class JobService:
         self._base_models = base_models
         self._max_lora_rank = max_lora_rank
 
-    def create(self, body: CreateJobBody) -> JobRecord:
-        """Check the request as a whole and queue the job.
+    def create(self, body: CreateJobBody, asked: Idempotency | None = None) -> JobRecord:
+        """Check the request as a whole and queue the job; a repeated request gets the job it made.
 
         Raises:
+            ConflictError: the key of ``asked`` made another job.
             InvalidRequestError: with every fault in the message and the first one's field in ``param``.
         """
+        if asked is not None and (made := self._store.made_by(asked)) is not None:
+            return made
         bases = self._base_models() if callable(self._base_models) else self._base_models
         faults: list[InvalidRequestError] = []
         checks: tuple[Callable[[], object], ...] = (
@@ -91,7 +95,7 @@ class JobService:
             training_rows=files.training.rows or 0,
         )
         self._check_rank(recipe)
-        return self._store.create_job(new, _first_events(body, files))
+        return self._store.create_job(new, _first_events(body, files), asked=asked)
 
     def job(self, job_id: str) -> JobRecord:
         return self._store.job(job_id)

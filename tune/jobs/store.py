@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from sqlalchemy import and_, exists, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
 
 from registry.errors import ConflictError
 from tune.jobs.database import Database
+from tune.jobs.idempotency import Idempotency, enter, find_job
 from tune.jobs.records import (
     OPEN,
     WAITING,
@@ -60,12 +62,30 @@ class JobStore:
     def close(self) -> None:
         self._database.close()
 
-    def create_job(self, new: NewJob, first_events: Sequence[NewEvent] = ()) -> JobRecord:
-        """Write the job as ``queued`` with its first events.
+    def made_by(self, asked: Idempotency) -> JobRecord | None:
+        """The job that this request made before. Raises :class:`ConflictError` if its key made another one."""
+        with self._database.read() as connection:
+            job_id = find_job(connection, asked, now=self._clock())
+            return None if job_id is None else load_job(connection, job_id)
+
+    def create_job(
+        self, new: NewJob, first_events: Sequence[NewEvent] = (), *, asked: Idempotency | None = None
+    ) -> JobRecord:
+        """Write the job as ``queued`` with its first events; or return the one that ``asked`` made before.
 
         Raises:
             NotFoundError: one of its files was deleted meanwhile.
+            ConflictError: the key of ``asked`` made another job.
         """
+        try:
+            return self._create_job(new, first_events, asked)
+        except IntegrityError:
+            made = None if asked is None else self.made_by(asked)
+            if made is None:
+                raise
+            return made
+
+    def _create_job(self, new: NewJob, first_events: Sequence[NewEvent], asked: Idempotency | None) -> JobRecord:
         now = int(self._clock())
         job_id = new_id("ftjob-")
         name = fine_tuned_name(new.model, self.organization, new.suffix)
@@ -95,6 +115,8 @@ class JobStore:
             if new.metadata:
                 pairs = [{"job_id": job_id, "key": key, "value": value} for key, value in new.metadata.items()]
                 connection.execute(insert(job_metadata), pairs)
+            if asked is not None:
+                enter(connection, asked, job_id, now=now)
             append_events(
                 connection,
                 job_id,
