@@ -25,6 +25,7 @@ _MESSAGE_KEYS = {
 }
 # Empty fields that the SDKs' message objects carry when they are sent back.
 _EMPTY_MESSAGE_KEYS = {"refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning"}
+_OBJECTS = ("stream_options", "response_format", "structured_outputs", "text", "reasoning")
 _STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -32,8 +33,10 @@ def check(body: Mapping[str, Any]) -> None:
     """Look into the objects of ``body``.
 
     Raises:
-        InvalidRequestError: one of them has a key that would be ignored, or is too large.
+        InvalidRequestError: one of them is no object, has a key that would be ignored, or is too large.
     """
+    for name in _OBJECTS:
+        _check_is_object(name, body.get(name))
     for place, message in _entries(body, "messages"):
         _check_message(place, message)
     for place, item in _entries(body, "input"):
@@ -183,6 +186,7 @@ def _check_responses_fields(body: Mapping[str, Any]) -> None:
     text = body.get("text")
     if isinstance(text, dict):
         _check_keys("text", {k: v for k, v in text.items() if (k, v) != ("verbosity", "medium")}, {"format"})
+        _check_is_object("text.format", text.get("format"))
         if isinstance(form := text.get("format"), dict):
             _check_keys("text.format", form, {"type", "name", "description", "schema", "strict"})
             _check_schema("text.format.schema", form.get("schema"))
@@ -233,6 +237,11 @@ def _entries(body: Mapping[str, Any], name: str, within: str = "") -> Iterator[t
         if not isinstance(entry, dict):
             raise errors.InvalidRequestError(f"{place} must be an object, got {_shown(entry)}.", param=place)
         yield place, entry
+
+
+def _check_is_object(place: str, value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise errors.InvalidRequestError(f"{place} must be an object, got {_shown(value)}.", param=place)
 
 
 def _check_keys(place: str, value: Any, allowed: set[str]) -> None:
