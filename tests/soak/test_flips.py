@@ -127,3 +127,28 @@ async def keep_asking(ask: Ask, questions: Sequence[Question], stop: asyncio.Eve
         max_tokens = random_of.randint(LEAST_TOKENS, question.num_tokens)
         asked.append(Asked(question, max_tokens, await ask(ALIAS, question.prompt, max_tokens)))
     return asked
+
+
+def test_the_checks_of_this_proof_find_stale_and_mixed_answers() -> None:
+    flips = [Flip("a", 0.0, 1.0), Flip("b", 2.0, 3.0), Flip("c", 4.0, 5.0)]
+
+    def seen(model: str, began_at: float, first_token_at: float) -> bool:
+        answer = Answer(began_at, model=model, first_token_at=first_token_at)
+        return answer.model in allowed_revisions(flips, answer)
+
+    assert seen("a", 1.5, 1.9)
+    assert not seen("b", 1.5, 1.9), "nobody had asked for b yet"
+    assert seen("a", 2.5, 2.9)
+    assert seen("b", 2.5, 2.9), "the flip was on its way"
+    assert not seen("a", 3.1, 3.5), "the flip was acknowledged before the request began"
+    assert seen("c", 3.5, 4.5)
+    question = Question("?", 3, {"a": (1, 2, 3), "b": (1, 5, 6)})
+
+    def answered(*token_ids: int, max_tokens: int = 3) -> bool:
+        return question.is_answered_by(Answer(0.0, model="a", token_ids=[*token_ids], is_whole=True), max_tokens)
+
+    assert answered(1, 2, 3)
+    assert answered(1, 2, max_tokens=2)
+    assert not answered(1, 2, 6), "it goes on as another revision would"
+    assert not answered(1, 2), "a token is missing"
+    assert not answered(1, 5, 6), "these are the tokens of another revision"
