@@ -57,6 +57,12 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
         "top_logprobs": logprobs,
         "prompt_logprobs": logprobs,
         **({"logprobs": logprobs} if endpoint is Endpoint.COMPLETION else {}),
+        "temperature": _number(minimum=0),
+        "top_p": _number(exclusiveMinimum=0, maximum=1),
+        "min_p": _number(minimum=0, maximum=1),
+        "frequency_penalty": _number(minimum=-2, maximum=2),
+        "presence_penalty": _number(minimum=-2, maximum=2),
+        "repetition_penalty": _number(exclusiveMinimum=0),
         "stop": _one_of(_stop_text(), _list(_stop_text(), policy.MAX_STOP_STRINGS), {"type": "null"}),
         "bad_words": _list({"type": "string"}, policy.MAX_BAD_WORDS),
         "logit_bias": {
@@ -70,7 +76,7 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
         "response_format": _one_of(_format("json_schema"), {"type": "null"}),
         "structured_outputs": _structured_outputs(),
         "stream_options": _closed({"include_usage": _FLAG, "continuous_usage_stats": _FLAG}) | _NULLABLE,
-        "input": _one_of({"type": "string"}, _list(_one_of(*_input_items()), None)),
+        "input": _one_of({"type": "string"}, _list(_one_of(*_input_items()), None) | {"minItems": 1}),
         "text": _closed({"format": _flat_format(), "verbosity": {"enum": ["medium", None]}}) | _NULLABLE,
         "reasoning": _closed({"effort": {"type": ["string", "null"]}}) | _NULLABLE,
         "include": {
@@ -191,6 +197,10 @@ def _integer(least: int, most: int) -> Schema:
     return {"type": ["integer", "null"], "minimum": least, "maximum": most}
 
 
+def _number(**bounds: float) -> Schema:
+    return {"type": ["number", "null"], **bounds}
+
+
 def _text(most: int) -> Schema:
     return {"type": ["string", "null"], "maxLength": most}
 
@@ -200,16 +210,20 @@ def _stop_text() -> Schema:
 
 
 def _bounded(name: str, field: Schema) -> Schema:
-    """vLLM's field; token lists of /detokenize and prompts have no bound but that of the body."""
-    if name == "prompt" and (forms := field.get("anyOf")):
-        # Lists of prompts; a list of token ids is one prompt.
-        bounded = [f | {"maxItems": policy.MAX_PROMPTS} if _is_list_of_prompts(f) else f for f in forms]
-        return field | {"anyOf": bounded}
-    return field
+    """vLLM's field, but prompts are neither missing nor empty, and not too many."""
+    if name != "prompt":
+        return field
+    forms = [form for form in field.get("anyOf", [field]) if form.get("type") != "null"]
+    return _one_of(*map(_prompt, forms))
 
 
-def _is_list_of_prompts(form: Schema) -> bool:
-    return form.get("type") == "array" and form.get("items", {}).get("type") in ("string", "array")
+def _prompt(form: Schema) -> Schema:
+    if form.get("type") == "string":
+        return _TEXT | {"minLength": 1}
+    items = form.get("items", {})
+    if form.get("type") != "array" or items.get("type") == "integer":  # one prompt as token ids
+        return form | {"minItems": 1}
+    return form | {"items": _prompt(items), "minItems": 1, "maxItems": policy.MAX_PROMPTS}
 
 
 def _resolved(part: Schema, root: Schema) -> Schema:

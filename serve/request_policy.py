@@ -59,6 +59,8 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     """
     for name, value in list(body.items()):
         if name in ALLOWED[endpoint]:
+            if value is None and endpoint is Endpoint.RESPONSES:
+                del body[name]  # not set; vLLM does the work, and then cannot say it in its answer
             continue
         if name in LABELS:
             _check_label(name, value)

@@ -74,6 +74,10 @@ def nested(levels: int) -> Any:
         (CHAT, {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         (CHAT, {"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
         (CHAT, {"user": 5}, "user"),
+        *((CHAT, {name: 5}, name) for name in ("response_format", "structured_outputs", "stream_options")),
+        (RESPONSES, {"text": [1]}, "text"),
+        (RESPONSES, {"text": {"format": "json"}}, "text.format"),
+        (RESPONSES, {"reasoning": "high"}, "reasoning"),
         (CHAT, {"echo": True}, "echo"),
         (CHAT, {"guided_json": {}}, "guided_json"),
         (CHAT, {"verbosity": "low"}, "verbosity"),
@@ -129,6 +133,11 @@ def test_fields_that_ask_for_nothing_do_not_reach_the_engine(endpoint: Endpoint)
             assert check(endpoint, **{name: value}) == MINIMAL[endpoint], f"{name}={value!r}"
     for name in LABELS:
         assert check(endpoint, **{name: "someone"}) == MINIMAL[endpoint]
+
+
+def test_null_is_not_set_in_a_response() -> None:
+    """vLLM generates an answer to a request with null here, and then fails to make the response object of it."""
+    assert check(RESPONSES, truncation=None, tool_choice=None) == MINIMAL[RESPONSES]
 
 
 def test_no_field_is_both_allowed_everywhere_and_refused() -> None:
