@@ -37,8 +37,6 @@ def check(body: Mapping[str, Any]) -> None:
     """
     for name in _OBJECTS:
         _check_is_object(name, body.get(name))
-    for name in ("response_format", "structured_outputs", "stream_options", "text", "reasoning"):
-        _require_object(name, body.get(name))
     for place, message in _entries(body, "messages"):
         _check_message(place, message)
     for place, item in _entries(body, "input"):
@@ -187,7 +185,6 @@ def _check_structured_outputs(given: Any) -> None:
 def _check_responses_fields(body: Mapping[str, Any]) -> None:
     text = body.get("text")
     if isinstance(text, dict):
-        _require_object("text.format", text.get("format"))
         harmless = {("verbosity", None), ("verbosity", "medium")}
         _check_keys("text", {k: v for k, v in text.items() if k == "format" or (k, v) not in harmless}, {"format"})
         _check_is_object("text.format", text.get("format"))
@@ -244,11 +241,6 @@ def _entries(body: Mapping[str, Any], name: str, within: str = "") -> Iterator[t
 
 
 def _check_is_object(place: str, value: Any) -> None:
-    if value is not None and not isinstance(value, dict):
-        raise errors.InvalidRequestError(f"{place} must be an object, got {_shown(value)}.", param=place)
-
-
-def _require_object(place: str, value: Any) -> None:
     if value is not None and not isinstance(value, dict):
         raise errors.InvalidRequestError(f"{place} must be an object, got {_shown(value)}.", param=place)
 
