@@ -47,8 +47,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
@@ -113,6 +115,15 @@ class _ObservedAsyncLLM(AsyncLLM):
             raise
         finally:
             await outputs.aclose()
+
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **options: Any) -> None:
+        try:
+            await super()._add_request(request, *args, **options)
+        except BaseException:
+            # 0.32.0 keeps a request for ever that could not be sent to the engine; it would count as a standstill.
+            await self.abort(request.request_id, internal=True)
+            raise
 
 
 def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, Any]]:
@@ -485,6 +496,10 @@ class VllmEngine(Engine):
             return _REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
         except pydantic.ValidationError as error:
             raise invalid_body(error) from error
+        except (KeyError, AttributeError, IndexError, RecursionError) as error:
+            # vLLM's validators look into the body before its form has been checked.
+            logger.warning("vLLM's request model failed on a body", exc_info=error)
+            raise errors.InvalidRequestError("The body has a form that cannot be read.") from error
 
     def _refuse_what_the_model_lacks(self, body: Mapping[str, Any]) -> None:
         if body.get("tools") and body.get("tool_choice") != "none" and not self.parses_tools:
@@ -581,6 +596,8 @@ class VllmEngine(Engine):
         """Whatever vLLM raised, as one of our errors. Unknown server faults keep their text to the log."""
         if isinstance(error, errors.CapoError):
             return error
+        if isinstance(error, EngineGenerateError) and error.__cause__ is not None:
+            return self._translate(error.__cause__)
         if isinstance(error, VllmEngineDeadError) or self.is_dead:
             return engine_dead()
         if isinstance(error, VLLMNotFoundError):

@@ -70,6 +70,7 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     _check_model(body)
     if not isinstance(body.get("stream"), bool | None):
         raise errors.InvalidRequestError(f"stream must be true or false, got {_shown(body['stream'])}.", param="stream")
+    _check_integers(body)
     _check_label("user", body.get("user"))
     _check_bounds(body, endpoint)
     _check_combinations(body)
@@ -104,6 +105,17 @@ def _check_label(name: str, value: Any) -> None:
         raise errors.InvalidRequestError(
             f"{name} must be a text of at most {MAX_LABEL_CHARACTERS} characters, got {_shown(value)}.", param=name
         )
+
+
+def _check_integers(body: Mapping[str, Any]) -> None:
+    """No integer beyond 64 bits: the request could not be sent to the engine. Of long lists vLLM checks each entry."""
+    todo = [(name, value) for name, value in body.items() if name not in ("prompt", "tokens")]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise errors.InvalidRequestError(f"{name} holds an integer of more than 64 bits.", param=name)
+        if isinstance(value, dict | list):
+            todo.extend((name, inner) for inner in (value.values() if isinstance(value, dict) else value))
 
 
 def _check_model(body: Mapping[str, Any]) -> None:

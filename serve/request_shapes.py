@@ -118,13 +118,10 @@ def _check_tool(place: str, tool: dict[str, Any], *, is_flat: bool) -> None:
             f"{place}.type is {_shown(tool['type'])}; only function tools are offered.", param=f"{place}.type"
         )
     function = {"name", "description", "parameters", "strict"}
-    if is_flat:
-        _check_keys(place, tool, {"type", *function})
-        return
-    _check_keys(place, tool, {"type", "function"})
-    _check_keys(f"{place}.function", tool.get("function"), function)
-    if not isinstance(tool.get("function"), dict):
-        raise errors.InvalidRequestError(f"{place}.function must be an object with a name.", param=place)
+    _check_keys(place, tool, {"type", *function} if is_flat else {"type", "function"})
+    described = tool if is_flat else tool.get("function")
+    _check_keys(f"{place}.function", described, {"type", *function} if is_flat else function)
+    _require_a_name(place if is_flat else f"{place}.function", described)
 
 
 def _check_tool_choice(choice: Any, *, is_flat: bool) -> None:
@@ -136,6 +133,12 @@ def _check_tool_choice(choice: Any, *, is_flat: bool) -> None:
         )
     _check_keys("tool_choice", choice, {"type", "name"} if is_flat else {"type", "function"})
     _check_keys("tool_choice.function", choice.get("function"), {"name"})
+    _require_a_name("tool_choice" if is_flat else "tool_choice.function", choice if is_flat else choice.get("function"))
+
+
+def _require_a_name(place: str, value: Any) -> None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        raise errors.InvalidRequestError(f"{place} must be an object with a name.", param=place)
 
 
 def _check_response_format(place: str, given: Any) -> None:
