@@ -116,7 +116,6 @@ class _ObservedAsyncLLM(AsyncLLM):
         finally:
             await outputs.aclose()
 
-
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **options: Any) -> None:
         try:
             await super()._add_request(request, *args, **options)
