@@ -20,9 +20,11 @@ run: setup       ## Start the service on http://127.0.0.1:8000 with its data in 
 	@$(BIN)/capo serve
 
 test: setup      ## The whole test suite
+	-@scripts/test_programs.sh
 	@$(BIN)/python -m pytest
 
 soak: setup      ## The long proofs in full: flips, churn, hostile adapters, kills; figures go to build/soak.json
+	-@scripts/test_programs.sh
 	@CAPO_LONG=1 $(BIN)/python -m pytest tests/soak tests/fuzz -v --timeout 7200
 
 check: setup     ## Format, lint, types
