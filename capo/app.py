@@ -57,6 +57,12 @@ def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
         """The process runs its event loop. Readiness is another question."""
         return {"status": "alive"}
 
+    @router.get("/startupz")
+    async def startupz() -> Response:
+        """503 until the engine has come up for the first time; afterwards its troubles are /readyz's."""
+        is_starting = not_ready_reason() == "starting"
+        return JSONResponse({"status": "starting" if is_starting else "started"}, 503 if is_starting else 200)
+
     @router.get("/readyz")
     async def readyz() -> Response:
         reason = not_ready_reason()

@@ -6,11 +6,12 @@ Order: command line, then environment (``CAPO_*``), then the defaults here. Each
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from capo.roles import Role
 from registry import errors, parse_reference
 from registry.names import check_name
 from serve.limits import Limits
@@ -25,6 +26,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="CAPO_", frozen=True, extra="forbid")
 
+    role: Role = Field(
+        default=Role.ALL,
+        description="all: one process serves and takes jobs. infer: a replica with an engine and no jobs. control: "
+        "files, jobs, models and aliases, and no engine.",
+    )
     model: str = Field(
         default="capo-tiny",
         description="Base model: capo-tiny (embedded), a directory, name@revision of a merged or GPTQ artifact, or a "
@@ -43,7 +49,12 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Loopback by default: there are no keys yet to guard a network.")
     port: int = Field(default=8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
-    workers: int = Field(default=1, ge=0, le=64, description="Local training workers; 0 where training runs elsewhere.")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="Local training workers; not set: 1 with role all, else 0, because `capo worker` runs elsewhere.",
+    )
     worker_threads: int | None = Field(
         default=None,
         ge=1,
@@ -111,6 +122,18 @@ class Settings(BaseSettings):
             return check_name(value)
         except errors.InvalidNameError as error:
             raise ValueError(error.message) from error
+
+    @model_validator(mode="after")
+    def _replicas_train_nothing(self) -> Self:
+        if self.role is Role.INFER and self.workers:
+            raise ValueError(f"workers={self.workers} needs jobs, and role=infer has none; use role all or control")
+        return self
+
+    @property
+    def num_workers(self) -> int:
+        if self.workers is not None:
+            return self.workers
+        return 1 if self.role is Role.ALL else 0
 
     @property
     def registry_path(self) -> Path:

@@ -18,7 +18,7 @@ _RESTART_PAUSE_SECONDS = 2.0
 
 
 class LocalWorkers:
-    """Starts ``settings.workers`` processes of ``capo worker`` and starts them again when one dies.
+    """Starts ``settings.num_workers`` processes of ``capo worker`` and starts them again when one dies.
 
     ``environment`` is the one this process was started with: what vLLM adds to it later must not reach training.
     """
@@ -29,7 +29,7 @@ class LocalWorkers:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        self._processes = [self._spawn() for _ in range(self._settings.workers)]
+        self._processes = [self._spawn() for _ in range(self._settings.num_workers)]
 
     async def watch(self) -> None:
         """Replace workers that end by themselves; run as a task. Their jobs go back to the queue by lease."""

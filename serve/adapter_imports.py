@@ -12,6 +12,7 @@ from pathlib import Path
 
 from registry import Alias, BaseModel, check_name, errors
 from serve.import_folder import ImportFolder
+from serve.read_only import require_writable
 from serve.service import ServingService
 
 _PARAM = "lora_name"
@@ -85,6 +86,7 @@ class AdapterImports:
                 "those below DIR, or run `capo registry import` beside it.",
                 code="import_not_enabled",
             )
+        require_writable(self._registry, "import or unload an adapter")
         return self._folder
 
     def _check_name(self, name: str) -> None:

@@ -6,12 +6,13 @@ Flips that other processes make in the registry are followed as they come (:mod:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-from registry import Alias, CanaryRequest, errors
+from registry import Alias, Artifact, CanaryRequest, errors
 from serve.catalog import Catalog
-from serve.pool import AdapterPool
+from serve.read_only import require_writable
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,19 @@ class Flip:
     time that a flip waits, and the first requests may wait for one too."""
 
 
+class Vetting(Protocol):
+    """Judges adapters before an alias serves them; :class:`serve.pool.AdapterPool` is one."""
+
+    async def vet(self, artifact: Artifact) -> None: ...
+
+    async def warm(self, artifacts: Iterable[Artifact], seconds: float) -> bool: ...
+
+
 class AliasControl:
     """``require_ready`` raises while this service cannot judge an adapter; a flip waits ``warm_seconds`` at most."""
 
     def __init__(
-        self, catalog: Catalog, pool: AdapterPool, *, require_ready: Callable[[], None], warm_seconds: float
+        self, catalog: Catalog, pool: Vetting, *, require_ready: Callable[[], None], warm_seconds: float
     ) -> None:
         self._catalog = catalog
         self._registry = catalog.registry
@@ -53,8 +62,10 @@ class AliasControl:
         Raises:
             InvalidArtifactError: this service refuses one of the revisions; the alias stays as it was.
             UnavailableError: this service is not ready, or its engine died while it loaded them; likewise.
+            PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.set_alias`: likewise.
         """
+        require_writable(self._registry, "set an alias")
         self._require_ready()
         if alias == self._catalog.base_model:
             raise errors.InvalidNameError(
@@ -76,8 +87,10 @@ class AliasControl:
         """End the alias's canary, or else go back one revision; at once, whatever state the engine is in.
 
         Raises:
+            PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.rollback_alias`.
         """
+        require_writable(self._registry, "roll back an alias")
         record = await asyncio.to_thread(self._registry.rollback_alias, alias)
         await self._catalog.refresh()
         return record
@@ -86,7 +99,9 @@ class AliasControl:
         """Remove the alias; the adapters stay in the registry.
 
         Raises:
+            PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.delete_alias`.
         """
+        require_writable(self._registry, "remove an alias")
         await asyncio.to_thread(self._registry.delete_alias, alias)
         await self._catalog.refresh()

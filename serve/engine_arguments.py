@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from registry import errors
+from serve.engine_api import EngineLimits
 from serve.tool_formats import tool_parser
 
 MAX_LORAS = 8
@@ -130,6 +132,25 @@ def max_lora_rank(user_arguments: list[str]) -> int:
     """The largest rank that an engine started with these arguments holds; asked before the engine is up."""
     given = _user_value(user_arguments, "--max-lora-rank")
     return int(given) if given is not None and given.isdigit() else MAX_LORA_RANK
+
+
+def engine_limits(model_path: Path, user_arguments: list[str]) -> EngineLimits:
+    """What an engine started with these arguments holds, as far as they and the model's own files say it.
+
+    For processes without an engine. What is not known there counts as unlimited: the engine itself refuses later.
+    """
+    config = _read_config(model_path)
+
+    def number(argument: str, otherwise: int) -> int:
+        given = _user_value(user_arguments, argument)
+        return int(given) if given is not None and given.isdigit() else otherwise
+
+    return EngineLimits(
+        max_loras=number("--max-loras", MAX_LORAS),
+        max_lora_rank=max_lora_rank(user_arguments),
+        max_model_len=number("--max-model-len", config.get("max_position_embeddings", sys.maxsize)),
+        vocab_size=config.get("vocab_size", sys.maxsize),
+    )
 
 
 def _cpu_kv_cache_bytes(config: dict[str, Any]) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import asyncio
 
 from registry import Registry, errors
 from serve.catalog import Catalog
+from serve.read_only import require_writable
 
 
 async def remove_model(catalog: Catalog, registry: Registry, model: str) -> None:
@@ -15,7 +16,7 @@ async def remove_model(catalog: Catalog, registry: Registry, model: str) -> None
     Requests that run on it end as they began.
 
     Raises:
-        PermissionDeniedError: it is the base model.
+        PermissionDeniedError: it is the base model, or the registry is read-only here.
         ModelNotFoundError: there is no such model.
         ConflictError: a revision that something else needs.
     """
@@ -25,6 +26,7 @@ async def remove_model(catalog: Catalog, registry: Registry, model: str) -> None
             code="base_model",
             param="model",
         )
+    require_writable(registry, "remove a model")
     served = await catalog.served_by(model)
     await asyncio.to_thread(_remove, registry, model, [artifact.revision for artifact in served])
     await catalog.refresh()

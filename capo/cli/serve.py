@@ -25,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 def serve(
     context: typer.Context,
+    role: Annotated[str | None, typer.Option(help="all, infer or control; default all.")] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Base model: capo-tiny, a directory, name@revision, or a Hugging Face id."),
@@ -34,7 +35,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Default 50051; 0 takes a free one.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Local training workers; default 1.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Local training workers; default 1 with role all, else 0.")
+    ] = None,
     engine_threads: Annotated[int | None, typer.Option(help="Threads of a CPU engine.")] = None,
     pin: Annotated[
         list[str] | None,
@@ -56,6 +59,7 @@ def serve(
     from serve import engine_process
 
     settings = read_settings(
+        role=role,
         model=model,
         registry_dir=registry,
         data_dir=data_dir,
@@ -68,8 +72,8 @@ def serve(
         import_dir=import_dir,
         log_level=log_level,
     )
-    use_gpu = Path("/dev/nvidiactl").exists()
-    engine_process.prepare(engine_threads=settings.engine_threads, use_gpu=use_gpu)
+    if settings.role.has_engine:
+        engine_process.prepare(engine_threads=settings.engine_threads, use_gpu=Path("/dev/nvidiactl").exists())
     from capo.logs import configure_logging
     from capo.server import CapoServer
 
@@ -107,6 +111,8 @@ def read_settings(**given: Any) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
+        if not name:  # several settings together; the message names them
+            raise InvalidRequestError(f"settings: {first['msg']}") from error
         raise InvalidRequestError(f"setting {name}: {first['msg']} (got {first.get('input')!r})", param=name) from error
 
 
@@ -114,7 +120,7 @@ def _announce(report: StartupReport, settings: Settings) -> None:
     base = report.url
     lines = [
         f"Capo is ready at {base} after {report.start_seconds:.1f} s (base model {settings.model}, "
-        f"registry {settings.registry_path}, gRPC {report.grpc_address})",
+        f"registry {settings.registry_path}, gRPC {report.grpc_address or 'off'})",
         *(f"  {' '.join(choice.argv)}: {choice.reason}" for choice in report.choices),
         "",
         "Try it:",

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from registry import Alias, CanaryRequest, errors
+from serve.alias_control import AliasControl
+from serve.catalog import Catalog
 from serve.pins import Pin
 from serve.routes.bodies import Body, read_body, read_no_body
 from serve.service import AdapterView, ServingService
@@ -26,9 +28,8 @@ class AliasBody(Body):
 
 
 def adapters_router(service: ServingService) -> APIRouter:
-    router = APIRouter()
+    router = aliases_router(service.aliases, service.catalog)
     _add_adapter_routes(router, service)
-    _add_alias_routes(router, service)
     return router
 
 
@@ -54,34 +55,38 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
         return {"object": "pin", "reference": reference, "deleted": True}
 
 
-def _add_alias_routes(router: APIRouter, service: ServingService) -> None:
+def aliases_router(aliases: AliasControl, catalog: Catalog) -> APIRouter:
+    router = APIRouter()
+
     @router.get("/v1/aliases")
     async def list_aliases() -> dict[str, Any]:
         return {
             "object": "list",
-            "data": [_alias(a) for _, a in sorted(service.catalog.snapshot.aliases.items())],
+            "data": [_alias(a) for _, a in sorted(catalog.snapshot.aliases.items())],
         }
 
     @router.get("/v1/aliases/{alias:path}")
     async def retrieve_alias(alias: str) -> dict[str, Any]:
-        return _alias_with_history(await service.aliases.get(alias))
+        return _alias_with_history(await aliases.get(alias))
 
     @router.put("/v1/aliases/{alias:path}")
     async def set_alias(alias: str, request: Request) -> dict[str, Any]:
         body = read_body(AliasBody, await request.body())
         canary = None if body.canary is None else CanaryRequest(body.canary.revision, body.canary.percent)
-        flip = await service.aliases.set(alias, body.revision, canary=canary, expected=body.expected)
+        flip = await aliases.set(alias, body.revision, canary=canary, expected=body.expected)
         return _alias_with_history(flip.alias) | {"warmed": flip.is_warm}
 
     @router.post("/v1/aliases/{alias:path}/rollback")
     async def roll_back_alias(alias: str, request: Request) -> dict[str, Any]:
         read_no_body(await request.body())
-        return _alias_with_history(await service.aliases.roll_back(alias))
+        return _alias_with_history(await aliases.roll_back(alias))
 
     @router.delete("/v1/aliases/{alias:path}")
     async def delete_alias(alias: str) -> dict[str, Any]:
-        await service.aliases.remove(alias)
+        await aliases.remove(alias)
         return {"object": "alias", "alias": alias, "deleted": True}
+
+    return router
 
 
 def _adapter(view: AdapterView) -> dict[str, Any]:

@@ -6,30 +6,30 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from serve.catalog import Catalog
 from serve.model_list import callable_models
 from serve.model_removal import remove_model
-from serve.service import ServingService
 
 
-def models_router(service: ServingService) -> APIRouter:
+def models_router(catalog: Catalog) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        models = callable_models(service.catalog)
+        models = callable_models(catalog)
         data = [_model(model.name, model.created_at, model.parent, model.revision) for model in models]
         return {"object": "list", "data": data}
 
     @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> dict[str, Any]:
-        if model == service.catalog.base_model:
+        if model == catalog.base_model:
             return _model(model, created=0)
-        main = (await service.catalog.served_by(model))[0]
-        return _model(model, main.manifest.created_at, service.catalog.base_model, main.revision)
+        main = (await catalog.served_by(model))[0]
+        return _model(model, main.manifest.created_at, catalog.base_model, main.revision)
 
     @router.delete("/v1/models/{model:path}")
     async def delete_model(model: str) -> dict[str, Any]:
-        await remove_model(service.catalog, service.catalog.registry, model)
+        await remove_model(catalog, catalog.registry, model)
         return {"id": model, "object": "model", "deleted": True}
 
     return router

@@ -83,7 +83,7 @@ async def running_service(
     folder = ImportFolder(import_dir) if import_dir is not None else None
     routers = [
         inference_router(service),
-        models_router(service),
+        models_router(service.catalog),
         adapters_router(service),
         vllm_adapters_router(AdapterImports(service, base_model, folder)),
     ]

@@ -1,0 +1,98 @@
+"""The half of a service that answers: engine, adapter pool, catalog, and the routes over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from fastapi import APIRouter
+
+from capo.settings import Settings
+from registry import BaseModel, Registry
+from serve.adapter_imports import AdapterImports
+from serve.catalog import Catalog
+from serve.engine_arguments import Choice
+from serve.engine_arguments import choose as choose_engine_arguments
+from serve.gate import Gate
+from serve.import_folder import ImportFolder
+from serve.limits import Limits
+from serve.metrics import Metrics
+from serve.pool import AdapterPool
+from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
+from serve.service import ServingService
+
+logger = logging.getLogger(__name__)
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The registry, writable where it can be. A replica whose mount is read-only only follows it."""
+    path = settings.registry_path
+    is_read_only = not settings.role.has_jobs and path.is_dir() and not os.access(path, os.W_OK)
+    return Registry(path, read_only=is_read_only)
+
+
+class InferenceSide:
+    """Builds everything; nothing runs before ``serving.start()``. Call :func:`serve.engine_process.prepare` before."""
+
+    def __init__(
+        self, settings: Settings, registry: Registry, base_model: BaseModel, vllm_arguments: list[str]
+    ) -> None:
+        self._settings = settings
+        self._base_model = base_model
+        use_gpu = Path("/dev/nvidiactl").exists()
+        self.choices: list[Choice] = choose_engine_arguments(
+            base_model.path, use_gpu=use_gpu, user_arguments=vllm_arguments
+        )
+        arguments = [*(part for choice in self.choices for part in choice.argv), *vllm_arguments]
+        self.serving = self._build(registry, arguments)
+
+    def _build(self, registry: Registry, arguments: list[str]) -> ServingService:
+        # Importing the engine costs seconds, and a process without one must not.
+        from serve.engine import VllmEngine
+
+        settings, base_model = self._settings, self._base_model
+        engine = VllmEngine(str(base_model.path), base_model.id, arguments)
+        metrics = Metrics(max_adapters=settings.max_metric_adapters)
+        pool = AdapterPool(engine, Gate(registry, base_model), metrics, max_wait_seconds=settings.adapter_wait_seconds)
+        limits = Limits(
+            max_in_flight=settings.max_in_flight,
+            max_in_flight_per_model=settings.max_in_flight_per_model,
+            engine_stall_seconds=settings.engine_stall_seconds,
+            alias_warm_seconds=settings.alias_warm_seconds,
+        )
+        return ServingService(
+            engine=engine,
+            catalog=Catalog(registry, base_model.id),
+            pool=pool,
+            metrics=metrics,
+            limits=limits,
+            pins=settings.pin,
+        )
+
+    async def start(self) -> None:
+        """Returns when requests can be answered."""
+        await self.serving.start()
+
+    def not_ready_reason(self) -> str | None:
+        return self.serving.not_ready_reason()
+
+    async def drain(self, deadline_seconds: float) -> None:
+        if left := await self.serving.drain(deadline_seconds):
+            logger.warning("%d requests were still running at the drain deadline", left)
+
+    async def stop(self) -> None:
+        await self.serving.stop()
+
+    def close(self) -> None:
+        """Nothing is left open that the process's end would not close."""
+
+    def routers(self) -> list[APIRouter]:
+        import_dir = self._settings.import_dir
+        import_folder = ImportFolder(import_dir) if import_dir is not None else None
+        return [
+            inference_router(self.serving),
+            models_router(self.serving.catalog),
+            adapters_router(self.serving),
+            vllm_adapters_router(AdapterImports(self.serving, self._base_model, import_folder)),
+        ]
