@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from capo.openapi import add_document
 from registry import errors
+from registry.principal import Principal, acting_as
 from serve import faces
 from serve.engine_api import Endpoint
 from serve.routes.inference import ClientGoneError
@@ -29,10 +30,12 @@ def build_app(
     routers: Sequence[APIRouter],
     not_ready_reason: Callable[[], str | None],
     engine_schema: Callable[[Endpoint], dict[str, Any]] | None = None,
+    principal: Principal | None = None,
 ) -> FastAPI:
     """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``.
 
     ``engine_schema``: what the engine takes, for the OpenAPI document (:func:`capo.openapi.add_document`).
+    ``principal``: who everybody is.
     """
     app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
     for router in routers:
@@ -44,6 +47,7 @@ def build_app(
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(BodyLimit)
+    app.add_middleware(ActsAs, principal=principal)
     app.add_middleware(RequestIds)
     app.add_middleware(StalledReaders)
     return app
@@ -154,6 +158,18 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class ActsAs:
+    """Says who asks; see :mod:`registry.principal`."""
+
+    def __init__(self, app: ASGIApp, principal: Principal | None) -> None:
+        self._app = app
+        self._principal = principal or Principal.local("capo")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with acting_as(self._principal):
+            await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -59,7 +59,7 @@ class ControlSide:
         file_service = FileService(files, FileStorage(files_dir(self._settings.data_dir)))
         file_service.sweep()  # what an upload left behind that was cut off by a crash
         jobs = JobService(
-            JobStore(self._database, organization=self._settings.organization),
+            JobStore(self._database),
             files,
             self._registry,
             base_models={self._base_model.id: self._settings.model},

@@ -27,6 +27,7 @@ from capo.inference_side import InferenceSide, open_registry
 from capo.settings import Settings
 from capo.workers import LocalWorkers
 from registry import errors, locate_base_model
+from registry.principal import Principal
 from serve.engine_arguments import Choice
 from serve.grpc import GrpcServer
 
@@ -141,7 +142,7 @@ class CapoServer:
         inference = self._inference
         routers = [router for side in self._sides for router in side.routers()]
         engine_schema = None if inference is None else inference.serving.engine.body_schema
-        app = build_app(routers, self._not_ready_reason, engine_schema)
+        app = build_app(routers, self._not_ready_reason, engine_schema, Principal.local(settings.organization))
         listener = _listen(settings.host, settings.port)
         grpc_server = grpc_address = None
         if inference is not None:

@@ -46,13 +46,15 @@ _WRITE = "capo_write"
 class Database:
     """One process's access to the job store; safe to use from many threads.
 
+    ``tenant`` is given what a store holds from before there were tenants.
+
     Raises:
         InvalidRequestError: the URL cannot be used, or the store was written by a newer Capo.
         StorageError: the file cannot be opened or written.
         UnavailableError: the database server does not answer.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, tenant: str = "capo") -> None:
         try:
             parsed = make_url(url)
         except ArgumentError as error:
@@ -78,7 +80,7 @@ class Database:
             event.listen(self._engine, "connect", _on_sqlite_connect)
             event.listen(self._engine, "begin", _on_sqlite_begin)
         with self.write() as connection:
-            migrations.upgrade(connection)
+            migrations.upgrade(connection, tenant)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

@@ -15,18 +15,25 @@ from sqlalchemy import insert, or_, select, update
 from registry.errors import ConflictError
 from tune.jobs.database import Database
 from tune.jobs.records import OPEN, FileRecord, Page
-from tune.jobs.rows import file_record, is_live, live_file, position_of
+from tune.jobs.rows import file_record, is_live, live_file, owned, position_of
 from tune.jobs.schema import files, jobs
 
 Order = Literal["asc", "desc"]
 
 
 class FileStore:
-    """Which files there are."""
+    """Which files there are: those of ``tenant``, or everybody's, for workers and for tidying up."""
 
-    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, database: Database, *, tenant: str | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
         self._database = database
+        self.tenant = tenant
         self._clock = clock
+
+    def seen_by(self, tenant: str) -> FileStore:
+        """The same store as one tenant sees it: nobody else's files are there."""
+        return FileStore(self._database, tenant=tenant, clock=self._clock)
 
     def add(self, record: FileRecord) -> None:
         with self._database.write() as connection:
@@ -34,17 +41,17 @@ class FileStore:
 
     def get(self, file_id: str) -> FileRecord:
         with self._database.read() as connection:
-            return live_file(connection, file_id, now=self._clock())
+            return live_file(connection, file_id, now=self._clock(), tenant=self.tenant)
 
     def page(
         self, *, after: str | None, limit: int, order: Order = "desc", purpose: str | None = None
     ) -> Page[FileRecord]:
-        query = select(files).where(is_live(self._clock()))
+        query = select(files).where(is_live(self._clock()), owned(files, self.tenant))
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         with self._database.read() as connection:
             if after is not None:
-                position = position_of(connection, files, after)
+                position = position_of(connection, files, after, tenant=self.tenant)
                 query = query.where(files.c.position > position if order == "asc" else files.c.position < position)
             query = query.order_by(files.c.position.asc() if order == "asc" else files.c.position.desc())
             rows = connection.execute(query.limit(limit + 1)).all()
@@ -58,7 +65,7 @@ class FileStore:
             ConflictError: a job that has not ended still needs it.
         """
         with self._database.write() as connection:
-            live_file(connection, file_id, now=self._clock(), lock=True)
+            live_file(connection, file_id, now=self._clock(), tenant=self.tenant, lock=True)
             user = connection.execute(
                 select(jobs.c.id)
                 .where(jobs.c.status.in_(OPEN))
@@ -73,13 +80,13 @@ class FileStore:
             connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=int(self._clock())))
 
     def take_expired(self) -> list[str]:
-        """Mark the files that have expired as deleted; their ids. Their bytes are the caller's to remove."""
+        """Mark everybody's files that have expired as deleted; their ids. Their bytes are the caller's to remove."""
         now = self._clock()
         query = update(files).where(files.c.deleted_at.is_(None), files.c.expires_at <= now, ~is_live(now))
         with self._database.write() as connection:
             return list(connection.execute(query.values(deleted_at=int(now)).returning(files.c.id)).scalars())
 
     def ids(self) -> set[str]:
-        """Ids of all files that were not deleted."""
+        """Ids of all files that were not deleted, whosever they are."""
         with self._database.read() as connection:
             return set(connection.execute(select(files.c.id).where(files.c.deleted_at.is_(None))).scalars())

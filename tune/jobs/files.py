@@ -136,6 +136,10 @@ class FileService:
         self.storage = storage
         self._store = store
 
+    def seen_by(self, tenant: str) -> FileService:
+        """The same service as one tenant sees it: nobody else's files are there."""
+        return FileService(self._store.seen_by(tenant), self.storage)
+
     def finish_upload(
         self, upload: Upload, *, filename: str, purpose: str, expires_after_seconds: int | None = None
     ) -> FileRecord:
@@ -153,11 +157,14 @@ class FileService:
                 param="purpose",
             )
         _check_filename(filename)
+        tenant = self._store.tenant
+        assert tenant is not None, "this is everybody's view of the files, and whose is this one?"
         upload.flush()
         rows = _checked_rows(upload.path)
         created_at = int(time.time())
         record = FileRecord(
             id=new_id("file-"),
+            tenant=tenant,
             filename=filename,
             purpose="fine-tune",
             size_bytes=upload.size_bytes,

@@ -37,6 +37,8 @@ class Page(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     id: str
+    tenant: str
+    """Whose it is; nobody else sees it."""
     filename: str
     """The client's label. It is shown and never used as a path."""
     purpose: FilePurpose
@@ -91,7 +93,8 @@ class JobRecord:
     id: str
     status: JobStatus
     model: str
-    organization_id: str
+    tenant: str
+    """Whose it is; nobody else sees it."""
     training_file: str
     validation_file: str | None
     suffix: str | None

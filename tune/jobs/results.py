@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tune.jobs.files import FileStorage
-from tune.jobs.records import FileRecord
+from tune.jobs.records import FileRecord, JobRecord
 from tune.jobs.rows import new_id
 from tune.jobs.store import JobStore
 
@@ -27,9 +27,9 @@ COLUMNS = (
 (openai/types/fine_tuning/jobs/fine_tuning_job_checkpoint.py)."""
 
 
-def store_metrics_table(store: JobStore, storage: FileStorage, job_id: str) -> FileRecord | None:
+def store_metrics_table(store: JobStore, storage: FileStorage, job: JobRecord) -> FileRecord | None:
     """Write the table's bytes; ``None`` if no step was ever reported. The record is the caller's to enter."""
-    rows = _metrics(store, job_id)
+    rows = _metrics(store, job.id)
     if not rows:
         return None
     text = io.StringIO()
@@ -40,7 +40,8 @@ def store_metrics_table(store: JobStore, storage: FileStorage, job_id: str) -> F
         upload.write(text.getvalue().encode())
         record = FileRecord(
             id=new_id("file-"),
-            filename=f"{job_id}-metrics.csv",
+            tenant=job.tenant,
+            filename=f"{job.id}-metrics.csv",
             purpose="fine-tune-results",
             size_bytes=upload.size_bytes,
             sha256=upload.sha256,

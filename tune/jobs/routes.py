@@ -1,29 +1,27 @@
 """The HTTP face of files and fine-tuning jobs: OpenAI's paths, objects and limits.
 
 Handlers raise :class:`~registry.errors.CapoError`; the application that mounts these routers turns it into
-the wire form, and it also authenticates. Everything that blocks runs in a thread.
+the wire form, and it says who asks (:mod:`registry.principal`). Everything that blocks runs in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 
-from registry.errors import InvalidRequestError, NotFoundError, TooLargeError
+from registry.errors import InvalidRequestError, NotFoundError
+from registry.principal import current_principal
 from tune.jobs import wire
 from tune.jobs.files import FileService
-from tune.jobs.idempotency import Idempotency
-from tune.jobs.requests import MAX_BODY_BYTES, CreateJobBody, parse_body
+from tune.jobs.query import idempotency_of, limit_of, order_of, read_body, read_query
+from tune.jobs.requests import CreateJobBody, parse_body
 from tune.jobs.service import JobService
 from tune.jobs.upload import receive_form
 
-LIST_LIMIT = 100
-LIST_DEFAULT = 20
 _UPLOAD_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 _SHORTEST_EXPIRY, _LONGEST_EXPIRY = 3600, 2_592_000
 """An hour to thirty days (openai/types/file_create_params.py)."""
@@ -34,6 +32,9 @@ FILE_LIST_LIMIT = 10_000
 def files_router(service: FileService) -> APIRouter:
     """POST and GET /v1/files, GET and DELETE /v1/files/{id}, GET /v1/files/{id}/content."""
     router = APIRouter(prefix="/v1/files", tags=["files"])
+
+    def own() -> FileService:
+        return service.seen_by(current_principal().tenant)
 
     @router.post("")
     async def create_file(request: Request) -> JSONResponse:
@@ -48,7 +49,7 @@ def files_router(service: FileService) -> APIRouter:
                     param="purpose",
                 )
             finish = partial(
-                service.finish_upload,
+                own().finish_upload,
                 upload,
                 filename=form.filename or "",
                 purpose=form.fields["purpose"],
@@ -59,13 +60,13 @@ def files_router(service: FileService) -> APIRouter:
 
     @router.get("")
     async def list_files(request: Request) -> JSONResponse:
-        query = _query(request, ("after", "limit", "order", "purpose"))
+        query = read_query(request, ("after", "limit", "order", "purpose"))
         page = await asyncio.to_thread(
             partial(
-                service.files,
+                own().files,
                 after=query.get("after"),
-                limit=_limit(query, default=FILE_LIST_LIMIT, largest=FILE_LIST_LIMIT),
-                order=_order(query),
+                limit=limit_of(query, default=FILE_LIST_LIMIT, largest=FILE_LIST_LIMIT),
+                order=order_of(query),
                 purpose=query.get("purpose"),
             )
         )
@@ -73,16 +74,16 @@ def files_router(service: FileService) -> APIRouter:
 
     @router.get("/{file_id}")
     async def retrieve_file(file_id: str) -> JSONResponse:
-        return JSONResponse(wire.file_object(await asyncio.to_thread(service.file, file_id)))
+        return JSONResponse(wire.file_object(await asyncio.to_thread(own().file, file_id)))
 
     @router.get("/{file_id}/content")
     async def retrieve_content(file_id: str) -> FileResponse:
-        path = await asyncio.to_thread(service.content_path, file_id)
+        path = await asyncio.to_thread(own().content_path, file_id)
         return FileResponse(path, media_type="application/octet-stream")
 
     @router.delete("/{file_id}")
     async def delete_file(file_id: str) -> JSONResponse:
-        await asyncio.to_thread(service.delete, file_id)
+        await asyncio.to_thread(own().delete, file_id)
         return JSONResponse(wire.deleted_file_object(file_id))
 
     return router
@@ -92,22 +93,24 @@ def fine_tuning_router(service: JobService) -> APIRouter:
     """POST and GET /v1/fine_tuning/jobs, GET one, POST its cancel, pause and resume, GET its events."""
     router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
+    def own() -> JobService:
+        return service.seen_by(current_principal().tenant)
+
     @router.post("")
     async def create_job(request: Request) -> JSONResponse:
-        raw = await _body(request)
-        key = request.headers.get("idempotency-key")
-        asked = None if key is None else Idempotency.of(key, raw)
+        raw = await read_body(request)
+        asked = idempotency_of(request, raw, making="fine_tuning.job")
         body = parse_body(raw, CreateJobBody)
-        return JSONResponse(wire.job_object(await asyncio.to_thread(service.create, body, asked)))
+        return JSONResponse(wire.job_object(await asyncio.to_thread(own().create, body, asked)))
 
     @router.get("")
     async def list_jobs(request: Request) -> JSONResponse:
         query, metadata = _split_metadata(request)
         page = await asyncio.to_thread(
             partial(
-                service.jobs,
+                own().jobs,
                 after=query.get("after"),
-                limit=_limit(query, default=LIST_DEFAULT, largest=LIST_LIMIT),
+                limit=limit_of(query),
                 metadata=metadata,
                 without_metadata=query.get("metadata") == "null",
             )
@@ -116,23 +119,23 @@ def fine_tuning_router(service: JobService) -> APIRouter:
 
     @router.get("/{job_id}")
     async def retrieve_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(service.job, job_id)))
+        return JSONResponse(wire.job_object(await asyncio.to_thread(own().job, job_id)))
 
     @router.post("/{job_id}/cancel")
     async def cancel_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(service.cancel, job_id)))
+        return JSONResponse(wire.job_object(await asyncio.to_thread(own().cancel, job_id)))
 
     @router.post("/{job_id}/pause")
     async def pause_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(service.pause, job_id)))
+        return JSONResponse(wire.job_object(await asyncio.to_thread(own().pause, job_id)))
 
     @router.post("/{job_id}/resume")
     async def resume_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(service.resume, job_id)))
+        return JSONResponse(wire.job_object(await asyncio.to_thread(own().resume, job_id)))
 
     @router.get("/{job_id}/checkpoints")
     async def list_checkpoints(job_id: str) -> JSONResponse:
-        await asyncio.to_thread(service.job, job_id)
+        await asyncio.to_thread(own().job, job_id)
         raise NotFoundError(
             "checkpoints are not published as models: only a job's last weights can be called. The figures of "
             f"every step are metrics events, GET /v1/fine_tuning/jobs/{job_id}/events, and stand in its result file",
@@ -141,9 +144,9 @@ def fine_tuning_router(service: JobService) -> APIRouter:
 
     @router.get("/{job_id}/events")
     async def list_events(request: Request, job_id: str) -> JSONResponse:
-        query = _query(request, ("after", "limit"))
-        limit = _limit(query, default=LIST_DEFAULT, largest=LIST_LIMIT)
-        events = partial(service.events, job_id, after=query.get("after"), limit=limit)
+        query = read_query(request, ("after", "limit"))
+        limit = limit_of(query)
+        events = partial(own().events, job_id, after=query.get("after"), limit=limit)
         page = await asyncio.to_thread(events)
         return JSONResponse(wire.list_object(page, wire.event_object))
 
@@ -169,33 +172,11 @@ def _expires_after(fields: Mapping[str, str]) -> int | None:
     return number
 
 
-async def _body(request: Request) -> bytes:
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise InvalidRequestError("compressed request bodies are not taken", code="content_encoding")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLargeError(f"the body is larger than {MAX_BODY_BYTES} bytes")
-    return bytes(body)
-
-
-def _query(request: Request, allowed: Collection[str]) -> dict[str, str]:
-    """The query as a mapping; a parameter that is unknown or given twice is refused."""
-    found: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name not in allowed or name in found:
-            reason = "given twice" if name in found else f"unknown; allowed: {', '.join(allowed)}"
-            raise InvalidRequestError(f"query parameter {name[:80]!r} is {reason}", param=name[:80])
-        found[name] = value
-    return found
-
-
 def _split_metadata(request: Request) -> tuple[dict[str, str], dict[str, str]]:
     """``metadata[key]=value`` pairs apart from the rest (openai/types/fine_tuning/job_list_params.py)."""
     names = [name for name, _ in request.query_params.multi_items()]
     bracketed = [name for name in names if name.startswith("metadata[") and name.endswith("]")]
-    query = _query(request, ("after", "limit", "metadata", *dict.fromkeys(bracketed)))
+    query = read_query(request, ("after", "limit", "metadata", *dict.fromkeys(bracketed)))
     metadata = {name.removeprefix("metadata[")[:-1]: query.pop(name) for name in bracketed}
     if "metadata" in query and (query["metadata"] != "null" or metadata):
         raise InvalidRequestError(
@@ -203,20 +184,3 @@ def _split_metadata(request: Request) -> tuple[dict[str, str], dict[str, str]]:
             param="metadata",
         )
     return query, metadata
-
-
-def _limit(query: dict[str, str], *, default: int, largest: int) -> int:
-    text = query.get("limit")
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= largest):
-        raise InvalidRequestError(f"limit must be an integer from 1 to {largest}, got {text[:40]!r}", param="limit")
-    return int(text)
-
-
-def _order(query: dict[str, str]) -> Literal["asc", "desc"]:
-    order: Any = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise InvalidRequestError(f"order must be 'asc' or 'desc', got {order[:40]!r}", param="order")
-    chosen: Literal["asc", "desc"] = order
-    return chosen

@@ -7,7 +7,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, insert, or_, select, true, update
 
 from registry.errors import InvalidRequestError, NotFoundError
 from registry.names import shown
@@ -22,12 +22,17 @@ def new_id(prefix: str, length: int = 24) -> str:
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
-def load_job(connection: Connection, job_id: str) -> JobRecord:
-    """The job's row. Raises :class:`NotFoundError`."""
-    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+def load_job(connection: Connection, job_id: str, *, tenant: str | None = None) -> JobRecord:
+    """The job's row. ``tenant``: nobody else's is there. Raises :class:`NotFoundError`."""
+    row = connection.execute(select(jobs).where(jobs.c.id == job_id, owned(jobs, tenant))).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no fine-tuning job {shown(job_id)}; GET /v1/fine_tuning/jobs lists them")
     return job_record(row)
+
+
+def owned(table: Table, tenant: str | None) -> ColumnElement[bool]:
+    """Of rows of ``jobs`` or ``files``: those of one tenant; ``None``: all."""
+    return true() if tenant is None else table.c.tenant == tenant
 
 
 def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent], *, now: int) -> None:
@@ -67,9 +72,11 @@ def is_live(now: float) -> ColumnElement[bool]:
     return and_(files.c.deleted_at.is_(None), or_(files.c.expires_at.is_(None), files.c.expires_at > now, needed))
 
 
-def live_file(connection: Connection, file_id: str, *, now: float, lock: bool = False) -> FileRecord:
+def live_file(
+    connection: Connection, file_id: str, *, now: float, tenant: str | None = None, lock: bool = False
+) -> FileRecord:
     """A file that is there; ``lock`` keeps it so until the transaction ends. Raises :class:`NotFoundError`."""
-    query = select(files).where(files.c.id == file_id, is_live(now))
+    query = select(files).where(files.c.id == file_id, is_live(now), owned(files, tenant))
     # SQLite's writers exclude each other anyway and its dialect leaves FOR UPDATE out.
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
@@ -77,9 +84,10 @@ def live_file(connection: Connection, file_id: str, *, now: float, lock: bool = 
     return file_record(row)
 
 
-def position_of(connection: Connection, table: Table, after: str) -> int:
+def position_of(connection: Connection, table: Table, after: str, *, tenant: str | None = None) -> int:
     """Where in ``table`` a list's cursor stands. Raises :class:`InvalidRequestError`."""
-    position = connection.execute(select(table.c.position).where(table.c.id == after)).scalar_one_or_none()
+    query = select(table.c.position).where(table.c.id == after, owned(table, tenant))
+    position = connection.execute(query).scalar_one_or_none()
     if position is None:
         raise unknown_cursor(after)
     return int(position)

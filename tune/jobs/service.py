@@ -62,6 +62,16 @@ class JobService:
         self._base_models = base_models
         self._max_lora_rank = max_lora_rank
 
+    def seen_by(self, tenant: str) -> JobService:
+        """The same service as one tenant sees it: nobody else's jobs and files are there."""
+        return JobService(
+            self._store.seen_by(tenant),
+            self._file_store.seen_by(tenant),
+            self._registry,
+            base_models=self._base_models,
+            max_lora_rank=self._max_lora_rank,
+        )
+
     def create(self, body: CreateJobBody, asked: Idempotency | None = None) -> JobRecord:
         """Check the request as a whole and queue the job; a repeated request gets the job it made.
 
@@ -143,7 +153,7 @@ class JobService:
         if body.model not in bases:
             return
         try:
-            alias_file_stem(parse_alias(fine_tuned_name(body.model, self._store.organization, body.suffix)))
+            alias_file_stem(parse_alias(fine_tuned_name(body.model, self._store.tenant, body.suffix)))
         except InvalidNameError as error:
             raise InvalidRequestError(f"suffix: {error.message}", code="invalid_suffix", param="suffix") from error
 

@@ -32,6 +32,7 @@ from tune.jobs.rows import (
     live_file,
     load_job,
     new_id,
+    owned,
     position_of,
     unknown_cursor,
 )
@@ -41,23 +42,32 @@ SILENCE_FACTOR = 2.0
 """After this many leases without a heartbeat a cancel does not wait for the worker any more."""
 
 
-def fine_tuned_name(model: str, organization: str, suffix: str | None) -> str:
+def fine_tuned_name(model: str, tenant: str, suffix: str | None) -> str:
     """A new ``ft:<base>:<organization>:<suffix>:<id>``, as OpenAI names results; the suffix may be empty."""
-    return f"ft:{model}:{organization}:{suffix or ''}:{new_id('', 8)}"
+    return f"ft:{model}:{tenant}:{suffix or ''}:{new_id('', 8)}"
 
 
 class JobStore:
-    """Jobs and events as the API sees them.
+    """Jobs and events as the API sees them: those of ``tenant``, or everybody's, for workers.
 
-    ``organization`` is the name that stands in ``ft:`` names and in ``organization_id``.
+    The tenant stands in ``ft:`` names and in ``organization_id``; creating a job needs one.
     """
 
     def __init__(
-        self, database: Database, *, organization: str = "capo", clock: Callable[[], float] = time.time
+        self, database: Database, *, tenant: str | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self._database = database
-        self.organization = organization
+        self._tenant = tenant
         self._clock = clock
+
+    def seen_by(self, tenant: str) -> JobStore:
+        """The same store as one tenant sees it: nobody else's jobs are there."""
+        return JobStore(self._database, tenant=tenant, clock=self._clock)
+
+    @property
+    def tenant(self) -> str:
+        assert self._tenant is not None, "this is everybody's view of the store, and whose job is it?"
+        return self._tenant
 
     def close(self) -> None:
         self._database.close()
@@ -66,7 +76,7 @@ class JobStore:
         """The job that this request made before. Raises :class:`ConflictError` if its key made another one."""
         with self._database.read() as connection:
             job_id = find_job(connection, asked, now=self._clock())
-            return None if job_id is None else load_job(connection, job_id)
+            return None if job_id is None else load_job(connection, job_id, tenant=self._tenant)
 
     def create_job(
         self, new: NewJob, first_events: Sequence[NewEvent] = (), *, asked: Idempotency | None = None
@@ -88,16 +98,16 @@ class JobStore:
     def _create_job(self, new: NewJob, first_events: Sequence[NewEvent], asked: Idempotency | None) -> JobRecord:
         now = int(self._clock())
         job_id = new_id("ftjob-")
-        name = fine_tuned_name(new.model, self.organization, new.suffix)
+        name = fine_tuned_name(new.model, self.tenant, new.suffix)
         with self._database.write() as connection:
             for file_id in filter(None, (new.training_file, new.validation_file)):
-                live_file(connection, file_id, now=now, lock=True)
+                live_file(connection, file_id, now=now, tenant=self._tenant, lock=True)
             connection.execute(
                 insert(jobs).values(
                     id=job_id,
                     status="queued",
                     model=new.model,
-                    organization_id=self.organization,
+                    tenant=self.tenant,
                     training_file=new.training_file,
                     validation_file=new.validation_file,
                     suffix=new.suffix,
@@ -127,7 +137,7 @@ class JobStore:
 
     def job(self, job_id: str) -> JobRecord:
         with self._database.read() as connection:
-            return load_job(connection, job_id)
+            return load_job(connection, job_id, tenant=self._tenant)
 
     def is_open(self, job_id: str) -> bool:
         """Whether the job exists and has not ended."""
@@ -144,7 +154,7 @@ class JobStore:
         without_metadata: bool = False,
     ) -> Page[JobRecord]:
         """Newest first; ``metadata`` keeps the jobs that carry all of these pairs."""
-        query = select(jobs).order_by(jobs.c.position.desc()).limit(limit + 1)
+        query = select(jobs).where(owned(jobs, self._tenant)).order_by(jobs.c.position.desc()).limit(limit + 1)
         for key, value in (metadata or {}).items():
             query = query.where(
                 exists().where(
@@ -159,7 +169,7 @@ class JobStore:
             query = query.where(jobs.c.metadata.is_(None))
         with self._database.read() as connection:
             if after is not None:
-                query = query.where(jobs.c.position < position_of(connection, jobs, after))
+                query = query.where(jobs.c.position < position_of(connection, jobs, after, tenant=self._tenant))
             rows = connection.execute(query).all()
         return Page([job_record(row) for row in rows[:limit]], len(rows) > limit)
 
@@ -178,7 +188,7 @@ class JobStore:
         with self._database.write() as connection:
             ended = connection.execute(
                 update(jobs)
-                .where(jobs.c.id == job_id)
+                .where(jobs.c.id == job_id, owned(jobs, self._tenant))
                 .where(or_(jobs.c.status.in_(WAITING), silent))
                 .values(
                     status="cancelled",
@@ -195,12 +205,13 @@ class JobStore:
                 return load_job(connection, job_id)
             asked = connection.execute(
                 update(jobs)
-                .where(jobs.c.id == job_id, jobs.c.status == "running", jobs.c.cancel_requested.is_(False))
+                .where(jobs.c.id == job_id, owned(jobs, self._tenant))
+                .where(jobs.c.status == "running", jobs.c.cancel_requested.is_(False))
                 .values(cancel_requested=True)
             ).rowcount
             if asked:
                 append_events(connection, job_id, [NewEvent("Cancellation requested")], now=int(now))
-            job = load_job(connection, job_id)
+            job = load_job(connection, job_id, tenant=self._tenant)
         if job.status in ("succeeded", "failed"):
             raise ConflictError(
                 f"{job_id} has already {job.status}; only a job that has not ended can be cancelled",
@@ -225,7 +236,8 @@ class JobStore:
         with self._database.write() as connection:
             changed = connection.execute(
                 update(jobs)
-                .where(jobs.c.id == job_id, jobs.c.status.in_(OPEN), jobs.c.cancel_requested.is_(False))
+                .where(jobs.c.id == job_id, owned(jobs, self._tenant))
+                .where(jobs.c.status.in_(OPEN), jobs.c.cancel_requested.is_(False))
                 .where(jobs.c.paused.is_(not paused))
                 .values(paused=paused, not_before=0.0)
             ).rowcount
@@ -233,7 +245,7 @@ class JobStore:
                 if paused and load_job(connection, job_id).status == "running":
                     event = NewEvent("Pause requested")
                 append_events(connection, job_id, [event], now=int(self._clock()))
-            job = load_job(connection, job_id)
+            job = load_job(connection, job_id, tenant=self._tenant)
         if job.status not in OPEN or job.cancel_requested:
             state = "is being cancelled" if job.status in OPEN else f"has already ended as {job.status}"
             raise ConflictError(
@@ -245,7 +257,7 @@ class JobStore:
         """Newest first, as OpenAI lists them."""
         query = select(events).where(events.c.job_id == job_id).order_by(events.c.sequence.desc())
         with self._database.read() as connection:
-            load_job(connection, job_id)
+            load_job(connection, job_id, tenant=self._tenant)
             if after is not None:
                 sequence = connection.execute(
                     select(events.c.sequence).where(events.c.id == after, events.c.job_id == job_id)

@@ -203,7 +203,7 @@ class JobRun:
         self._succeed(result.artifact, result.trained_tokens)
 
     def _succeed(self, artifact: Artifact, trained_tokens: int | None) -> None:
-        result_file = store_metrics_table(self._store, self._storage, self._job.id)
+        result_file = store_metrics_table(self._store, self._storage, self._job)
         try:
             self._queue.succeed(self._job, Outcome(artifact.revision, trained_tokens, result_file))
         except ConflictError:

@@ -44,7 +44,7 @@ def job_object(job: JobRecord) -> JsonObject:
         "estimated_finish": job.estimated_finish,
         "model": job.model,
         "fine_tuned_model": job.fine_tuned_model,
-        "organization_id": job.organization_id,
+        "organization_id": job.tenant,
         "status": job.status,
         "error": None if job.error is None else asdict(job.error),
         "training_file": job.training_file,

@@ -17,9 +17,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from openai import OpenAI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry import Registry
 from registry.errors import CapoError, openai_error_body, wire_kind
+from registry.principal import Principal, acting_as
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
@@ -31,6 +33,7 @@ from tune.jobs.settings import files_dir
 from tune.jobs.store import JobStore
 
 BASE = "capo-tiny"
+TENANT = "acme"
 
 
 def chat_rows(count: int, *, first: int = 0) -> bytes:
@@ -97,8 +100,8 @@ def open_place(directory: Path, *, max_file_bytes: int = 1024 * 1024, database_u
     """``database_url``: of an empty database; a SQLite file of its own when not given."""
     url = database_url or sqlite_url(directory / "jobs.db")
     database = Database(url)
-    store = JobStore(database, organization="acme")
-    file_rows = FileStore(database)
+    store = JobStore(database, tenant=TENANT)
+    file_rows = FileStore(database, tenant=TENANT)
     storage = FileStorage(files_dir(directory / "data"), max_file_bytes=max_file_bytes)
     registry = Registry(directory / "registry")
     bases = {BASE: BASE, "Qwen/Qwen3-0.6B": "/bases/qwen"}
@@ -124,6 +127,7 @@ def add_file_row(file_rows: FileStore, **changes: Any) -> str:
     """A file that exists only in the store, for tests that never open it."""
     values: dict[str, Any] = {
         "id": new_id("file-"),
+        "tenant": TENANT,
         "filename": "rows.jsonl",
         "purpose": "fine-tune",
         "size_bytes": 1,
@@ -144,6 +148,8 @@ def serve(place: Place) -> Iterator[str]:
     app.include_router(files_router(place.files))
     app.include_router(fine_tuning_router(place.jobs))
 
+    app.add_middleware(_AsOneTenant)
+
     @app.exception_handler(CapoError)
     async def answer(_request: Request, error: CapoError) -> JSONResponse:
         headers = {"x-should-retry": "false"}
@@ -160,6 +166,17 @@ def serve(place: Place) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+class _AsOneTenant:
+    """What the composed application does with keys: it says who asks."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with acting_as(Principal.local(TENANT)):
+            await self._app(scope, receive, send)
 
 
 def client_of(url: str) -> OpenAI:

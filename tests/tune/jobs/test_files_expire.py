@@ -50,7 +50,7 @@ def test_an_expired_file_is_as_if_deleted_and_its_bytes_go_with_the_next_upload(
 def test_an_open_job_keeps_its_file(any_place: Place) -> None:
     place = any_place
     file = place.upload(chat_rows(12))
-    later = FileStore(place.database, clock=lambda: file.created_at + 2.0 * HOUR)
+    later = FileStore(place.database, tenant=place.file_rows.tenant, clock=lambda: file.created_at + 2.0 * HOUR)
     place.file_rows.delete(file.id)
     place.file_rows.add(replace(file, id="file-short", expires_at=file.created_at + HOUR))
     job = place.queue_job("file-short")

@@ -65,13 +65,14 @@ def old_store(tmp_path: Path) -> Path:
 
 
 def test_an_old_store_keeps_its_jobs_and_files(old_store: Path) -> None:
-    database = Database(sqlite_url(old_store))
+    database = Database(sqlite_url(old_store), tenant="house")
     job = JobStore(database).job("ftjob-old")
     file = FileStore(database).get("file-old")
     database.close()
     assert (job.status, job.method, job.priority, job.paused) == ("queued", "supervised", 0, False)
     assert (job.hyperparameters.batch_size, job.hyperparameters.beta) == (2, None)
     assert (file.rows, file.row_format) == (20, "chat")
+    assert (job.tenant, file.tenant) == ("capo", "house")
 
 
 def test_processes_that_start_at_once_upgrade_one_store_once(old_store: Path) -> None:
@@ -87,7 +88,7 @@ def test_processes_that_start_at_once_upgrade_one_store_once(old_store: Path) ->
 def test_opening_a_store_that_is_up_to_date_does_not_import_alembic(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "jobs.db")
     database = Database(url)
-    JobStore(database).create_job(new_job(add_file_row(FileStore(database))))
+    JobStore(database, tenant="acme").create_job(new_job(add_file_row(FileStore(database))))
     database.close()
     code = (
         f"import sys; from tune.jobs.database import Database; Database({url!r}).close(); "

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from registry.errors import ConflictError, NotFoundError
-from tests.tune.jobs.support import Place, add_file_row, new_job
+from tests.tune.jobs.support import TENANT, Place, add_file_row, new_job
 from tune.jobs.lease import LeaseWatch, is_gone, this_owner
 from tune.jobs.queue import MAX_RETRY_DELAY_SECONDS, Outcome, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
@@ -134,7 +134,7 @@ class TestClaims:
     ) -> None:
         old = claim(queue, place.queue_job(training_file), "old")
         new = claim(queue, queue.running()[0], "new")
-        result = FileRecord(new_id("file-"), "m.csv", "fine-tune-results", 1, "0" * 64, None, 0)
+        result = FileRecord(new_id("file-"), TENANT, "m.csv", "fine-tune-results", 1, "0" * 64, None, 0)
         writes = (
             lambda: queue.heartbeat(old),
             lambda: queue.asked(old),

@@ -56,6 +56,6 @@ def test_a_key_is_new_again_after_a_day(place: Place) -> None:
     new = new_job(add_file_row(place.file_rows))
     asked = Idempotency.of("a", b"{}")
     first = place.store.create_job(new, asked=asked)
-    tomorrow = JobStore(place.database, clock=lambda: first.created_at + KEPT_SECONDS + 1.0)
+    tomorrow = JobStore(place.database, tenant=place.store.tenant, clock=lambda: first.created_at + KEPT_SECONDS + 1.0)
     assert tomorrow.made_by(asked) is None
     assert tomorrow.create_job(new, asked=asked).id != first.id

@@ -13,14 +13,16 @@ from sqlalchemy import Connection, inspect, text
 
 from registry.errors import InvalidRequestError
 
-HEAD = "0004"
+HEAD = "0005"
 _FIRST = "0001"
 _VERSION_TABLE = "alembic_version"
 _LOCK_NUMBER = 0x6361706F  # "capo"; any constant that no other program of the same database takes
 
 
-def upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection, tenant: str) -> None:
     """Bring the tables to :data:`HEAD` inside the caller's write transaction. Several processes may do so at once.
+
+    ``tenant`` is given the files of a store from before there were tenants.
 
     Raises:
         InvalidRequestError: a newer Capo wrote the store.
@@ -39,6 +41,7 @@ def upgrade(connection: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes["connection"] = connection
+    config.attributes["tenant"] = tenant
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if found is not None and found not in known:
         raise InvalidRequestError(
