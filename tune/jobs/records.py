@@ -86,6 +86,7 @@ class NewJob:
     """The checked ``capo`` object of the request, as JSON."""
     method: JobMethod = "supervised"
     priority: int = 0
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ class JobRecord:
     priority: int
     """Of waiting jobs the highest goes first, and of equal ones the oldest."""
     method: JobMethod
+    gpus: int
+    """Only a worker that offers as many takes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ jobs = Table(
     Column("paused", Boolean, nullable=False, default=False, server_default=false()),
     Column("priority", Integer, nullable=False, default=0, server_default="0"),
     Column("method", String(16), nullable=False, default="supervised", server_default="supervised"),
+    Column("gpus", Integer, nullable=False, default=0, server_default="0"),
     Column("last_event", BigInteger, nullable=False, default=0),
     Index("jobs_by_status", "status", "priority", "position"),
 )

@@ -117,6 +117,7 @@ class JobStore:
                     extensions=dict(new.extensions),
                     method=new.method,
                     priority=new.priority,
+                    gpus=new.gpus,
                     reserved_name=name,
                     created_at=now,
                     result_files=[],
