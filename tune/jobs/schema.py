@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     false,
 )
 
@@ -59,6 +60,7 @@ jobs = Table(
     Column("hyperparameters", JSON, nullable=False),
     Column("metadata", JSON(none_as_null=True)),
     Column("extensions", JSON, nullable=False),
+    Column("integrations", JSON(none_as_null=True)),
     Column("reserved_name", Text, nullable=False, unique=True),
     Column("fine_tuned_model", Text),
     Column("revision", Text),
@@ -96,13 +98,89 @@ job_metadata = Table(
     Index("job_metadata_by_pair", "key", "value"),
 )
 
+job_files = Table(
+    "job_files",
+    metadata,
+    # Files that only the stages of the capo object name; training and validation file stand in the job itself.
+    Column("job_id", String(64), ForeignKey("jobs.id"), primary_key=True),
+    Column("file_id", String(64), ForeignKey("files.id"), primary_key=True),
+    Index("job_files_by_file", "file_id"),
+)
+
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
+    Column("tenant", Text, primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("digest", String(64), nullable=False),
-    Column("job_id", String(64), ForeignKey("jobs.id"), nullable=False),
+    Column("made_id", String(64), nullable=False),
     Column("created_at", BigInteger, nullable=False),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("position", _position, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("tenant", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("file_expires_after_seconds", BigInteger),
+    Column("status", String(16), nullable=False),
+    Column("part_ids", JSON(none_as_null=True)),
+    Column("file_id", String(64), ForeignKey("files.id")),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Index("uploads_by_status", "status", "expires_at"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("upload_id", String(64), ForeignKey("uploads.id"), nullable=False, index=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+checkpoint_permissions = Table(
+    "checkpoint_permissions",
+    metadata,
+    Column("position", _position, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("model", Text, nullable=False),
+    Column("project_id", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("model", "project_id", name="checkpoint_permissions_once"),
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("position", _position, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event_types", JSON, nullable=False),
+    # To sign with, so it cannot be kept as a hash.
+    Column("secret", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("endpoint_id", String(64), ForeignKey("webhook_endpoints.id"), nullable=False, index=True),
+    Column("payload", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Column("last_error", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Index("webhook_deliveries_by_status", "status", "due_at"),
 )
 
 events = Table(

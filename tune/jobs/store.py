@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from registry.errors import ConflictError
 from tune.jobs.database import Database
-from tune.jobs.idempotency import Idempotency, enter, find_job
+from tune.jobs.idempotency import Idempotency, enter, find_made
 from tune.jobs.records import (
     OPEN,
     WAITING,
@@ -75,7 +75,7 @@ class JobStore:
     def made_by(self, asked: Idempotency) -> JobRecord | None:
         """The job that this request made before. Raises :class:`ConflictError` if its key made another one."""
         with self._database.read() as connection:
-            job_id = find_job(connection, asked, now=self._clock())
+            job_id = find_made(connection, asked, tenant=self.tenant, now=self._clock())
             return None if job_id is None else load_job(connection, job_id, tenant=self._tenant)
 
     def create_job(
@@ -127,7 +127,7 @@ class JobStore:
                 pairs = [{"job_id": job_id, "key": key, "value": value} for key, value in new.metadata.items()]
                 connection.execute(insert(job_metadata), pairs)
             if asked is not None:
-                enter(connection, asked, job_id, now=now)
+                enter(connection, asked, job_id, tenant=self.tenant, now=now)
             append_events(
                 connection,
                 job_id,
