@@ -1,4 +1,4 @@
-"""Who asks: the tenant and the rights behind one request.
+"""Who asks: the tenant and the rights behind one request, and what the request made of them.
 
 Both faces find the principal before they read a body, from the key that the request carries, and set it for the length
 of the request. Whatever answers the request asks :func:`current_principal`, which never guesses: without one it raises.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from registry.errors import InternalError
@@ -23,7 +23,7 @@ class Scope(StrEnum):
     TUNE = "tune"
     """Files, uploads, fine-tuning jobs and what belongs to them."""
     ADMIN = "admin"
-    """Adapters, aliases, canaries and pins."""
+    """Adapters, aliases, canaries, pins and permissions."""
     METRICS = "metrics"
     """The metrics page."""
 
@@ -39,18 +39,40 @@ class Principal:
     scopes: frozenset[Scope]
     models: frozenset[str] | None = None
     """The names that inference may call; ``None``: every one that the tenant sees."""
+    owns_shared: bool = False
+    """Whether it may change what belongs to no tenant. Only the service's own tenant may."""
 
     @classmethod
     def local(cls, tenant: str) -> Principal:
         """Whoever asks a service that has no keys: everything is allowed."""
-        return cls(tenant, None, frozenset(Scope))
+        return cls(tenant, None, frozenset(Scope), owns_shared=True)
+
+    @classmethod
+    def for_work(cls, tenant: str, *, house: str) -> Principal:
+        """On whose behalf a job is worked. ``house`` is the service's own tenant."""
+        return cls(tenant, None, frozenset(), owns_shared=tenant == house)
 
     def sees(self, tenant: str | None) -> bool:
         """Whether what belongs to ``tenant`` is there for this one; ``None``: it is shared by all."""
         return tenant is None or tenant == self.tenant
 
+    def owns(self, tenant: str | None) -> bool:
+        """Whether it may change or remove what belongs to ``tenant``."""
+        return self.owns_shared if tenant is None else tenant == self.tenant
 
-_current: ContextVar[Principal] = ContextVar("capo_principal")
+
+@dataclass(slots=True)
+class Admission:
+    """One request that was let in, and what is to be remembered of it."""
+
+    principal: Principal
+    tokens: int = 0
+    """Prompt and completion tokens that it cost so far."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What it changes, for the audit log: names and revisions, never contents."""
+
+
+_current: ContextVar[Admission] = ContextVar("capo_admission")
 
 
 def current_principal() -> Principal:
@@ -60,16 +82,35 @@ def current_principal() -> Principal:
         InternalError: called outside of a request, or on a path that let a request in without asking who it is.
     """
     try:
-        return _current.get()
+        return _current.get().principal
     except LookupError as error:
         raise InternalError("nobody was found out to be the principal of this request") from error
 
 
+def count_tokens(tokens: int) -> None:
+    """Charge the request with tokens that it really cost. Work that nobody asked for charges nobody."""
+    if (admission := _current.get(None)) is not None:
+        admission.tokens += tokens
+
+
+def note_change(**notes: str | None) -> None:
+    """Say for the audit log what the request changes: names and revisions, never contents."""
+    if (admission := _current.get(None)) is not None:
+        admission.notes |= {name: value for name, value in notes.items() if value is not None}
+
+
 @contextmanager
-def acting_as(principal: Principal) -> Iterator[None]:
-    """Set :func:`current_principal` for the length of the block."""
-    token = _current.set(principal)
+def admitted(admission: Admission) -> Iterator[None]:
+    """Make ``admission`` the current one for the length of the block."""
+    token = _current.set(admission)
     try:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def acting_as(principal: Principal) -> Iterator[None]:
+    """Make ``principal`` the current one for the length of the block."""
+    with admitted(Admission(principal)):
+        yield

@@ -195,3 +195,22 @@ events = Table(
     Column("data", JSON(none_as_null=True)),
     Column("created_at", BigInteger, nullable=False),
 )
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("models", JSON(none_as_null=True)),
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("concurrency", BigInteger),
+    # Of the whole key; the key itself is nowhere.
+    Column("digest", String(64), nullable=False),
+    Column("previous_digest", String(64)),
+    Column("previous_until", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("revoked_at", BigInteger),
+)
