@@ -23,7 +23,7 @@ from serve.routes.inference import ClientGoneError
 
 logger = logging.getLogger(__name__)
 
-_UPLOAD_PATH = "/v1/files"  # uploads have their own limit where they are read
+_UPLOAD_PATHS = ("/v1/files", "/v1/uploads/")  # they have their own limits where they are read
 
 
 def build_app(
@@ -180,7 +180,7 @@ class BodyLimit:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == _UPLOAD_PATH:
+        if scope["type"] != "http" or scope["path"].startswith(_UPLOAD_PATHS):
             await self._app(scope, receive, send)
             return
         received = 0

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from capo.cli.asking import DEFAULT_URL, Service, Url, service
 from registry import errors
 
 app = typer.Typer(help="Fine-tuning jobs of a running service.", no_args_is_help=True)
 
-_DEFAULT_URL = "http://127.0.0.1:8000"
 _FOLLOW_SECONDS = 1.0
 _ENDED = ("succeeded", "failed", "cancelled")
 _PAGE = 100
-_TIMEOUT_SECONDS = 300.0  # of the longest answer: an upload is checked row by row before it is answered
 
-Url = Annotated[str, typer.Option(help="Address of the service.", envvar="CAPO_URL")]
 JobId = Annotated[str, typer.Argument(help="The job's id, ftjob-...")]
 console = Console(highlight=False, soft_wrap=True)
 
@@ -37,7 +33,7 @@ def create(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: chosen.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed trains the same.")] = None,
     capo: Annotated[str | None, typer.Option(help="The request's capo object, as JSON.")] = None,
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Upload the rows, create a job, and print its id."""
     body: dict[str, Any] = {"model": model, "method": {"type": method}}
@@ -49,7 +45,7 @@ def create(
             body["capo"] = json.loads(capo)
         except ValueError as error:
             raise errors.InvalidRequestError(f"--capo is not valid JSON: {error}", param="capo") from error
-    with _service(url) as ask:
+    with service(url) as ask:
         body["training_file"] = _upload(ask, file)
         if validation is not None:
             body["validation_file"] = _upload(ask, validation)
@@ -59,55 +55,55 @@ def create(
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="At most so many, the newest first.")] = 20,
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """One job on each line: id, state, base model, result."""
-    with _service(url) as ask:
+    with service(url) as ask:
         for job in ask("GET", "/fine_tuning/jobs", params={"limit": limit})["data"]:
             console.print(f"{job['id']}  {_state(job):<10} {job['model']}  {job['fine_tuned_model'] or '-'}")
 
 
 @app.command()
-def show(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
+def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """The whole job, as JSON."""
-    with _service(url) as ask:
+    with service(url) as ask:
         console.print_json(data=ask("GET", f"/fine_tuning/jobs/{job_id}"))
 
 
 @app.command()
-def cancel(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
+def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """End the job for good."""
     _act(url, job_id, "cancel")
 
 
 @app.command()
-def pause(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
+def pause(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Stop the job with a checkpoint, until it is resumed."""
     _act(url, job_id, "pause")
 
 
 @app.command()
-def resume(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
+def resume(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Let a paused job go on from its checkpoint."""
     _act(url, job_id, "resume")
 
 
 @app.command()
-def logs(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
+def logs(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Every event so far, the oldest first."""
-    with _service(url) as ask:
+    with service(url) as ask:
         for event in _events_after(ask, job_id, None):
             _print_event(event)
 
 
 @app.command()
-def follow(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
+def follow(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Show the job's events and progress until it ends; exit code 1 unless it succeeded."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     seen: str | None = None
-    with _service(url) as ask, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with service(url) as ask, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("waiting", total=None)
         while True:
             job = ask("GET", f"/fine_tuning/jobs/{job_id}")
@@ -128,52 +124,18 @@ def follow(job_id: JobId, url: Url = _DEFAULT_URL) -> None:
     console.print(job["fine_tuned_model"])
 
 
-class _Service:
-    """Calls the service; its refusals become Capo's errors, with the service's own words."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def __call__(self, verb: str, path: str, **options: Any) -> dict[str, Any]:
-        import httpx
-
-        try:
-            response = self._client.request(verb, f"/v1{path}", **options)
-        except httpx.HTTPError as error:
-            raise errors.UnavailableError(
-                f"no answer from {self._client.base_url}: {error}; start capo serve, or give --url"
-            ) from error
-        try:
-            body: dict[str, Any] = response.json()
-        except ValueError:
-            body = {}
-        if response.is_error:
-            fault = body.get("error") or {}
-            message = fault.get("message") or f"HTTP {response.status_code} from {response.url}"
-            raise errors.InvalidRequestError(message, code=fault.get("code"), line=fault.get("line"))
-        return body
-
-
-@contextmanager
-def _service(url: str) -> Iterator[_Service]:
-    import httpx
-
-    with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=_TIMEOUT_SECONDS) as client:
-        yield _Service(client)
-
-
-def _upload(ask: _Service, path: Path) -> str:
+def _upload(ask: Service, path: Path) -> str:
     with path.open("rb") as file:
         made = ask("POST", "/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
     return str(made["id"])
 
 
 def _act(url: str, job_id: str, action: str) -> None:
-    with _service(url) as ask:
+    with service(url) as ask:
         console.print(_state(ask("POST", f"/fine_tuning/jobs/{job_id}/{action}")))
 
 
-def _events_after(ask: _Service, job_id: str, seen: str | None) -> list[dict[str, Any]]:
+def _events_after(ask: Service, job_id: str, seen: str | None) -> list[dict[str, Any]]:
     """Oldest first, those that came after ``seen``; the service lists the newest first."""
     newer: list[dict[str, Any]] = []
     params: dict[str, Any] = {"limit": _PAGE}

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Literal
 
-from sqlalchemy import insert, or_, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from registry.errors import ConflictError
 from tune.jobs.database import Database
+from tune.jobs.idempotency import Idempotency, find_made, make_once
 from tune.jobs.records import OPEN, FileRecord, Page
-from tune.jobs.rows import file_record, is_live, live_file, owned, position_of
+from tune.jobs.rows import file_record, is_live, live_file, owned, position_of, uses_file
 from tune.jobs.schema import files, jobs
 
 Order = Literal["asc", "desc"]
@@ -35,9 +36,22 @@ class FileStore:
         """The same store as one tenant sees it: nobody else's files are there."""
         return FileStore(self._database, tenant=tenant, clock=self._clock)
 
-    def add(self, record: FileRecord) -> None:
-        with self._database.write() as connection:
+    def add(self, record: FileRecord, asked: Idempotency | None = None) -> FileRecord:
+        """Enter the file; or return the one that ``asked`` made before. Raises :class:`ConflictError` as that does."""
+
+        def enter(connection: Connection) -> str:
             connection.execute(insert(files).values(**asdict(record)))
+            return record.id
+
+        made = make_once(self._database, asked, enter, tenant=record.tenant, now=self._clock())
+        return record if made == record.id else self.get(made)
+
+    def made_by(self, asked: Idempotency) -> FileRecord | None:
+        """The file that this request made before. Raises :class:`ConflictError` if its key made something else."""
+        assert self.tenant is not None, "keys belong to a tenant"
+        with self._database.read() as connection:
+            made = find_made(connection, asked, tenant=self.tenant, now=self._clock())
+        return None if made is None else self.get(made)
 
     def get(self, file_id: str) -> FileRecord:
         with self._database.read() as connection:
@@ -67,10 +81,7 @@ class FileStore:
         with self._database.write() as connection:
             live_file(connection, file_id, now=self._clock(), tenant=self.tenant, lock=True)
             user = connection.execute(
-                select(jobs.c.id)
-                .where(jobs.c.status.in_(OPEN))
-                .where(or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id))
-                .limit(1)
+                select(jobs.c.id).where(jobs.c.status.in_(OPEN)).where(uses_file(file_id)).limit(1)
             ).scalar_one_or_none()
             if user is not None:
                 raise ConflictError(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +20,16 @@ from types import TracebackType
 from registry.errors import InvalidDataError, InvalidRequestError, StorageError, TooLargeError
 from tune.jobs.check_file import check_training_file, row_format
 from tune.jobs.file_store import FileStore, Order
+from tune.jobs.idempotency import Idempotency
 from tune.jobs.records import FileRecord, Page
 from tune.jobs.rows import new_id
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """OpenAI's limit for one file (openai/resources/files.py, ``create``)."""
+MAX_UPLOAD_BYTES = 8 * 1024 * 1024 * 1024
+"""OpenAI's limit for a file that comes in parts (openai/resources/uploads/uploads.py, ``create``)."""
+MAX_PART_BYTES = 64 * 1024 * 1024
+"""OpenAI's limit for one of them (openai/resources/uploads/parts.py, ``create``)."""
 MAX_FILENAME_CHARACTERS = 255
 _STALE_SECONDS = 3600.0
 
@@ -30,12 +37,23 @@ _STALE_SECONDS = 3600.0
 class FileStorage:
     """A directory of immutable files named by id. Safe for several processes at once."""
 
-    def __init__(self, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        max_part_bytes: int = MAX_PART_BYTES,
+        max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    ) -> None:
         self.max_file_bytes = max_file_bytes
+        self.max_part_bytes = max_part_bytes
+        self.max_upload_bytes = max_upload_bytes
         self._directory = directory
         self._incoming = directory / "incoming"
+        self._parts = directory / "parts"
         with _disk(f"create {self._incoming}"):
             self._incoming.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._parts.mkdir(mode=0o700, exist_ok=True)
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file are. ``file_id`` is one that the store knows, never a client's text."""
@@ -44,6 +62,32 @@ class FileStorage:
     def receive(self) -> Upload:
         """Start a new file."""
         return Upload(self._incoming / new_id("upload-"), self._directory, self.max_file_bytes)
+
+    def assemble(self) -> Upload:
+        """Start a new file that is put together of parts."""
+        return Upload(self._incoming / new_id("upload-"), self._directory, self.max_upload_bytes)
+
+    def receive_part(self, upload_id: str) -> Upload:
+        """Start a part of a file; kept under its own id, until :meth:`remove_parts`."""
+        directory = self._parts / upload_id
+        with _disk(f"create {directory}"):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        return Upload(self._incoming / new_id("part-"), directory, self.max_part_bytes, field="data")
+
+    def part_path(self, upload_id: str, part_id: str) -> Path:
+        """Both ids are ones that the store knows."""
+        return self._parts / upload_id / part_id
+
+    def remove_parts(self, upload_id: str) -> None:
+        with _disk(f"remove the parts of {upload_id}"):
+            shutil.rmtree(self._parts / upload_id, ignore_errors=True)
+
+    def sweep_parts(self, waiting: set[str]) -> list[str]:
+        """Remove the parts of every upload that waits for none any more. Returns the removed uploads' ids."""
+        removed = [path.name for path in self._parts.iterdir() if path.name not in waiting]
+        for upload_id in removed:
+            self.remove_parts(upload_id)
+        return removed
 
     def remove(self, file_id: str) -> None:
         with _disk(f"remove {file_id}"):
@@ -72,8 +116,10 @@ class Upload:
         upload.keep("file-1")
     """
 
-    def __init__(self, path: Path, directory: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, directory: Path, max_bytes: int, *, field: str = "file") -> None:
+        """``field``: of the request, for messages."""
         self.path = path
+        self._field = field
         self.size_bytes = 0
         self._directory = directory
         self._max_bytes = max_bytes
@@ -103,9 +149,9 @@ class Upload:
         self.size_bytes += len(data)
         if self.size_bytes > self._max_bytes:
             raise TooLargeError(
-                f"the file is larger than {self._max_bytes} bytes; split it or leave rows out",
+                f"{self._field!r} is larger than {self._max_bytes} bytes; split it or leave rows out",
                 code="file_too_large",
-                param="file",
+                param=self._field,
             )
         self._hash.update(data)
         with _disk("write the upload"):
@@ -141,28 +187,50 @@ class FileService:
         return FileService(self._store.seen_by(tenant), self.storage)
 
     def finish_upload(
-        self, upload: Upload, *, filename: str, purpose: str, expires_after_seconds: int | None = None
+        self,
+        upload: Upload,
+        *,
+        filename: str,
+        purpose: str,
+        expires_after_seconds: int | None = None,
+        idempotency_key: str | None = None,
     ) -> FileRecord:
-        """Check what was received and make it a file.
+        """Check what was received and make it a file; a repeated request gets the file it made.
 
         Raises:
             InvalidRequestError: a purpose or a name that cannot be.
             InvalidDataError: a row is wrong; ``line`` is the first one's, the message lists up to ten.
+            ConflictError: the key made another file.
             StorageError: the disk refused.
         """
-        if purpose != "fine-tune":
-            raise InvalidRequestError(
-                f"purpose {purpose!r} is not offered; the one purpose of an upload is 'fine-tune'",
-                code="invalid_purpose",
-                param="purpose",
-            )
-        _check_filename(filename)
+        asked = None
+        if idempotency_key is not None:
+            sent = json.dumps([filename, purpose, expires_after_seconds, upload.sha256]).encode()
+            asked = Idempotency.of(idempotency_key, sent, making="file")
+            if (made := self._store.made_by(asked)) is not None:
+                return made
+        record = self.checked(upload, filename=filename, purpose=purpose, expires_after_seconds=expires_after_seconds)
+        upload.keep(record.id)
+        try:
+            kept = self._store.add(record, asked)
+        except Exception:
+            self.storage.remove(record.id)
+            raise
+        if kept.id != record.id:  # the same request at the same moment was first
+            self.storage.remove(record.id)
+        self.remove_expired()
+        return kept
+
+    def checked(self, upload: Upload, *, filename: str, purpose: str, expires_after_seconds: int | None) -> FileRecord:
+        """The record of a file that has been received and can be used; nothing is kept yet. Raises as above."""
+        check_purpose(purpose)
+        check_filename(filename)
         tenant = self._store.tenant
         assert tenant is not None, "this is everybody's view of the files, and whose is this one?"
         upload.flush()
         rows = _checked_rows(upload.path)
         created_at = int(time.time())
-        record = FileRecord(
+        return FileRecord(
             id=new_id("file-"),
             tenant=tenant,
             filename=filename,
@@ -174,9 +242,6 @@ class FileService:
             row_format=row_format(upload.path),
             expires_at=None if expires_after_seconds is None else created_at + expires_after_seconds,
         )
-        self._keep(upload, record)
-        self.remove_expired()
-        return record
 
     def file(self, file_id: str) -> FileRecord:
         return self._store.get(file_id)
@@ -203,14 +268,6 @@ class FileService:
         for file_id in self._store.take_expired():
             self.storage.remove(file_id)
 
-    def _keep(self, upload: Upload, record: FileRecord) -> None:
-        upload.keep(record.id)
-        try:
-            self._store.add(record)
-        except Exception:
-            self.storage.remove(record.id)
-            raise
-
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
@@ -231,12 +288,21 @@ def _checked_rows(path: Path) -> int:
     )
 
 
-def _check_filename(filename: str) -> None:
+def check_purpose(purpose: str) -> None:
+    if purpose != "fine-tune":
+        raise InvalidRequestError(
+            f"purpose {purpose[:80]!r} is not offered; the one purpose of an upload is 'fine-tune'",
+            code="invalid_purpose",
+            param="purpose",
+        )
+
+
+def check_filename(filename: str, *, param: str = "file") -> None:
     if not filename or len(filename) > MAX_FILENAME_CHARACTERS or not filename.isprintable():
         raise InvalidRequestError(
             f"the file's name must have 1 to {MAX_FILENAME_CHARACTERS} printable characters, got {filename[:40]!r}",
             code="invalid_filename",
-            param="file",
+            param=param,
         )
 
 

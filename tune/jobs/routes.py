@@ -54,6 +54,7 @@ def files_router(service: FileService) -> APIRouter:
                 filename=form.filename or "",
                 purpose=form.fields["purpose"],
                 expires_after_seconds=_expires_after(form.fields),
+                idempotency_key=request.headers.get("idempotency-key"),
             )
             record = await asyncio.to_thread(finish)
         return JSONResponse(wire.file_object(record))

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, inse
 from registry.errors import InvalidRequestError, NotFoundError
 from registry.names import shown
 from tune.jobs.records import OPEN, EventRecord, FileRecord, Hyperparameters, JobError, JobRecord, NewEvent
-from tune.jobs.schema import events, files, jobs
+from tune.jobs.schema import events, files, job_files, jobs
 
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -66,10 +66,14 @@ def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent], 
 
 def is_live(now: float) -> ColumnElement[bool]:
     """Of rows of ``files``: not deleted, and not expired, unless an open job needs the file."""
-    needed = exists().where(
-        jobs.c.status.in_(OPEN), or_(jobs.c.training_file == files.c.id, jobs.c.validation_file == files.c.id)
-    )
+    needed = exists().where(jobs.c.status.in_(OPEN), uses_file(files.c.id))
     return and_(files.c.deleted_at.is_(None), or_(files.c.expires_at.is_(None), files.c.expires_at > now, needed))
+
+
+def uses_file(file_id: ColumnElement[str] | str) -> ColumnElement[bool]:
+    """Of rows of ``jobs``: whether the job reads this file."""
+    named = exists().where(job_files.c.job_id == jobs.c.id, job_files.c.file_id == file_id)
+    return or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id, named)
 
 
 def live_file(

@@ -37,6 +37,7 @@ from tune.jobs.rows import (
     unknown_cursor,
 )
 from tune.jobs.schema import events, job_metadata, jobs
+from tune.jobs.webhooks.outbox import announce
 
 SILENCE_FACTOR = 2.0
 """After this many leases without a heartbeat a cancel does not wait for the worker any more."""
@@ -203,7 +204,9 @@ class JobStore:
             ).rowcount
             if ended:
                 append_events(connection, job_id, [NewEvent("Fine-tuning job cancelled")], now=int(now))
-                return load_job(connection, job_id)
+                cancelled = load_job(connection, job_id)
+                announce(connection, job_id=job_id, tenant=cancelled.tenant, status="cancelled", now=int(now))
+                return cancelled
             asked = connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job_id, owned(jobs, self._tenant))

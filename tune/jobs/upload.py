@@ -34,11 +34,13 @@ class Form:
 
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
-    """``None`` until a part named ``file`` has begun."""
+    """``None`` until the file's part has begun."""
 
 
-async def receive_form(request: Request, upload: Upload, *, fields: Collection[str], max_file_bytes: int) -> Form:
-    """Stream the part ``file`` into ``upload`` and return the other fields.
+async def receive_form(
+    request: Request, upload: Upload, *, fields: Collection[str], max_file_bytes: int, file_field: str = "file"
+) -> Form:
+    """Stream the part called ``file_field`` into ``upload`` and return the other fields.
 
     Raises:
         InvalidRequestError: not a well-formed form, an unknown or repeated field, or a body cut short.
@@ -47,19 +49,19 @@ async def receive_form(request: Request, upload: Upload, *, fields: Collection[s
     limit = max_file_bytes + FORM_OVERHEAD_BYTES
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
-        raise _too_large(max_file_bytes)
-    reader = _FormReader(_boundary(request), fields)
+        raise _too_large(max_file_bytes, file_field)
+    reader = _FormReader(_boundary(request, file_field), fields, file_field)
     received = 0
     try:
         async for chunk in request.stream():
             received += len(chunk)
             if received > limit:
-                raise _too_large(max_file_bytes)
+                raise _too_large(max_file_bytes, file_field)
             reader.feed(chunk)
             if len(reader.pending) >= _WRITE_BYTES:
                 await asyncio.to_thread(upload.write, reader.take())
     except ClientDisconnect as error:
-        raise InvalidRequestError("the upload was cut off", code="upload_cut_off", param="file") from error
+        raise InvalidRequestError("the upload was cut off", code="upload_cut_off", param=file_field) from error
     await asyncio.to_thread(upload.write, reader.take())
     return reader.finish()
 
@@ -67,8 +69,9 @@ async def receive_form(request: Request, upload: Upload, *, fields: Collection[s
 class _FormReader:
     """Callbacks of the multipart parser; file bytes gather in :attr:`pending` until somebody takes them."""
 
-    def __init__(self, boundary: bytes, fields: Collection[str]) -> None:
+    def __init__(self, boundary: bytes, fields: Collection[str], file_field: str) -> None:
         self.pending = bytearray()
+        self._file_field = file_field
         self._form = Form()
         self._fields = fields
         self._parts = 0
@@ -109,9 +112,9 @@ class _FormReader:
             raise _malformed("the closing boundary is missing, so the upload was cut off")
         if self._form.filename is None:
             raise InvalidRequestError(
-                "the form has no part 'file'; send the file under that name",
+                f"the form has no part {self._file_field!r}; send the bytes under that name",
                 code="missing_file",
-                param="file",
+                param=self._file_field,
             )
         return self._form
 
@@ -139,15 +142,15 @@ class _FormReader:
         if b"name" not in options:
             raise _malformed("a part has no name in its Content-Disposition header")
         self._name = _decoded(options[b"name"])
-        if self._name == "file":
+        if self._name == self._file_field:
             if self._form.filename is not None:
-                raise _malformed("the part 'file' is given twice; upload one file at a time")
+                raise _malformed(f"the part {self._name!r} is given twice; upload one at a time")
             if b"filename" not in options:
-                raise _malformed("the part 'file' has no filename, so it is not a file")
+                raise _malformed(f"the part {self._name!r} has no filename, so it is not a file")
             self._form.filename = _decoded(options[b"filename"])
         elif self._name not in self._fields:
             raise InvalidRequestError(
-                f"unknown form field {self._name[:80]!r}; allowed: file, {', '.join(self._fields)}",
+                f"unknown form field {self._name[:80]!r}; allowed: {', '.join((self._file_field, *self._fields))}",
                 code="unknown_field",
                 param=self._name[:80],
             )
@@ -155,7 +158,7 @@ class _FormReader:
             raise _malformed(f"the field {self._name!r} is given twice")
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._name == "file":
+        if self._name == self._file_field:
             self.pending += data[start:end]
             return
         self._value += data[start:end]
@@ -165,14 +168,14 @@ class _FormReader:
             )
 
     def _on_part_end(self) -> None:
-        if self._name != "file":
+        if self._name != self._file_field:
             self._form.fields[self._name] = _decoded(bytes(self._value))
 
     def _on_end(self) -> None:
         self._ended = True
 
 
-def _boundary(request: Request) -> bytes:
+def _boundary(request: Request, file_field: str) -> bytes:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise InvalidRequestError(
             "compressed request bodies are not taken; send the file as it is", code="content_encoding"
@@ -180,7 +183,7 @@ def _boundary(request: Request) -> bytes:
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type != b"multipart/form-data" or not options.get(b"boundary"):
         raise InvalidRequestError(
-            "files are uploaded as multipart/form-data with the parts 'file' and 'purpose'",
+            f"bytes are uploaded as multipart/form-data, in a part called {file_field!r}",
             code="not_a_form",
         )
     return options[b"boundary"]
@@ -197,9 +200,9 @@ def _malformed(reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"the upload is not a well-formed form: {reason}", code="invalid_form")
 
 
-def _too_large(max_file_bytes: int) -> TooLargeError:
+def _too_large(max_file_bytes: int, file_field: str) -> TooLargeError:
     return TooLargeError(
-        f"the file is larger than {max_file_bytes} bytes; split it or leave rows out",
+        f"the part {file_field!r} is larger than {max_file_bytes} bytes; split it or leave rows out",
         code="file_too_large",
-        param="file",
+        param=file_field,
     )

@@ -1,0 +1,84 @@
+"""Everything of this room that HTTP shows, put together over one job store and one files directory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from fastapi import APIRouter
+
+from registry import Registry
+from registry.errors import CapoError
+from tune.jobs.database import Database
+from tune.jobs.file_store import FileStore
+from tune.jobs.files import FileService, FileStorage
+from tune.jobs.permissions.routes import permissions_router
+from tune.jobs.permissions.store import PermissionStore
+from tune.jobs.routes import files_router, fine_tuning_router
+from tune.jobs.service import JobService
+from tune.jobs.store import JobStore
+from tune.jobs.uploads.routes import uploads_router
+from tune.jobs.uploads.service import UploadService
+from tune.jobs.uploads.store import UploadStore
+from tune.jobs.webhooks.endpoints import EndpointStore
+from tune.jobs.webhooks.outbox import Outbox
+from tune.jobs.webhooks.routes import webhooks_router
+from tune.jobs.webhooks.sender import WebhookSender
+
+log = logging.getLogger(__name__)
+
+TIDY_SECONDS = 60.0
+"""Between two looks for files and uploads whose time is over."""
+
+
+class TuningApi:
+    """The services, their routers, and what runs beside them. Owns nothing: the caller closes the database."""
+
+    def __init__(
+        self,
+        database: Database,
+        storage: FileStorage,
+        registry: Registry,
+        *,
+        base_models: Mapping[str, str] | Callable[[], Mapping[str, str]],
+        max_lora_rank: int | None = None,
+    ) -> None:
+        files = FileStore(database)
+        self.files = FileService(files, storage)
+        self.uploads = UploadService(UploadStore(database, max_part_bytes=storage.max_part_bytes), self.files)
+        self.jobs = JobService(
+            JobStore(database), files, registry, base_models=base_models, max_lora_rank=max_lora_rank
+        )
+        self.permissions = PermissionStore(database)
+        self.webhook_endpoints = EndpointStore(database)
+        self._sender = WebhookSender(Outbox(database))
+        self._registry = registry
+
+    def routers(self) -> list[APIRouter]:
+        return [
+            files_router(self.files),
+            uploads_router(self.uploads),
+            fine_tuning_router(self.jobs),
+            permissions_router(self.permissions, self._registry),
+            webhooks_router(self.webhook_endpoints),
+        ]
+
+    def sweep(self) -> None:
+        """Clean up what killed processes left behind; for the start of a server. Blocks."""
+        self.files.sweep()
+        self.uploads.sweep()
+
+    async def run(self) -> None:
+        """Send webhooks and remove what has expired, until cancelled; run as a task."""
+        await asyncio.gather(self._sender.run(), self._tidy())
+
+    async def _tidy(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            try:
+                await asyncio.to_thread(self.files.remove_expired)
+                await asyncio.to_thread(self.uploads.remove_expired)
+            except CapoError as error:
+                log.warning("what has expired could not be removed: %s", error)

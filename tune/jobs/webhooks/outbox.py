@@ -1,0 +1,118 @@
+"""What is to be sent, kept in the job store until it was received or given up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from tune.jobs.database import Database
+from tune.jobs.rows import new_id
+from tune.jobs.schema import webhook_deliveries, webhook_endpoints
+
+RETRIED_SECONDS = 72 * 3600
+"""As long as OpenAI tries (platform guide "Webhooks")."""
+FIRST_PAUSE_SECONDS = 5.0
+PAUSE_FACTOR = 4.0
+LONGEST_PAUSE_SECONDS = 6 * 3600.0
+_KEPT_SECONDS = 7 * 24 * 3600
+"""A delivery that is over, for people who look into the store."""
+_MAX_ERROR = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message to one endpoint, taken to be sent now."""
+
+    id: str
+    """The ``webhook-id``, the same at each attempt."""
+    url: str
+    secret: str = field(repr=False)
+    payload: str
+    attempts: int
+    """With this one."""
+    created_at: int
+
+
+def announce(connection: Connection, *, job_id: str, tenant: str, status: str, now: int) -> None:
+    """Write a message to each of the tenant's endpoints that asked for this end, in the caller's transaction."""
+    kind = f"fine_tuning.job.{status}"
+    endpoints = select(webhook_endpoints.c.id, webhook_endpoints.c.event_types).where(
+        webhook_endpoints.c.tenant == tenant
+    )
+    for endpoint in connection.execute(endpoints).all():
+        if kind not in endpoint.event_types:
+            continue
+        event = {"id": new_id("evt_"), "object": "event", "created_at": now, "type": kind, "data": {"id": job_id}}
+        connection.execute(
+            insert(webhook_deliveries).values(
+                id=new_id("wh_"),
+                endpoint_id=endpoint.id,
+                payload=json.dumps(event),
+                status="waiting",
+                attempts=0,
+                due_at=0.0,
+                created_at=now,
+            )
+        )
+
+
+def pause_after(attempts: int) -> float:
+    """Seconds until the next attempt: 5, 20, 80 … up to six hours."""
+    return min(FIRST_PAUSE_SECONDS * PAUSE_FACTOR ** min(attempts - 1, 20), LONGEST_PAUSE_SECONDS)
+
+
+class Outbox:
+    """The sender's view. Each method is one transaction and blocks."""
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    def take_due(self, limit: int, *, for_seconds: float) -> list[Delivery]:
+        """What is due, the oldest first. Nobody else gets it for so long; a sender that dies leaves it due again."""
+        now = self._clock()
+        table = webhook_deliveries
+        is_due = (table.c.status == "waiting", table.c.due_at <= now)
+        with self._database.read() as connection:  # most looks find nothing, and need no writer's lock
+            if connection.execute(select(table.c.id).where(*is_due).limit(1)).first() is None:
+                return []
+        due = (
+            select(table, webhook_endpoints.c.url, webhook_endpoints.c.secret)
+            .join(webhook_endpoints, webhook_endpoints.c.id == table.c.endpoint_id)
+            .where(*is_due)
+            .order_by(table.c.due_at, table.c.created_at)
+            .limit(limit)
+            .with_for_update(of=table, skip_locked=True)
+        )
+        with self._database.write() as connection:
+            rows = connection.execute(due).all()
+            connection.execute(
+                update(table)
+                .where(table.c.id.in_([row.id for row in rows]))
+                .values(attempts=table.c.attempts + 1, due_at=now + for_seconds)
+            )
+        return [Delivery(row.id, row.url, row.secret, row.payload, row.attempts + 1, row.created_at) for row in rows]
+
+    def delivered(self, delivery: Delivery) -> None:
+        now = self._clock()
+        table = webhook_deliveries
+        with self._database.write() as connection:
+            connection.execute(update(table).where(table.c.id == delivery.id).values(status="delivered"))
+            over = delete(table).where(table.c.status != "waiting", table.c.created_at < now - _KEPT_SECONDS)
+            connection.execute(over)
+
+    def failed(self, delivery: Delivery, reason: str) -> bool:
+        """Put it back for later; or give it up after three days. Returns whether it will be tried again."""
+        now = self._clock()
+        due_at = now + pause_after(delivery.attempts)
+        is_over = due_at > delivery.created_at + RETRIED_SECONDS
+        values = {"status": "given_up" if is_over else "waiting", "due_at": due_at, "last_error": reason[:_MAX_ERROR]}
+        with self._database.write() as connection:
+            connection.execute(
+                update(webhook_deliveries).where(webhook_deliveries.c.id == delivery.id).values(**values)
+            )
+        return not is_over
