@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from fastapi import APIRouter
+from prometheus_client import REGISTRY
 
 from capo.settings import Settings
 from registry import BaseModel, Registry
@@ -17,6 +18,7 @@ from serve.engine_arguments import choose as choose_engine_arguments
 from serve.gate import Gate
 from serve.import_folder import ImportFolder
 from serve.limits import Limits
+from serve.lora_info import LoraRequestsInfo
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
@@ -72,7 +74,15 @@ class InferenceSide:
 
     async def start(self) -> None:
         """Returns when requests can be answered."""
-        await self.serving.start()
+        serving = self.serving
+        await serving.start()
+        REGISTRY.register(
+            LoraRequestsInfo(
+                lambda: tuple(serving.pool.residents()),
+                lambda revision: [a.alias for a in serving.catalog.snapshot.aliases.values() if a.revision == revision],
+                serving.engine.limits.max_loras,
+            )
+        )
 
     def not_ready_reason(self) -> str | None:
         return self.serving.not_ready_reason()

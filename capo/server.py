@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import uvicorn
+from prometheus_client import REGISTRY
 
 from capo.app import build_app
 from capo.control_side import ControlSide
+from capo.disk_metrics import DiskMetrics
 from capo.inference_side import InferenceSide, open_registry
 from capo.settings import Settings
 from capo.workers import LocalWorkers
@@ -80,6 +82,10 @@ class CapoServer:
         self._inference = InferenceSide(settings, registry, base_model, vllm_arguments) if role.has_engine else None
         self._control = ControlSide(settings, registry, base_model, vllm_arguments) if role.has_jobs else None
         self._workers = LocalWorkers(settings, clean_environment)
+        directories = {"registry": settings.registry_path}
+        if role.has_jobs:
+            directories["data"] = settings.data_dir
+        REGISTRY.register(DiskMetrics(directories))
 
     @property
     def _sides(self) -> list[InferenceSide | ControlSide]:

@@ -18,6 +18,11 @@ SECONDS_BUCKETS = (
 )  # fmt: skip
 
 
+PROTOCOLS = ("http", "grpc")
+OUTCOMES = ("ok", "client_error", "server_error", "draining", "cancelled")
+"""How a request may end. ``draining``: sent to a process that is shutting down, which its health checks said."""
+
+
 class Metrics:
     """One service's metrics; hold one per Prometheus registry. Not thread-safe beyond prometheus_client's own."""
 
@@ -42,6 +47,15 @@ class Metrics:
             "capo_e2e_request_latency_seconds", "From receiving a request to its end.", "protocol", "outcome"
         )
         self.queue_wait = histogram("capo_request_queue_seconds", "Waiting in the engine's queue.", "protocol")
+        self.requests = counter(
+            "capo_requests_total",
+            "Requests for inference that were ended, those refused before they ran included.",
+            "protocol",
+            "outcome",
+        )
+        for protocol in PROTOCOLS:
+            for outcome in OUTCOMES:
+                self.requests.labels(protocol, outcome)  # a rate needs a zero to start from
         self.prompt_tokens = counter("capo_prompt_tokens_total", "Prompt tokens read.", "adapter")
         self.completion_tokens = counter("capo_completion_tokens_total", "Tokens generated.", "adapter")
         self.in_flight = Gauge("capo_requests_in_flight", "Requests being answered.", ("adapter",), registry=registry)
@@ -52,6 +66,9 @@ class Metrics:
         )  # fmt: skip
         self._evictions = counter("capo_adapter_evictions_total", "Idle adapters unloaded to make room.")
         self._refusals = counter("capo_adapter_refusals_total", "Adapters refused by the gate.", "reason")
+        self._refused_at = Gauge(
+            "capo_adapter_refused_timestamp_seconds", "Unix time of the newest refusal; 0: none yet.", registry=registry
+        )
         self._alias_flips = counter("capo_alias_flips_total", "Aliases seen to point to another revision.")
         self._canary_requests = counter(
             "capo_alias_requests_total", "Requests to aliases that run a canary.", "alias", "arm", "outcome"
@@ -101,6 +118,8 @@ class Metrics:
 
     def adapter_refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
+        # A counter's first step is invisible to a rate, because its series begins with it; an alert needs this.
+        self._refused_at.set_to_current_time()
 
     def alias_flipped(self) -> None:
         self._alias_flips.inc()

@@ -177,6 +177,12 @@ class ServingService:
     @contextlib.asynccontextmanager
     async def _running(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
         """One request from its admission to its end: resolved, counted, measured, its adapter held in the engine."""
+        with self._counted(origin.protocol):
+            async with self._admitted(endpoint, body, origin) as call:
+                yield call
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
         self.require_ready()
         self.supervisor.quarantine.check(body)
         target = await self.catalog.resolve(body["model"], user=_end_user(body))
@@ -199,6 +205,21 @@ class ServingService:
                 async with self.pool.use(target.artifact) as adapter:
                     call.adapter = adapter
                     yield call
+
+    @contextlib.contextmanager
+    def _counted(self, protocol: str) -> Iterator[None]:
+        """Every request, those that are refused at once included: what availability is computed from."""
+        outcome = "cancelled"  # also for GeneratorExit: the client left
+        try:
+            yield
+            outcome = "ok"
+        except Exception as error:
+            outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
+            if isinstance(error, errors.CapoError) and error.code == "draining":
+                outcome = "draining"
+            raise
+        finally:
+            self.metrics.requests.labels(protocol, outcome).inc()
 
     def _refuse_excess(self, model: str) -> None:
         """Requests beyond what can be answered in reasonable time are better refused than queued for ever."""
