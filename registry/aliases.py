@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -134,6 +135,14 @@ class AliasStore:
             paths = sorted(
                 Path(entry.path) for entry in entries if entry.name.endswith(".json") and entry.name[0] != "."
             )
+        return self._read_all(paths, skip_damaged=skip_damaged)
+
+    def checkpoints_of(self, name: FineTunedName) -> list[Alias]:
+        """Names of the checkpoints of a fine-tuned name, in no order. Damaged ones are left out."""
+        stem = alias_file_stem(replace(name, checkpoint_step=0)).removesuffix("0")
+        return self._read_all(list(self._layout.aliases.glob(f"{stem}*.json")), skip_damaged=True)
+
+    def _read_all(self, paths: Iterable[Path], *, skip_damaged: bool) -> list[Alias]:
         found: list[Alias] = []
         for path in paths:
             try:

@@ -193,6 +193,21 @@ class Registry:
         with storage_errors("list the aliases"):
             return self._aliases.all()
 
+    def checkpoints(self, fine_tuned_name: str) -> list[Alias]:
+        """The ``…:ckpt-step-<number>`` names of a job's result, whether or not that is published; by step.
+
+        Raises:
+            InvalidNameError: that is not the name of a job's result.
+        """
+        parsed = parse_reference(fine_tuned_name)
+        if not isinstance(parsed, FineTunedName) or parsed.checkpoint_step is not None:
+            raise InvalidNameError(f"{shown(fine_tuned_name)} is not the fine-tuned name of a job's result.")
+        with storage_errors(f"list the checkpoints of '{fine_tuned_name}'"):
+            found = {
+                step: alias for alias in self._aliases.checkpoints_of(parsed) if (step := _step_of(alias)) is not None
+            }
+        return [found[step] for step in sorted(found)]
+
     def verify(self, reference: str) -> list[str]:
         """Every problem of an artifact's bytes on disk, one sentence each; empty when it is whole. Reads it
         all.
@@ -322,3 +337,8 @@ class Registry:
                 f"This registry is open read-only, so it cannot {action}. Open it writable where tuning runs.",
                 code="registry_is_read_only",
             )
+
+
+def _step_of(alias: Alias) -> int | None:
+    name = parse_alias(alias.alias)
+    return name.checkpoint_step if isinstance(name, FineTunedName) else None

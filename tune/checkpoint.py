@@ -52,6 +52,8 @@ class Position:
     validations_without_gain: int = 0
     micro_batch_size: int | None = None
     """Sequences per forward pass: fewer than planned after memory ran out. ``None`` = as planned."""
+    processed_tokens: int = 0
+    """As ``trained_tokens``, but all that went through the model."""
 
 
 class CheckpointFolder:

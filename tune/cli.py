@@ -24,7 +24,7 @@ from registry import Registry
 from registry.errors import CapoError
 from tune.observers import ProgressBar
 from tune.progress import SilentObserver, StopRequested, TrainingEvent
-from tune.recipe import Recipe, load_recipe
+from tune.recipe import Recipe, load_recipe, parse_recipe
 from tune.threads import prepare_environment
 
 if TYPE_CHECKING:
@@ -37,13 +37,18 @@ _EXIT_STOPPED = 130
 
 
 def tune_recipe(
-    recipe_path: Path, registry_dir: Path, work_dir: Path | None = None, alias: str | None = None
+    recipe_path: Path,
+    registry_dir: Path,
+    work_dir: Path | None = None,
+    alias: str | None = None,
+    start_from: str | None = None,
 ) -> TrainingResult:
     """Train a recipe with a progress bar on stderr. The first Ctrl-C stops at the next step with a checkpoint.
 
-    ``work_dir`` is ``runs/<name>`` when not given; the same directory resumes a stopped run.
+    ``work_dir`` is ``runs/<name>`` when not given; the same directory resumes a stopped run. ``start_from`` takes the
+    place of the recipe's.
     """
-    recipe = load_recipe(recipe_path)
+    recipe = _recipe(recipe_path, start_from)
     prepare_environment()
     hush_optional_libraries()
     from tune.session import (
@@ -70,18 +75,18 @@ def tune_recipe(
     return result
 
 
-def explain_recipe(recipe_path: Path, registry_dir: Path) -> None:
+def explain_recipe(recipe_path: Path, registry_dir: Path, start_from: str | None = None) -> None:
     """Print the recipe with every open value filled in (YAML, runs as it is), and why each was chosen (comments).
 
     Reads all data; loads no model.
     """
-    prepared = _prepare(recipe_path, registry_dir, say=lambda message: print(f"# {message}"))
+    prepared = _prepare(recipe_path, registry_dir, start_from, say=lambda message: print(f"# {message}"))
     print(yaml.safe_dump(prepared.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
 
 
-def rehearse_recipe(recipe_path: Path, registry_dir: Path) -> Estimate:
+def rehearse_recipe(recipe_path: Path, registry_dir: Path, start_from: str | None = None) -> Estimate:
     """Print what the run will take of memory and time, after a few of its steps. Trains and publishes nothing."""
-    prepared = _prepare(recipe_path, registry_dir, say=lambda message: print(message, file=sys.stderr))
+    prepared = _prepare(recipe_path, registry_dir, start_from, say=lambda message: print(message, file=sys.stderr))
     from tune.estimate import describe, estimate
 
     found = estimate(prepared)
@@ -94,8 +99,16 @@ def print_schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _prepare(recipe_path: Path, registry_dir: Path, *, say: Callable[[str], None]) -> Prepared:
-    recipe = load_recipe(recipe_path)
+def _recipe(path: Path, start_from: str | None) -> Recipe:
+    recipe = load_recipe(path)
+    if start_from is None:
+        return recipe
+    # Parsed again, as a whole: what is given here must fit the rest like what stands in the file.
+    return parse_recipe(recipe.model_dump(mode="json", exclude_unset=True) | {"start_from": start_from})
+
+
+def _prepare(recipe_path: Path, registry_dir: Path, start_from: str | None, *, say: Callable[[str], None]) -> Prepared:
+    recipe = _recipe(recipe_path, start_from)
     prepare_environment()
     hush_optional_libraries()
     from tune.preparation import prepare
@@ -114,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--registry", type=Path, required=True, metavar="DIR", help="created when missing")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="default: runs/<name>; resumes what is there")
     parser.add_argument("--alias", help="alias to point to the result")
+    parser.add_argument("--start-from", metavar="MODEL", help="adapter of the registry to go on from")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--explain", action="store_true", help="only print the recipe with every choice and its reason"
@@ -122,11 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.explain:
-            explain_recipe(given.recipe, given.registry)
+            explain_recipe(given.recipe, given.registry, given.start_from)
         elif given.dry_run:
-            rehearse_recipe(given.recipe, given.registry)
+            rehearse_recipe(given.recipe, given.registry, given.start_from)
         else:
-            tune_recipe(given.recipe, given.registry, given.work_dir, given.alias)
+            tune_recipe(given.recipe, given.registry, given.work_dir, given.alias, given.start_from)
     except StopRequested as stop:
         print(f"stopped ({stop.reason}); run the same command again to go on", file=sys.stderr)
         return _EXIT_STOPPED

@@ -7,12 +7,14 @@ they load and rounding twice gains nothing; bfloat16 recipes store bfloat16, exa
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from registry.errors import InvalidArtifactError
 from registry.manifest import LoraShape
 from tune.adapters import resolved_patterns
 from tune.choices import Choice
@@ -45,13 +47,14 @@ def choose_save_dtype(recipe: Recipe, dtype: DtypeName) -> Choice[StoredDtypeNam
 
 
 def export_adapter(trainable: Trainable, directory: Path, *, base_id: str, save_dtype: StoredDtypeName) -> LoraShape:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, of a model PEFT wrapped.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, of a model PEFT wrapped, which
+    may be in the middle of its training.
 
     Tokenizer and template stay with the base; the manifest's digests tie the adapter to them.
     """
     from peft import get_peft_model_state_dict
 
-    config = trainable.model.peft_config["default"]
+    config = copy.copy(trainable.model.peft_config["default"])
     config.base_model_name_or_path = base_id  # the id, not the directory it happened to be loaded from
     config.inference_mode = True
     config.rank_pattern, config.alpha_pattern = resolved_patterns(trainable.model)
@@ -65,6 +68,27 @@ def export_adapter(trainable: Trainable, directory: Path, *, base_id: str, save_
         target_modules=list(trainable.target_modules),
         use_rslora=config.use_rslora,
     )
+
+
+def load_adapter(trainable: Trainable, directory: Path) -> None:
+    """Put the weights of an adapter that :func:`export_adapter` wrote in the place of the model's own.
+
+    Raises:
+        InvalidArtifactError: the adapter has other layers than the model's.
+    """
+    stored = load_file(directory / "adapter_model.safetensors")
+    parameters = dict(trainable.parameters())
+    names = {name: name.replace(".default.weight", ".weight") for name in parameters}
+    odd = stored.keys() ^ set(names.values())
+    if odd:
+        raise InvalidArtifactError(
+            f"the adapter in {directory.name[:16]} and the model it should go on in differ in {len(odd)} weights, such "
+            f"as {min(odd)}; start from the base",
+            code="adapter_cannot_go_on",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[names[name]])
 
 
 def export_model(trainable: Trainable, base_dir: Path, directory: Path, *, save_dtype: StoredDtypeName) -> None:

@@ -7,7 +7,8 @@ the same on a GPU, for those without bfloat16.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -165,6 +166,19 @@ def _load(base_dir: Path, method: Method, *, dtype: DtypeName, device: torch.dev
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextmanager
+def as_stored(trainable: Trainable, save_dtype: StoredDtypeName) -> Iterator[None]:
+    """Inside the block the trained weights are what would be stored now; afterwards what they were, bit for bit."""
+    kept = {name: parameter.detach().clone() for name, parameter in trainable.parameters()}
+    round_weights(trainable, save_dtype)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in trainable.parameters():
+                parameter.copy_(kept[name])
 
 
 def round_weights(trainable: Trainable, save_dtype: StoredDtypeName, *, all_weights: bool = False) -> None:

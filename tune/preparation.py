@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from registry import BaseModel, Registry, locate_base_model
+from registry import Artifact, BaseModel, Registry, locate_base_model
 from tune.data.pairs import PreferenceExample
 from tune.export import choose_save_dtype
+from tune.methods import LoraMethod, QloraMethod
 from tune.model import base_shape, choose_device, choose_dtype, load_tokenizer, stop_token_ids
 from tune.progress import Observer, TrainingEvent
 from tune.recipe import Recipe
 from tune.stages import ReadyStage, prepare_stage
+from tune.starting import check_base, started_method
 from tune.threads import choose_threads
 
 
@@ -32,6 +34,8 @@ class Prepared:
     """Tokens at which serving ends an answer."""
     stages: tuple[ReadyStage, ...]
     device: torch.device
+    start: Artifact | None = None
+    """The adapter that training goes on from."""
 
     def fingerprint(self) -> str:
         """Of everything that decides the run, apart from the machine."""
@@ -54,6 +58,14 @@ def prepare(
     recipe = recipe.model_copy(update={"dtype": dtype.value})
     save_dtype = choose_save_dtype(recipe, dtype.value)
     base = _locate(recipe.base_model, registry, recipe_dir)
+    start = None if recipe.start_from is None else registry.resolve(recipe.start_from)
+    if start is not None:
+        assert isinstance(recipe.method, LoraMethod | QloraMethod), recipe.method
+        check_base(start, base.identity)
+        method = started_method(recipe.method, start)
+        recipe = recipe.model_copy(update={"method": method, "start_from": start.revision})
+        text = f"start_from = {start.revision} (goes on with its rank {method.rank} and its targets)"
+        watcher.on_event(TrainingEvent("info", text, {"revision": start.revision}))
     for name, value, reason in (
         ("base_model", base.id, f"fingerprint {str(base.identity.fingerprint)[:16]}"),
         ("device", device.type, "the GPU if there is one"),
@@ -76,7 +88,7 @@ def prepare(
     resolved = recipe.model_copy(
         update={"save_dtype": save_dtype.value, "stages": tuple(ready.stage for ready in stages)}
     )
-    return Prepared(resolved, base, stop_ids, tuple(stages), device)
+    return Prepared(resolved, base, stop_ids, tuple(stages), device, start)
 
 
 def _locate(reference: str, registry: Registry, recipe_dir: Path) -> BaseModel:

@@ -34,9 +34,24 @@ class StepMetrics:
     tokens_per_second: float
     """Tokens that went through the model, without padding, over this step's time."""
     seconds_left: float
-    """For the rest of the stage, from its own pace; validation not counted."""
+    """For the rest of the run, at this stage's pace; validation and publication not counted."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the stage's objective measures besides, as means over the step."""
+    processed_tokens: int = 0
+    """Tokens of the examples that went through the model in training, prompts included, since the run began."""
+    steps_before: int = 0
+    """Done in earlier stages."""
+    steps_after: int = 0
+    """Planned for later stages."""
+
+    @property
+    def run_step(self) -> int:
+        """From 1, within the run."""
+        return self.steps_before + self.step
+
+    @property
+    def run_total_steps(self) -> int:
+        return self.steps_before + self.total_steps + self.steps_after
 
 
 @dataclass(frozen=True, slots=True)

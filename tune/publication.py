@@ -10,15 +10,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from registry import Artifact, DataRecord, LoraShape, ManifestDraft, Registry
-from registry.errors import StorageError
+from registry import Artifact, DataRecord, LoraShape, ManifestDraft, Probe, Registry
+from registry.errors import ConflictError, StorageError
 from tune.data.mask import Example
 from tune.data.pairs import PreferenceExample
 from tune.delivery import Delivery, deliver
 from tune.evaluation.after_training import Review
 from tune.export import export_adapter, export_model
 from tune.methods import QloraMethod
-from tune.model import Trainable
+from tune.model import Trainable, as_stored
 from tune.preparation import Prepared
 from tune.probes import make_probes
 from tune.progress import Observer, TrainingEvent
@@ -71,22 +71,66 @@ def publish(
             outcome = review(directory, lora is not None)
             metrics |= outcome.metrics()
             alias = alias if outcome.is_promoted else None
-        draft = ManifestDraft(
-            kind="lora" if lora is not None else "merged",
-            name=recipe.name,
-            base_model=prepared.base.identity,
-            lora=lora,
-            dtype=recipe.save_dtype,
-            recipe=recipe.model_dump(mode="json"),
-            data=_data_records(prepared.stages),
-            seed=recipe.seed,
-            library_versions=_library_versions(),
-            job_id=job_id,
-            parents=[prepared.base.id] if "@" in prepared.base.id else [],
-            metrics=metrics,
-            probes=probes,
-        )
+        draft = _draft(prepared, lora, job_id=job_id, metrics=metrics, probes=probes)
         return registry.publish(directory, draft, alias=alias, fine_tuned_name=fine_tuned_name)
+
+
+def publish_checkpoint(
+    prepared: Prepared,
+    trainable: Trainable,
+    metrics: dict[str, float],
+    *,
+    registry: Registry,
+    job_id: str | None,
+    name: str,
+) -> Artifact:
+    """Publish the adapter as it is now under the ``ft:`` name ``name``; the run goes on as if nothing had happened.
+
+    ``metrics`` are those of the weights as they are stored. A run that repeats its steps after a crash publishes the
+    same bytes and gets the artifact that is there. Where a machine does not repeat them bit for bit, the first one
+    stays. Of a base in 4 bits it carries no probes, as they would have to be made on the original one.
+    """
+    recipe = prepared.recipe
+    assert recipe.save_dtype != "auto", recipe.save_dtype
+    probes: list[Probe] = []
+    with registry.stage() as directory, as_stored(trainable, recipe.save_dtype):
+        if not isinstance(recipe.method, QloraMethod):
+            last = prepared.stages[-1].data
+            examples = _single_examples(last.validation or last.examples)
+            probes = make_probes(trainable, examples, prepared.stop_ids)
+        try:
+            lora = export_adapter(trainable, directory, base_id=prepared.base.id, save_dtype=recipe.save_dtype)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"cannot write the checkpoint's adapter: {error}; free some space and resume") from error
+        draft = _draft(prepared, lora, job_id=job_id, metrics=metrics, probes=probes)
+        try:
+            return registry.publish(directory, draft, fine_tuned_name=name)
+        except ConflictError as error:
+            if error.code != "alias_is_write_once":
+                raise
+            return registry.resolve(name)
+
+
+def _draft(
+    prepared: Prepared, lora: LoraShape | None, *, job_id: str | None, metrics: dict[str, float], probes: list[Probe]
+) -> ManifestDraft:
+    recipe = prepared.recipe
+    parents = [prepared.base.id] if "@" in prepared.base.id else []
+    return ManifestDraft(
+        kind="lora" if lora is not None else "merged",
+        name=recipe.name,
+        base_model=prepared.base.identity,
+        lora=lora,
+        dtype=recipe.save_dtype,
+        recipe=recipe.model_dump(mode="json"),
+        data=_data_records(prepared.stages),
+        seed=recipe.seed,
+        library_versions=_library_versions(),
+        job_id=job_id,
+        parents=parents if prepared.start is None else [*parents, prepared.start.revision],
+        metrics=metrics,
+        probes=probes,
+    )
 
 
 def _validate(stages: Sequence[ReadyStage], trainable: Trainable, prefix: str = "") -> dict[str, float]:

@@ -22,11 +22,11 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from registry.errors import InvalidRequestError, NotFoundError
-from registry.names import check_name, parse_alias
+from registry.names import check_name, parse_alias, parse_reference
 from tune.evaluation.promotion import check_promotion
 from tune.evaluation.settings import Evaluation
 from tune.exports.settings import Export
-from tune.methods import LoraMethod, Method
+from tune.methods import LoraMethod, Method, QloraMethod
 from tune.record import Record
 
 
@@ -302,12 +302,26 @@ class Stage(Record):
         return self
 
 
+class Wandb(Record):
+    """Where and as what a run is shown in Weights & Biases."""
+
+    project: str = Field(min_length=1, max_length=128)
+    name: str | None = Field(None, min_length=1, max_length=128, description="Of the run. None = the recipe's name.")
+    entity: str | None = Field(None, min_length=1, max_length=128, description="User or team. None = the key's own.")
+    tags: tuple[str, ...] = Field((), max_length=32)
+
+
 class Recipe(Record):
     """Everything that decides a training run, apart from the machine."""
 
     name: str = Field(description="Name of the artifact; lower case letters, digits, '.', '_' and '-'.")
     base_model: str = Field(
         description="capo-tiny, a directory, name@revision of a merged artifact, or a Hugging Face id."
+    )
+    start_from: str | None = Field(
+        None,
+        description="An adapter of the registry to go on from: an alias, an ft: name or name@revision. It must belong "
+        "to base_model, and its rank, targets and scaling stay as they are. None = the base alone.",
     )
     method: Annotated[Method, Field(discriminator="kind")] = Field(
         default_factory=LoraMethod, description="LoRA by default: servable beside thousands of others."
@@ -334,6 +348,9 @@ class Recipe(Record):
         description="Told every step, beside TensorBoard's files, which every run writes. Where to and as whom is each "
         "tracker's own environment (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME).",
     )
+    wandb: Wandb | None = Field(
+        None, description="Of the tracker wandb: what stands in the place of its environment. None = the environment's."
+    )
     promote_alias: str | None = Field(None, description="Alias that points to the result once it is published.")
     evaluation: Evaluation | None = Field(
         None,
@@ -353,6 +370,24 @@ class Recipe(Record):
     @classmethod
     def _name_must_be_publishable(cls, value: str) -> str:
         return check_name(value)
+
+    @model_validator(mode="after")
+    def _only_adapters_go_on(self) -> Recipe:
+        if self.start_from is None:
+            return self
+        parse_reference(self.start_from)
+        if not isinstance(self.method, LoraMethod | QloraMethod):
+            raise ValueError(
+                f"start_from={self.start_from!r} is an adapter, and method.kind={self.method.kind!r} trains none that "
+                "could begin as it; give kind lora or qlora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_belong_to_a_tracker(self) -> Recipe:
+        if self.wandb is not None and "wandb" not in self.trackers:
+            raise ValueError(f"wandb.project={self.wandb.project!r} is given, but trackers does not name wandb; add it")
+        return self
 
     @model_validator(mode="after")
     def _promotion_needs_measured_figures(self) -> Recipe:

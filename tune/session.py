@@ -25,8 +25,10 @@ from registry.durable import Filesystem
 from registry.errors import InvalidRequestError, UnavailableError
 from tune.checkpoint import CheckpointFolder, Position, restore
 from tune.data.dataset import remove_stores
+from tune.epoch_checkpoints import EpochCheckpoints
 from tune.evaluation.after_training import make_exports, reviewer
 from tune.evaluation.curves import CurveLog
+from tune.export import load_adapter
 from tune.model import Trainable, load_trainable
 from tune.observers import TensorBoardLog
 from tune.optimizers import make_optimizer
@@ -47,6 +49,8 @@ class TrainingResult:
     """As in the manifest."""
     trained_tokens: int
     """Tokens that carried loss, over all stages and epochs."""
+    processed_tokens: int
+    """Tokens that went through the model in training, over all stages and epochs."""
     steps: int
     """Optimizer steps over all stages."""
 
@@ -78,7 +82,8 @@ def run(
         work_dir: owned by this run alone while it runs; kept afterwards except for checkpoints and tokenised rows.
         observer: told about every step and event; not closed.
         should_stop: asked before each step; a text stops the run with a checkpoint.
-        fine_tuned_name: write-once alias (``ft:...``) for the result.
+        fine_tuned_name: write-once alias (``ft:...``) for the result; the adapters of earlier epochs' ends are
+            published too then (:mod:`tune.epoch_checkpoints`).
         alias: set to the result; ``recipe.promote_alias`` means the same.
         recipe_dir: where relative paths of the recipe start; the current directory when not given.
 
@@ -124,12 +129,25 @@ def run(
                     run_name=recipe.name,
                     run_id=prepared.fingerprint()[:_RUN_ID_DIGITS],
                     recipe=prepared.recipe.model_dump(mode="json"),
+                    wandb=recipe.wandb,
                 )
                 stack.push(tracker)
                 observers.append(tracker)
         watcher = FanOut(observers)
-        trained = _train(prepared, work_dir, watcher, should_stop, ranks)
-        totals = {"trained_tokens": float(trained.position.trained_tokens), "steps": float(trained.position.steps_done)}
+        epochs = EpochCheckpoints(
+            prepared,
+            registry=registry,
+            watcher=watcher,
+            job_id=job_id,
+            fine_tuned_name=fine_tuned_name,
+            ranks=ranks,
+        )
+        trained = _train(prepared, work_dir, watcher, should_stop, ranks, epochs)
+        totals = {
+            "trained_tokens": float(trained.position.trained_tokens),
+            "processed_tokens": float(trained.position.processed_tokens),
+            "steps": float(trained.position.steps_done),
+        }
         revision = ""
         if ranks.is_first:
             revision = publish(
@@ -153,6 +171,7 @@ def run(
         artifact=artifact,
         metrics=dict(artifact.manifest.metrics),
         trained_tokens=trained.position.trained_tokens,
+        processed_tokens=trained.position.processed_tokens,
         steps=trained.position.steps_done,
     )
 
@@ -177,7 +196,12 @@ class _Trained:
 
 
 def _train(
-    prepared: Prepared, work_dir: Path, watcher: Observer, should_stop: Callable[[], str | None], ranks: Ranks
+    prepared: Prepared,
+    work_dir: Path,
+    watcher: Observer,
+    should_stop: Callable[[], str | None],
+    ranks: Ranks,
+    epochs: EpochCheckpoints,
 ) -> _Trained:
     recipe = prepared.recipe
     assert recipe.dtype != "auto", recipe.dtype
@@ -190,6 +214,8 @@ def _train(
         seed=recipe.seed,
         gradient_checkpointing=any(stage.gradient_checkpointing for stage in recipe.stages),
     )
+    if prepared.start is not None:
+        load_adapter(trainable, prepared.start.path)
     counted = sum(parameter.numel() for _, parameter in trainable.parameters())
     watcher.on_event(TrainingEvent("info", f"{counted:,} trained parameters", {"trained_parameters": counted}))
     if ranks.size > 1:
@@ -224,6 +250,7 @@ def _train(
             watcher=watcher,
             should_stop=should_stop,
             ranks=ranks,
+            epochs=epochs,
         )
         resume_from = None
         if ranks.is_first:
@@ -242,6 +269,7 @@ def _train_one(
     watcher: Observer,
     should_stop: Callable[[], str | None],
     ranks: Ranks,
+    epochs: EpochCheckpoints,
 ) -> Position:
     """Run the stage at ``position`` to its end; the position at the start of the next one comes back."""
     ready = prepared.stages[position.stage_index]
@@ -258,7 +286,8 @@ def _train_one(
             ready.reference.keep(_reference_path(prepared, position.stage_index, work_dir))
     if position.step == 0 and ready.data.validation:
         before = _validate(ready, trainable, ranks)
-        metrics |= before.named(ready.data.label, prefix="base_" if position.stage_index == 0 else "before_")
+        is_base = position.stage_index == 0 and prepared.start is None
+        metrics |= before.named(ready.data.label, prefix="base_" if is_base else "before_")
         text = f"stage {ready.data.label}: before training, valid_loss {before.loss:.4f}"
         watcher.on_event(TrainingEvent("info", text, {"valid_loss": before.loss}))
 
@@ -281,13 +310,17 @@ def _train_one(
         should_stop=should_stop,
         save_checkpoint=save,
         save_best=save_best,
+        end_epoch=lambda now: epochs.end_epoch(trainable, position.stage_index, now, steps_before=position.steps_done),
         checkpoint_every_steps=prepared.recipe.checkpoint_every_steps,
         ranks=ranks,
+        steps_before=position.steps_done,
+        steps_after=sum(len(later.data.steps) for later in prepared.stages[position.stage_index + 1 :]),
     )
     seconds = time.perf_counter() - started
     text = f"stage {ready.data.label}: {state.step} steps, train_loss {state.last_train_loss:.4f}, {seconds:.1f} s"
     watcher.on_event(TrainingEvent("info", text))
     metrics[f"{ready.data.label}.train_loss"] = state.last_train_loss
+    metrics[f"{ready.data.label}.train_mean_token_accuracy"] = state.last_train_accuracy
     if state.micro_batch_size != ready.stage.micro_batch_size:
         metrics[f"{ready.data.label}.micro_batch_size_after_out_of_memory"] = float(state.micro_batch_size or 0)
     if ready.stage.final_weights == "best" and state.best is not None:
@@ -300,6 +333,7 @@ def _train_one(
         stage_index=position.stage_index + 1,
         step=0,
         trained_tokens=state.trained_tokens,
+        processed_tokens=state.processed_tokens,
         steps_done=position.steps_done + state.step,
         metrics=metrics,
     )
@@ -337,6 +371,7 @@ def _state_at(position: Position, optimizer: torch.optim.Optimizer, trainable: T
         optimizer,
         step=position.step,
         trained_tokens=position.trained_tokens,
+        processed_tokens=position.processed_tokens,
         best=best,
         validations_without_gain=position.validations_without_gain,
         micro_batch_size=position.micro_batch_size,
@@ -349,6 +384,7 @@ def _position_of(state: StageState, began: Position, metrics: dict[str, float]) 
         began,
         step=state.step,
         trained_tokens=state.trained_tokens,
+        processed_tokens=state.processed_tokens,
         metrics=metrics,
         best_step=state.best.step if state.best is not None else None,
         best_valid_loss=state.best.valid_loss if state.best is not None else None,

@@ -164,6 +164,7 @@ def prepare_stage(
             label=label,
             examples=examples if reference is None else Pairs(examples),
             steps=steps,
+            epoch_ends=steps.epoch_ends,
             validation=validation if reference is None else Pairs(validation),
             make_objective=LanguageModelling
             if reference is None

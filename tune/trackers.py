@@ -16,14 +16,20 @@ from typing import Any, Literal
 from registry.errors import InvalidRequestError
 from tune.observers import scalars_of
 from tune.progress import StepMetrics, TrainingEvent
+from tune.recipe import Wandb
 
 _RUN_TAG = "capo.run"
 
 
 def open_tracker(
-    name: Literal["wandb", "mlflow"], *, run_name: str, run_id: str, recipe: Mapping[str, Any]
+    name: Literal["wandb", "mlflow"],
+    *,
+    run_name: str,
+    run_id: str,
+    recipe: Mapping[str, Any],
+    wandb: Wandb | None = None,
 ) -> WandbRun | MlflowRun:
-    """Connect, as the tracker's environment says. May block on the network.
+    """Connect, as the tracker's environment says, or ``wandb`` for that one. May block on the network.
 
     Raises:
         InvalidRequestError: the tracker is not installed.
@@ -36,15 +42,21 @@ def open_tracker(
             param="trackers",
         ) from error
     if name == "wandb":
-        return WandbRun(library, run_name=run_name, run_id=run_id, recipe=recipe)
+        return WandbRun(library, run_name=run_name, run_id=run_id, recipe=recipe, options=wandb)
     return MlflowRun(library, run_name=run_name, run_id=run_id, recipe=recipe)
 
 
 class WandbRun(AbstractContextManager["WandbRun"]):
     """One run in Weights & Biases; each stage has an axis of its own, because W&B's steps may only rise."""
 
-    def __init__(self, wandb: Any, *, run_name: str, run_id: str, recipe: Mapping[str, Any]) -> None:
-        self._run = wandb.init(name=run_name, id=run_id, resume="allow", config=dict(recipe))
+    def __init__(
+        self, wandb: Any, *, run_name: str, run_id: str, recipe: Mapping[str, Any], options: Wandb | None = None
+    ) -> None:
+        named: dict[str, Any] = {"name": run_name}
+        if options is not None:
+            named = {"name": options.name or run_name, "project": options.project, "entity": options.entity}
+            named["tags"] = list(options.tags)
+        self._run = wandb.init(**named, id=run_id, resume="allow", config=dict(recipe))
         self._stages: set[str] = set()
 
     def __exit__(

@@ -50,6 +50,8 @@ class StageData:
     """Tells a person where an example of ``examples`` stands: ``train.jsonl:7``."""
     seed: int = 0
     """Of dropout and noise."""
+    epoch_ends: Sequence[int] = ()
+    """Numbers of steps after which an epoch is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,10 @@ class StageState:
     """Steps done."""
     trained_tokens: int
     """Since the run began, earlier stages included."""
+    processed_tokens: int = 0
+    """The same, of all tokens that went through the model."""
     last_train_loss: float = math.nan
+    last_train_accuracy: float = math.nan
     best: Best | None = None
     validations_without_gain: int = 0
     micro_batch_size: int | None = None
@@ -108,10 +113,16 @@ def train_stage(
     should_stop: Callable[[], str | None],
     save_checkpoint: Callable[[StageState], None],
     save_best: Callable[[Best], None] = lambda best: None,
+    end_epoch: Callable[[StageState], None] = lambda state: None,
     checkpoint_every_steps: int | None,
     ranks: Ranks | None = None,
+    steps_before: int = 0,
+    steps_after: int = 0,
 ) -> None:
     """Run the stage from ``state.step`` to its end, mutating model and ``state``.
+
+    ``end_epoch`` is called after each epoch that is complete, in every process; it leaves model and ``state`` as they
+    are. ``steps_before`` and ``steps_after`` are those of the run's other stages.
 
     Raises:
         TrainingDivergedError: names the step and its rows.
@@ -155,7 +166,9 @@ def train_stage(
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step
         state.trained_tokens += result.num_trained
+        state.processed_tokens += result.num_tokens
         state.last_train_loss = result.loss
+        state.last_train_accuracy = result.accuracy
 
         # --- tell, evaluate, save
         seconds = time.perf_counter() - started
@@ -181,9 +194,12 @@ def train_stage(
                 learning_rate=rate,
                 grad_norm=grad_norm,
                 trained_tokens=state.trained_tokens,
+                processed_tokens=state.processed_tokens,
                 tokens_per_second=result.num_tokens / seconds,
-                seconds_left=seconds_per_step * (total_steps - step),
+                seconds_left=seconds_per_step * (total_steps - step + steps_after),
                 figures=result.figures,
+                steps_before=steps_before,
+                steps_after=steps_after,
             )
         )
         if valid is not None and _is_finished(stage, state, valid, step, save_best):
@@ -191,6 +207,8 @@ def train_stage(
             best = f"{state.best.valid_loss:.4f} after step {state.best.step}" if state.best else "none"
             observer.on_event(TrainingEvent("info", f"{text} without gain (best valid_loss {best})", {"step": step}))
             break
+        if step in data.epoch_ends:
+            end_epoch(state)
         if step < total_steps and _is_due(step, checkpoint_every_steps):
             save_checkpoint(state)
 

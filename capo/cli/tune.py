@@ -24,6 +24,9 @@ def tune(
         typer.Option(help="Checkpoints and TensorBoard logs; default capo-data/runs/RECIPE. Resumes what is there."),
     ] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to point to the result.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Adapter to go on from: an alias, an ft: name or name@revision.")
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only print the recipe with every open value filled in, and why.")
     ] = False,
@@ -45,12 +48,13 @@ def tune(
         raise typer.BadParameter("name a recipe file; capo tune --schema describes what it may hold")
     settings = read_settings(registry_dir=registry)
     if explain:
-        explain_recipe(recipe, settings.registry_path)
+        explain_recipe(recipe, settings.registry_path, start_from)
     elif dry_run:
-        rehearse_recipe(recipe, settings.registry_path)
+        rehearse_recipe(recipe, settings.registry_path, start_from)
     else:
         try:
-            tune_recipe(recipe, settings.registry_path, work_dir or settings.data_dir / "runs" / recipe.stem, alias)
+            directory = work_dir or settings.data_dir / "runs" / recipe.stem
+            tune_recipe(recipe, settings.registry_path, directory, alias, start_from)
         except StopRequested as stop:
             typer.echo(f"stopped ({stop.reason}); run the same command again to go on", err=True)
             raise typer.Exit(130) from stop

@@ -174,6 +174,12 @@ class StagePlan(Sequence[StepPlan]):
     def __len__(self) -> int:
         return self._num_steps
 
+    @property
+    def epoch_ends(self) -> tuple[int, ...]:
+        """How many steps are done after each epoch; the last one counts, whole or broken off."""
+        whole = [end for end in self._first_step[1:] if end < self._num_steps]
+        return (*whole, self._num_steps)
+
     @overload
     def __getitem__(self, number: int) -> StepPlan: ...
     @overload

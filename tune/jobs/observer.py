@@ -36,7 +36,7 @@ class JobObserver:
     def on_step(self, metrics: StepMetrics) -> None:
         self._pending.append(_metrics_event(metrics))
         self._estimated_finish = int(time.time() + max(0.0, metrics.seconds_left))
-        if self._clock() - self._flushed_at >= FLUSH_SECONDS or metrics.step == metrics.total_steps:
+        if self._clock() - self._flushed_at >= FLUSH_SECONDS or metrics.run_step == metrics.run_total_steps:
             self._flush()
 
     def close(self) -> None:
@@ -54,15 +54,16 @@ def _metrics_event(metrics: StepMetrics) -> NewEvent:
 
     A validation here always covers all held-out rows, which OpenAI calls ``full_valid``.
     """
-    text = f"Step {metrics.step}/{metrics.total_steps}: training loss={metrics.train_loss:.4f}"
+    text = f"Step {metrics.run_step}/{metrics.run_total_steps}: training loss={metrics.train_loss:.4f}"
     data: dict[str, Any] = {
-        "step": metrics.step,
-        "total_steps": metrics.total_steps,
+        "step": metrics.run_step,
+        "total_steps": metrics.run_total_steps,
+        "stage": metrics.stage,
         "train_loss": metrics.train_loss,
         "train_mean_token_accuracy": metrics.train_mean_token_accuracy,
         "learning_rate": metrics.learning_rate,
         "grad_norm": metrics.grad_norm,
-        "trained_tokens": metrics.trained_tokens,
+        "trained_tokens": metrics.processed_tokens,  # OpenAI's word for all that is paid for
         "tokens_per_second": metrics.tokens_per_second,
     }
     if metrics.valid_loss is not None:
