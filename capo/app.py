@@ -14,10 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from capo.error_answers import answer_error
+from capo.http_door import HttpDoor
 from capo.openapi import add_document
 from registry import errors
-from registry.principal import Principal, acting_as
 from serve import faces
+from serve.access import Access
 from serve.engine_api import Endpoint
 from serve.routes.inference import ClientGoneError
 
@@ -30,27 +32,45 @@ def build_app(
     routers: Sequence[APIRouter],
     not_ready_reason: Callable[[], str | None],
     engine_schema: Callable[[Endpoint], dict[str, Any]] | None = None,
-    principal: Principal | None = None,
+    *,
+    access: Access,
+    only_this_machine: bool = False,
+    serve_metrics: bool = True,
 ) -> FastAPI:
     """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``.
 
     ``engine_schema``: what the engine takes, for the OpenAPI document (:func:`capo.openapi.add_document`).
-    ``principal``: who everybody is.
+    ``access`` decides who may come in; ``only_this_machine``: see :class:`capo.http_door.HttpDoor`.
     """
     app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
     for router in routers:
         app.include_router(router)
     app.include_router(_operations_router(not_ready_reason))
+    if serve_metrics:
+        app.include_router(_metrics_router())
     add_document(app, engine_schema)
+    _add_manners(app, access, only_this_machine=only_this_machine)
+    return app
+
+
+def build_metrics_app(access: Access) -> FastAPI:
+    """``/metrics`` alone, for a port of its own."""
+    app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(_metrics_router())
+    _add_manners(app, access)
+    return app
+
+
+def _add_manners(app: FastAPI, access: Access, *, only_this_machine: bool = False) -> None:
+    """What every request meets, whatever it asks for."""
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(BodyLimit)
-    app.add_middleware(ActsAs, principal=principal)
+    app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
     app.add_middleware(RequestIds)
     app.add_middleware(StalledReaders)
-    return app
 
 
 def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
@@ -74,6 +94,12 @@ def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not_ready", "reason": reason}, 503)
 
+    return router
+
+
+def _metrics_router() -> APIRouter:
+    router = APIRouter()
+
     @router.get("/metrics")
     async def metrics() -> Response:
         # Rendering a large page takes tens of milliseconds; the loop that streams tokens must not wait for it.
@@ -87,16 +113,7 @@ def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
 
 
 async def _answer_capo_error(request: Request, error: Exception) -> Response:
-    kind = errors.wire_kind(error)
-    if kind.http_status >= 500:
-        logger.warning("request %s: %s", _request_id(request), error)
-    headers = {}
-    if isinstance(error, errors.CapoError) and error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds)))
-    if kind.http_status == 409:
-        # OpenAI's SDK retries a 409 by itself unless told not to; the state that forbids the request will not go away.
-        headers["x-should-retry"] = "false"
-    return JSONResponse(errors.openai_error_body(error), kind.http_status, headers)
+    return answer_error(_request_id(request), error)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -158,18 +175,6 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
-
-
-class ActsAs:
-    """Says who asks; see :mod:`registry.principal`."""
-
-    def __init__(self, app: ASGIApp, principal: Principal | None) -> None:
-        self._app = app
-        self._principal = principal or Principal.local("capo")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with acting_as(self._principal):
-            await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -1,4 +1,4 @@
-"""What a serving process is for: one process may do everything, or the halves run apart and scale apart."""
+"""What a serving process is for, one thing or everything, and how workers come to its jobs."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ class Role(StrEnum):
     @property
     def has_jobs(self) -> bool:
         return self is not Role.INFER
+
+
+class LauncherKind(StrEnum):
+    """See :mod:`tune.jobs.launchers`."""
+
+    LOCAL = "local"
+    KUBERNETES = "kubernetes"
+    RAY = "ray"

@@ -20,16 +20,20 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
-from capo.app import build_app
+from capo.access import is_loopback
+from capo.access_side import AccessSide
+from capo.app import build_app, build_metrics_app
 from capo.control_side import ControlSide
 from capo.disk_metrics import DiskMetrics
+from capo.http_protocol import BoundedHeadProtocol
 from capo.inference_side import InferenceSide, open_registry
 from capo.settings import Settings
-from capo.workers import LocalWorkers
+from capo.tls import Tls
+from capo.workers import make_launcher
 from registry import errors, locate_base_model
-from registry.principal import Principal
 from serve.engine_arguments import Choice
 from serve.grpc import GrpcServer
 
@@ -76,12 +80,15 @@ class CapoServer:
         self._settings = settings
         self._started_at = started_at
         self._is_stopping = asyncio.Event()
+        self._tls = Tls.of(settings)
+        self._access = AccessSide(settings)
         registry = open_registry(settings)
         base_model = locate_base_model(settings.model, registry)
         role = settings.role
         self._inference = InferenceSide(settings, registry, base_model, vllm_arguments) if role.has_engine else None
         self._control = ControlSide(settings, registry, base_model, vllm_arguments) if role.has_jobs else None
-        self._workers = LocalWorkers(settings, clean_environment)
+        database = None if self._control is None else self._control.database
+        self._launcher = make_launcher(settings, clean_environment, database)
         directories = {"registry": settings.registry_path}
         if role.has_jobs:
             directories["data"] = settings.data_dir
@@ -104,6 +111,7 @@ class CapoServer:
         finally:
             for side in self._sides:
                 side.close()
+            await self._access.stop()
 
     async def _serve(self, faces: _Faces, on_ready: Callable[[StartupReport], None]) -> None:
         stopping = asyncio.create_task(self._is_stopping.wait(), name="stop-signal")
@@ -114,8 +122,8 @@ class CapoServer:
             # Nothing was served yet, and the thread that builds the engine cannot be stopped.
             self._end_now(0)
         start.result()
-        self._workers.start()
-        watchers = [asyncio.create_task(self._workers.watch(), name="workers")]
+        self._launcher.start()
+        watchers = [asyncio.create_task(self._launcher.watch(), name="workers")]
         if faces.grpc is not None:
             watchers.append(asyncio.create_task(self._follow_readiness(faces.grpc), name="grpc-health"))
         start_seconds = time.monotonic() - self._started_at
@@ -148,44 +156,66 @@ class CapoServer:
         inference = self._inference
         routers = [router for side in self._sides for router in side.routers()]
         engine_schema = None if inference is None else inference.serving.engine.body_schema
-        app = build_app(routers, self._not_ready_reason, engine_schema, Principal.local(settings.organization))
+        app = build_app(
+            routers,
+            self._not_ready_reason,
+            engine_schema,
+            access=self._access.door,
+            only_this_machine=is_loopback(settings.host),
+            serve_metrics=settings.metrics_port is None,
+        )
+        self._access.start()
         listener = _listen(settings.host, settings.port)
+        servers = [(self._http_server(app), listener)]
+        if settings.metrics_port is not None:
+            metrics_app = build_metrics_app(self._access.door)
+            servers.append((self._http_server(metrics_app), _listen(settings.host, settings.metrics_port)))
         grpc_server = grpc_address = None
         if inference is not None:
-            grpc_server = GrpcServer(inference.serving)
-            grpc_address = f"{settings.host}:{await grpc_server.start(settings.host, settings.grpc_port)}"
+            grpc_server = GrpcServer(inference.serving, access=self._access.door)
+            credentials = None if self._tls is None else self._tls.grpc_credentials()
+            port = await grpc_server.start(settings.host, settings.grpc_port, credentials)
+            grpc_address = f"{settings.host}:{port}"
+        serving = [asyncio.create_task(server.serve(sockets=[place]), name="http") for server, place in servers]
+        url = f"{'http' if self._tls is None else 'https'}://{settings.host}:{listener.getsockname()[1]}"
+        try:
+            yield _Faces(http=serving[0], url=url, grpc=grpc_server, grpc_address=grpc_address)
+        finally:
+            if grpc_server is not None:
+                await grpc_server.stop()
+            for server, _ in servers:
+                server.should_exit = True
+            await asyncio.gather(*serving)
+
+    def _http_server(self, app: FastAPI) -> _Server:
         config = uvicorn.Config(
             app,
+            http=BoundedHeadProtocol,
+            ws="none",
+            # Else a pipelined request begins with what was current when the one before it ended.
+            reset_contextvars=True,
             log_config=None,
             access_log=False,
             lifespan="off",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=_CLOSE_SECONDS,
+            **({} if self._tls is None else self._tls.uvicorn_options()),
         )
-        server = _Server(config)
-        http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-        url = f"http://{settings.host}:{listener.getsockname()[1]}"
-        try:
-            yield _Faces(http=http, url=url, grpc=grpc_server, grpc_address=grpc_address)
-        finally:
-            if grpc_server is not None:
-                await grpc_server.stop()
-            server.should_exit = True
-            await http
+        return _Server(config)
 
     async def _drain(self, grpc_server: GrpcServer | None) -> None:
         # Load balancers must hear of it before the first refusal.
         if grpc_server is not None:
             await grpc_server.set_serving(False)
         deadline_seconds = self._settings.drain_seconds
-        await asyncio.gather(*(side.drain(deadline_seconds) for side in self._sides), self._workers.stop())
+        await asyncio.gather(*(side.drain(deadline_seconds) for side in self._sides), self._launcher.stop())
         # Stopping the engine ends what is left with an error event, so that no cut stream looks complete.
         for side in self._sides:
             await side.stop()
 
     def _end_now(self, code: int) -> NoReturn:
         """Without waiting for anything; the fork server and the engine end with us."""
-        self._workers.kill()
+        self._launcher.kill()
         os._exit(code)
 
     def _install_signal_handlers(self) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from capo.roles import Role
+from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
 from registry.names import check_name
 from serve.limits import Limits
@@ -46,7 +46,29 @@ class Settings(BaseSettings):
         "that share DATA_DIR; not set: a SQLite file in DATA_DIR, which needs all processes on one machine.",
     )
     registry_dir: Path | None = Field(default=None, description="The registry; not set: DATA_DIR/registry.")
-    host: str = Field(default="127.0.0.1", description="Loopback by default: there are no keys yet to guard a network.")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Loopback by default. Any other address needs a key in the store, or allow_unauthenticated.",
+    )
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="Listen beyond loopback although no key was made: where everybody in the network may do "
+        "everything, or something in front of Capo asks for keys.",
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="/metrics on a port of its own and no longer on the HTTP port, which it is on if this is not set.",
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="Certificate chain in PEM; with it HTTP and gRPC speak TLS only. Not set: plain text."
+    )
+    tls_key: Path | None = Field(default=None, description="The certificate's private key, in PEM.")
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="Certificates in PEM; clients must show one that these signed (mTLS). Not set: they need none.",
+    )
     port: int = Field(default=8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
     grpc_port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     workers: int | None = Field(
@@ -54,6 +76,39 @@ class Settings(BaseSettings):
         ge=0,
         le=64,
         description="Local training workers; not set: 1 with role all, else 0, because `capo worker` runs elsewhere.",
+    )
+    launcher: LauncherKind = Field(
+        default=LauncherKind.LOCAL,
+        description="How workers come to jobs. local: WORKERS processes here, kept warm. kubernetes, ray: one worker "
+        "in the cluster for each job.",
+    )
+    max_launched_jobs: int = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        description="Workers that the launchers kubernetes and ray have in the cluster at once.",
+    )
+    max_running_jobs_per_tenant: int | None = Field(
+        default=None, ge=1, description="Jobs of one tenant that train at once; not set: as many as there are workers."
+    )
+    worker_gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="GPUs that a worker offers; it leaves jobs alone that ask for more (capo.gpus). Not set: those it "
+        "sees.",
+    )
+    kubernetes_image: str | None = Field(default=None, description="Image of launched workers; capo is on its PATH.")
+    kubernetes_volume_claim: str | None = Field(
+        default=None, description="PersistentVolumeClaim with DATA_DIR, which launched workers share."
+    )
+    kubernetes_secret: str | None = Field(
+        default=None, description="Secret whose keys become the workers' environment, CAPO_DATABASE_URL among them."
+    )
+    kubernetes_cpu: str = Field(default="2", description="Cores of a launched worker, as Kubernetes writes them.")
+    kubernetes_memory: str = Field(default="8Gi", description="Memory of a launched worker, likewise.")
+    ray_address: str | None = Field(
+        default=None, description="Ray's dashboard, http://host:8265; its nodes have capo on their PATH."
     )
     worker_threads: int | None = Field(
         default=None,
@@ -65,7 +120,11 @@ class Settings(BaseSettings):
         ge=1,
         description="OpenMP threads of a CPU engine; not set: one less than there are cores.",
     )
-    organization: str = Field(default="capo", description="The organisation in ft:<base>:<organization>:<suffix>:<id>.")
+    organization: str = Field(
+        default="capo",
+        description="The service's own tenant, in ft:<base>:<organization>:<suffix>:<id>. Without keys everything is "
+        "its; with keys, its own may also change models that belong to no tenant.",
+    )
     drain_seconds: float = Field(
         default=20.0,
         ge=0,
@@ -93,8 +152,8 @@ class Settings(BaseSettings):
     )
     import_dir: Path | None = Field(
         default=None,
-        description="Directory from which /v1/load_lora_adapter may import adapters; not set: it is refused, because "
-        "there are no keys yet to say who may.",
+        description="Directory from which /v1/load_lora_adapter may import adapters, by whoever has the scope admin; "
+        "not set: it is refused.",
     )
     max_metric_adapters: int = Field(
         default=100, ge=1, description="Adapters with metric series of their own; the rest share 'other'."
@@ -124,16 +183,40 @@ class Settings(BaseSettings):
             raise ValueError(error.message) from error
 
     @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError(
+                f"tls_certificate={self.tls_certificate} and tls_key={self.tls_key} belong together; give both"
+            )
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError(f"tls_client_ca={self.tls_client_ca} needs tls_certificate and tls_key")
+        return self
+
+    @model_validator(mode="after")
     def _replicas_train_nothing(self) -> Self:
         if self.role is Role.INFER and self.workers:
             raise ValueError(f"workers={self.workers} needs jobs, and role=infer has none; use role all or control")
+        return self
+
+    @model_validator(mode="after")
+    def _launcher_is_told_what_it_needs(self) -> Self:
+        needed = {
+            LauncherKind.LOCAL: (),
+            LauncherKind.KUBERNETES: ("kubernetes_image", "kubernetes_volume_claim", "database_url"),
+            LauncherKind.RAY: ("ray_address",),
+        }[self.launcher]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"launcher={self.launcher} needs {name}, and it is not set (CAPO_{name.upper()})")
+        if self.launcher is not LauncherKind.LOCAL and self.workers:
+            raise ValueError(f"workers={self.workers} are local ones, and launcher={self.launcher}; leave workers out")
         return self
 
     @property
     def num_workers(self) -> int:
         if self.workers is not None:
             return self.workers
-        return 1 if self.role is Role.ALL else 0
+        return 1 if self.role is Role.ALL and self.launcher is LauncherKind.LOCAL else 0
 
     @property
     def registry_path(self) -> Path:

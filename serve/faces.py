@@ -8,6 +8,9 @@ import secrets
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 """The largest JSON body and gRPC message; several times the text of the longest context."""
 
+MAX_HEAD_BYTES = 16 * 1024
+"""The largest request line and headers of HTTP, and metadata of gRPC: room for long trace states and cookies."""
+
 STALLED_READER_SECONDS = 60.0
 """A client that takes nothing for so long is given up: it would hold its adapter in the engine for ever."""
 

@@ -1,13 +1,14 @@
-"""What every call of Capo's services gets: a request id, a checked message, patience with an end, and our errors.
+"""What every call of Capo's services gets: a request id, a look at who asks, a checked message, patience with an end,
+and our errors.
 
-Other services on the same server (health, reflection) keep their own manners.
+Other services on the same server (health, reflection) keep their own manners, but for the look at who asks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from registry import errors
 from serve import faces
+from serve.access import Access, Ask
 from serve.grpc.requests import refuse_unknown_fields
 from serve.grpc.stalled_writes import StalledWrites
 
@@ -32,18 +34,21 @@ _CALL_IS_OVER = (grpc.aio.AbortError, grpc.aio.InternalError)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """``own_services`` are the full names of the services whose calls it looks after."""
+    """``own_services`` are the full names of the services whose calls it looks after; ``access`` decides on all."""
 
-    def __init__(self, own_services: tuple[str, ...], stalled_reader_seconds: float) -> None:
+    def __init__(self, own_services: tuple[str, ...], access: Access, stalled_reader_seconds: float) -> None:
         self._prefixes = tuple(f"/{service}/" for service in own_services)
+        self._access = access
         self._stalled_reader_seconds = stalled_reader_seconds
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith(self._prefixes):
+        if handler is None:
             return handler
+        if not details.method.startswith(self._prefixes):
+            return self._foreign(handler, details.method)
         assert not handler.request_streaming, f"{details.method} takes a stream, which is not looked after here yet"
         # Without a deserializer the bytes come here: what grpc says of bad ones is UNKNOWN and the text of a traceback.
         if handler.response_streaming:
@@ -54,16 +59,43 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._unary(handler, details.method), None, handler.response_serializer
         )
 
+    def _foreign(self, handler: Any, method: str) -> Any:
+        """Another service's handler behind the same door: health answers in one piece or streams, reflection talks."""
+        reading, writing = handler.request_deserializer, handler.response_serializer
+        if handler.request_streaming:
+
+            async def talk(
+                requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
+            ) -> AsyncGenerator[Any, None]:
+                async with self._call(context, method):
+                    async for message in handler.stream_stream(requests, context):
+                        yield message
+
+            return grpc.stream_stream_rpc_method_handler(talk, reading, writing)
+        if handler.response_streaming:
+
+            async def watch(request: Any, context: grpc.aio.ServicerContext) -> None:
+                async with self._call(context, method):
+                    await handler.unary_stream(request, context)
+
+            return grpc.unary_stream_rpc_method_handler(watch, reading, writing)
+
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._call(context, method):
+                return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, reading, writing)
+
     def _unary(self, handler: Any, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
         async def unary(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
-            async with _call(context, method):
+            async with self._call(context, method):
                 return await handler.unary_unary(_decode(raw, handler.request_deserializer), context)
 
         return unary
 
     def _streaming(self, handler: Any, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[None]]:
         async def streaming(raw: bytes, context: grpc.aio.ServicerContext) -> None:
-            async with _call(context, method), StalledWrites(self._stalled_reader_seconds) as writes:
+            async with self._call(context, method), StalledWrites(self._stalled_reader_seconds) as writes:
                 messages = handler.unary_stream(_decode(raw, handler.request_deserializer), context)
                 async with contextlib.aclosing(messages):
                     async for message in messages:
@@ -73,19 +105,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return streaming
 
+    @contextlib.asynccontextmanager
+    async def _call(self, context: grpc.aio.ServicerContext, method: str) -> AsyncGenerator[None, None]:
+        metadata = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
+        call_id = faces.request_id(metadata.get("x-request-id", ""))
+        request_id.set(call_id)
+        ask = Ask("grpc", method, metadata.get("authorization"), _peer(context), call_id)
+        try:
+            await context.send_initial_metadata((("x-request-id", call_id),))
+            with self._access.let_in(ask):
+                yield
+        except _CALL_IS_OVER:
+            raise
+        except Exception as error:
+            await _abort(context, error, f"request {call_id} ({method})")
 
-@contextlib.asynccontextmanager
-async def _call(context: grpc.aio.ServicerContext, method: str) -> AsyncGenerator[None, None]:
-    given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
-    call_id = faces.request_id(str(given))
-    request_id.set(call_id)
-    try:
-        await context.send_initial_metadata((("x-request-id", call_id),))
-        yield
-    except _CALL_IS_OVER:
-        raise
-    except Exception as error:
-        await _abort(context, error, f"request {call_id} ({method})")
+
+def _peer(context: grpc.aio.ServicerContext) -> str:
+    """``127.0.0.1`` of ``ipv4:127.0.0.1:50000``."""
+    return str(context.peer()).partition(":")[2].rpartition(":")[0] or "-"
 
 
 def _decode(raw: bytes, deserialize: Callable[[bytes], Any]) -> Any:

@@ -5,6 +5,8 @@ Runs on the same event loop as HTTP, and calls the same service.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -12,19 +14,18 @@ from grpc_reflection.v1alpha import reflection
 from capo_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from registry import errors
 from serve import faces
+from serve.access import Access
 from serve.grpc.adapters import AdaptersServicer
 from serve.grpc.inference import InferenceServicer
 from serve.grpc.interceptor import CallInterceptor
+from serve.grpc.service_entry import ServiceEntry
 from serve.service import ServingService
-
-_SERVICES = tuple(
-    service.full_name
-    for definition in (inference_pb2, adapters_pb2)
-    for service in definition.DESCRIPTOR.services_by_name.values()
-)
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", faces.MAX_REQUEST_BYTES),
+    # Both: above the first gRPC refuses some of the calls, above the second all.
+    ("grpc.max_metadata_size", faces.MAX_HEAD_BYTES),
+    ("grpc.absolute_max_metadata_size", faces.MAX_HEAD_BYTES),
     # What an answer may grow to is bounded by what a request may ask for; a client sets what it takes.
     ("grpc.max_send_message_length", -1),
     # Without it two servers share a taken port in silence, each getting some of the requests.
@@ -40,28 +41,42 @@ _OPTIONS = (
 
 
 class GrpcServer:
-    """Owns the server between :meth:`start` and :meth:`stop`. Health says NOT_SERVING until told otherwise."""
+    """Owns the server between :meth:`start` and :meth:`stop`. Health says NOT_SERVING until told otherwise.
+
+    ``service``: what inference and adapters are asked of; ``None`` in a process without an engine. ``others``: services
+    of other rooms, which are looked after in the same way. ``access`` decides who may call what.
+    """
 
     def __init__(
-        self, service: ServingService, *, stalled_reader_seconds: float = faces.STALLED_READER_SECONDS
+        self,
+        service: ServingService | None,
+        *,
+        access: Access,
+        others: Sequence[ServiceEntry] = (),
+        stalled_reader_seconds: float = faces.STALLED_READER_SECONDS,
     ) -> None:
-        interceptor = CallInterceptor(_SERVICES, stalled_reader_seconds)
+        entries = [*([] if service is None else _serving_entries(service)), *others]
+        self._names = tuple(entry.full_name for entry in entries)
+        interceptor = CallInterceptor(self._names, access, stalled_reader_seconds)
         self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
         self._health = health.aio.HealthServicer()
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
-        adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersServicer(service), self._server)
+        for entry in entries:
+            entry.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port, which differs from ``port`` when that is 0.
+    async def start(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Listen; returns the port, which differs from ``port`` when that is 0. Without ``credentials`` in plain text.
 
         Raises:
             UnavailableError: the address is taken.
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = self._server.add_insecure_port(address)
+            if credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise errors.UnavailableError(
                 f"Cannot listen for gRPC on {address}. Choose another --grpc-port, or 0 for a free one."
@@ -73,9 +88,23 @@ class GrpcServer:
     async def set_serving(self, is_serving: bool) -> None:
         """What the health service says, for the server as a whole and for each service."""
         status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *_SERVICES):
+        for name in ("", *self._names):
             await self._health.set(name, status)
 
     async def stop(self) -> None:
         """End at once; the caller has drained."""
         await self._server.stop(grace=None)
+
+
+def _serving_entries(service: ServingService) -> list[ServiceEntry]:
+    inference, adapters = InferenceServicer(service), AdaptersServicer(service)
+    return [
+        ServiceEntry(
+            inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+            lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(inference, server),
+        ),
+        ServiceEntry(
+            adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name,
+            lambda server: adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, server),
+        ),
+    ]

@@ -15,10 +15,12 @@ from google.protobuf.json_format import MessageToDict
 
 from capo_proto.v1 import adapters_pb2 as pb
 from capo_proto.v1 import adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from registry.principal import Principal
+from serve.access import OneTenant
 from serve.engine_api import Engine
 from serve.grpc import GrpcServer
 from serve.service import ServingService
-from tests.serve.running import running_service
+from tests.serve.running import TENANT, running_service
 
 _GRPC_OF_HTTP = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 409: "FAILED_PRECONDITION", 503: "UNAVAILABLE"}
 
@@ -202,7 +204,7 @@ async def admin_of(face: str, engine: Engine, registry_dir: Path, **options: Any
         if face == "http":
             yield HttpAdmin(client, service)
             return
-        server = GrpcServer(service)
+        server = GrpcServer(service, access=OneTenant(Principal.local(TENANT)))
         port = await server.start("127.0.0.1", 0)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield GrpcAdmin(channel, service)

@@ -11,10 +11,12 @@ import grpc
 import httpx
 
 from capo_proto.v1 import inference_pb2, inference_pb2_grpc
+from registry.principal import Principal
+from serve.access import OneTenant
 from serve.engine_api import Engine
 from serve.grpc import GrpcServer
 from serve.service import ServingService
-from tests.serve.running import running_service
+from tests.serve.running import TENANT, running_service
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ async def both_faces(
     engine: Engine, registry_dir: Path, *, stalled_reader_seconds: float = 60, **limits: float
 ) -> AsyncIterator[Faces]:
     async with running_service(engine, registry_dir, **limits) as (http, service):
-        server = GrpcServer(service, stalled_reader_seconds=stalled_reader_seconds)
+        server = GrpcServer(
+            service, access=OneTenant(Principal.local(TENANT)), stalled_reader_seconds=stalled_reader_seconds
+        )
         address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
         await server.set_serving(True)
         try:

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from capo.app import build_app
 from registry import Artifact, BaseModel, BaseModelIdentity, LoraShape, ManifestDraft, Registry
+from registry.principal import Principal
+from serve.access import OneTenant
 from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
 from serve.engine_api import Engine
@@ -25,6 +27,7 @@ from serve.routes import adapters_router, inference_router, models_router, vllm_
 from serve.service import ServingService
 
 BASE = "capo-tiny"
+TENANT = "capo"
 
 
 class NoGate:
@@ -87,7 +90,7 @@ async def running_service(
         adapters_router(service),
         vllm_adapters_router(AdapterImports(service, base_model, folder)),
     ]
-    app = build_app(routers, service.not_ready_reason, engine.body_schema)
+    app = build_app(routers, service.not_ready_reason, engine.body_schema, access=OneTenant(Principal.local(TENANT)))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     http = asyncio.create_task(server.serve())

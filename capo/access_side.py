@@ -1,0 +1,44 @@
+"""The part of a service that decides who may come in; every role has it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from capo.access import AccessMetrics, Door, require_guard
+from capo.audit import AuditLog
+from capo.keys.ring import KeyRing
+from capo.keys.store import KeyStore
+from capo.settings import Settings
+from tune.jobs.database import Database
+
+
+class AccessSide:
+    """Reads the keys, from the job store's database, before anything else is built.
+
+    Raises:
+        InvalidRequestError: the service would be open to other machines, and nobody said that it may.
+        StorageError, UnavailableError: the keys cannot be read. A service does not start without knowing them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._database = Database(settings.job_store_url, tenant=settings.organization)
+        self._ring = KeyRing(KeyStore(self._database))
+        self._ring.read()
+        require_guard(settings.host, self._ring, allow_unauthenticated=settings.allow_unauthenticated)
+        self.door = Door(
+            self._ring,
+            house=settings.organization,
+            metrics=AccessMetrics(),
+            audit=AuditLog(settings.data_dir),
+        )
+        self._following: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._following = asyncio.create_task(self._ring.follow(), name="keys")
+
+    async def stop(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        self._database.close()

@@ -1,0 +1,77 @@
+"""uvicorn's HTTP protocol with a bound on what comes before a body, which it has not itself.
+
+Everything until the end of the headers is kept in memory and read by nobody; a client that never ends it would cost as
+much memory as it likes to send.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from registry import errors
+from serve import faces
+
+
+class BoundedHeadProtocol(HttpToolsProtocol):
+    """Answers 431 (RFC 6585, section 5) to a head of more than :data:`~serve.faces.MAX_HEAD_BYTES`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._is_in_head = True
+        self._received_bytes = 0
+        """Of this head, as far as it came in pieces of its own."""
+        self._parsed_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # The parser holds back a name or value until its end, so what it has told of is not all there is.
+        if self._is_in_head:
+            self._received_bytes += len(data)
+            if self._received_bytes > faces.MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        self._received_bytes = self._parsed_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        super().on_headers_complete()
+
+    def _count(self, num_bytes: int) -> None:
+        self._parsed_bytes += num_bytes
+        if self._is_in_head and self._parsed_bytes > faces.MAX_HEAD_BYTES:
+            raise errors.TooLargeError("the head is too large")  # ends the parsing; send_400_response answers
+
+    def send_400_response(self, msg: str) -> None:
+        if self._parsed_bytes > faces.MAX_HEAD_BYTES:
+            self._refuse_head()
+        else:
+            self._answer_and_close(HTTPStatus.BAD_REQUEST, "The request is not valid HTTP/1.1.", "invalid_http")
+
+    def _refuse_head(self) -> None:
+        message = f"The request's line and headers are larger than {faces.MAX_HEAD_BYTES} bytes. Send less."
+        self._answer_and_close(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, "headers_too_large")
+
+    def _answer_and_close(self, status: HTTPStatus, message: str, code: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        body = json.dumps({"error": error}).encode()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
