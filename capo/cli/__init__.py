@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from capo.cli import chat, data, demo, evaluate, export, jobs, registry, serve, tune, webhooks, worker
+from capo.cli import chat, data, demo, evaluate, export, jobs, keys, registry, serve, tune, webhooks, worker
 from registry.errors import CapoError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ tune.add_to(app)
 evaluate.add_to(app)
 app.add_typer(export.app, name="export")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(keys.app, name="keys")
 app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(registry.app, name="registry")
 app.add_typer(data.app, name="data")

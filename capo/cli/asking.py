@@ -1,7 +1,11 @@
-"""How commands speak to a running service: over its HTTP API, like any client."""
+"""How commands speak to a running service: over its HTTP API, like any client.
+
+A service with keys is asked with that of the environment variable ``CAPO_API_KEY``; arguments are for all to see.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -42,9 +46,15 @@ class Service:
         return body
 
 
+def key_header() -> dict[str, str]:
+    key = os.environ.get("CAPO_API_KEY")
+    return {} if not key else {"Authorization": f"Bearer {key}"}
+
+
 @contextmanager
 def service(url: str) -> Iterator[Service]:
     import httpx
 
-    with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=_TIMEOUT_SECONDS) as client:
+    base_url = url.rstrip("/").removesuffix("/v1")
+    with httpx.Client(base_url=base_url, timeout=_TIMEOUT_SECONDS, headers=key_header()) as client:
         yield Service(client)

@@ -33,6 +33,9 @@ def serve(
     registry: Annotated[Path | None, typer.Option(help="Registry directory; default DATA_DIR/registry.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where Capo writes; default ./capo-data.")] = None,
     host: Annotated[str | None, typer.Option(help="Default 127.0.0.1.")] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option("--allow-unauthenticated", help="Let other machines in although there is no key.")
+    ] = False,
     port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Default 50051; 0 takes a free one.")] = None,
     workers: Annotated[
@@ -64,6 +67,7 @@ def serve(
         registry_dir=registry,
         data_dir=data_dir,
         host=host,
+        allow_unauthenticated=allow_unauthenticated or None,
         port=port,
         grpc_port=grpc_port,
         workers=workers,

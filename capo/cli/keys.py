@@ -1,0 +1,170 @@
+"""``capo keys``: who may ask a service for what. Works on the job store, beside running services, which follow it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from capo.cli.serve import read_settings
+from registry import errors
+from registry.principal import Scope
+
+if TYPE_CHECKING:
+    from capo.audit import AuditLog
+    from capo.keys.records import KeyRecord
+    from capo.keys.store import KeyStore
+
+app = typer.Typer(help="Create, list, revoke and rotate API keys.", no_args_is_help=True)
+
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+DataDir = Annotated[Path | None, typer.Option(help="Where Capo writes; default ./capo-data.")]
+
+
+@app.command()
+def create(
+    scope: Annotated[list[str], typer.Option(help="infer, tune, admin or metrics; may be given again.")],
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose files, jobs and models it sees; default the service's own.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Inference may call only this name; may be given again.")
+    ] = None,
+    expires: Annotated[str | None, typer.Option(help="After how long, as 90d, 12h or 30m; default never.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Then 429; default no limit.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and completion tokens; then 429; default no limit.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once; then 429.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key and print it, this once. As soon as there is one, a running service asks everybody for a key."""
+    from capo.keys.records import KeyLimits, NewKey
+
+    settings = read_settings(data_dir=data_dir)
+    new = NewKey(
+        tenant=tenant or settings.organization,
+        scopes=frozenset(map(_scope, scope)),
+        models=None if not model else frozenset(model),
+        limits=KeyLimits(requests_per_minute, tokens_per_minute, concurrency),
+        expires_at=None if expires is None else int(time.time()) + _seconds("expires", expires),
+    )
+    with _opened(data_dir) as (store, audit):
+        secret = store.create(new)
+        _note(audit, "keys create", secret.key_id, tenant=new.tenant, scopes=",".join(sorted(new.scopes)))
+    typer.echo(secret.text)
+
+
+@app.command("list")
+def list_keys(data_dir: DataDir = None) -> None:
+    """Every key that was ever made, one on each line, without its secret."""
+    with _opened(data_dir) as (store, _):
+        keys = store.all()
+    for key in keys:
+        limits = key.limits
+        bounds = {
+            "requests/min": limits.requests_per_minute,
+            "tokens/min": limits.tokens_per_minute,
+            "at once": limits.concurrency,
+        }
+        columns = [
+            key.id,
+            key.tenant,
+            ",".join(sorted(key.scopes)),
+            "all models" if key.models is None else ",".join(sorted(key.models)),
+            ", ".join(f"{bound} {name}" for name, bound in bounds.items() if bound is not None) or "no limits",
+            f"made {_date(key.created_at)}",
+            _state(key),
+        ]
+        typer.echo("  ".join(columns))
+
+
+@app.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as listed.")], data_dir: DataDir = None) -> None:
+    """End a key for good; running services refuse it within seconds."""
+    with _opened(data_dir) as (store, audit):
+        store.revoke(key_id)
+        _note(audit, "keys revoke", key_id)
+    typer.echo(f"{key_id} is revoked")
+
+
+@app.command()
+def rotate(
+    key_id: Annotated[str, typer.Argument(help="The key's id, as listed.")],
+    grace: Annotated[str, typer.Option(help="How long the present secret is good for, as 1h or 0s.")] = "24h",
+    data_dir: DataDir = None,
+) -> None:
+    """Give a key a new secret and print it, this once; the present one is good for a while yet."""
+    seconds = _seconds("grace", grace)
+    with _opened(data_dir) as (store, audit):
+        secret = store.rotate(key_id, grace_seconds=seconds)
+        _note(audit, "keys rotate", key_id, grace_seconds=str(seconds))
+    typer.echo(secret.text)
+
+
+@contextmanager
+def _opened(data_dir: Path | None) -> Iterator[tuple[KeyStore, AuditLog]]:
+    from capo.audit import AuditLog
+    from capo.keys.store import KeyStore
+    from tune.jobs.database import Database
+
+    settings = read_settings(data_dir=data_dir)
+    database = Database(settings.job_store_url, tenant=settings.organization)
+    try:
+        yield KeyStore(database), AuditLog(settings.data_dir)
+    finally:
+        database.close()
+
+
+def _note(audit: AuditLog, operation: str, key_id: str, **notes: str) -> None:
+    import getpass
+
+    from capo.audit import Act
+
+    act = Act(
+        key_id=None,
+        tenant=None,
+        operation=operation,
+        target=key_id,
+        peer=f"command line of {getpass.getuser()}",
+        result="ok",
+        notes=notes,
+    )
+    audit.write(act)
+
+
+def _scope(text: str) -> Scope:
+    try:
+        return Scope(text)
+    except ValueError as error:
+        raise errors.InvalidRequestError(
+            f"--scope {text!r} is none; there are {', '.join(Scope)}.", param="scope"
+        ) from error
+
+
+def _seconds(name: str, text: str) -> int:
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if match is None:
+        raise errors.InvalidRequestError(
+            f"--{name} {text!r} is no length of time; write 90d, 12h, 30m or 0s.", param=name
+        )
+    return int(match[1]) * _UNIT_SECONDS[match[2]]
+
+
+def _state(key: KeyRecord) -> str:
+    now = time.time()
+    if (reason := key.refusal(now)) is not None:
+        return reason.removeprefix("was ").removeprefix("has ")
+    if len(key.digests(now)) > 1:
+        return f"rotating until {_date(key.previous_until or 0)}"
+    return "good" if key.expires_at is None else f"until {_date(key.expires_at)}"
+
+
+def _date(at: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
