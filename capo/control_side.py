@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
+from prometheus_client import REGISTRY
 
 from capo.settings import Settings
 from registry import BaseModel, Registry
@@ -11,13 +14,11 @@ from serve.engine_arguments import engine_limits, max_lora_rank
 from serve.gate import Gate
 from serve.names_service import NamesService
 from serve.routes import aliases_router, models_router
+from tune.jobs.api import TuningApi
 from tune.jobs.database import Database
-from tune.jobs.file_store import FileStore
-from tune.jobs.files import FileService, FileStorage
-from tune.jobs.routes import files_router, fine_tuning_router
-from tune.jobs.service import JobService
+from tune.jobs.files import FileStorage
+from tune.jobs.metrics import REFRESH_SECONDS, JobMetrics
 from tune.jobs.settings import files_dir
-from tune.jobs.store import JobStore
 
 
 class ControlSide:
@@ -31,13 +32,26 @@ class ControlSide:
         self._base_model = base_model
         self._vllm_arguments = vllm_arguments
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self._database = Database(settings.job_store_url, tenant=settings.organization)
+        self.database = Database(settings.job_store_url, tenant=settings.organization)
+        self._metrics = JobMetrics(self.database)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.tuning = TuningApi(
+            self.database,
+            FileStorage(files_dir(settings.data_dir)),
+            registry,
+            base_models={base_model.id: settings.model},
+            max_lora_rank=max_lora_rank(vllm_arguments),
+        )
         self.names: NamesService | None = None
         if not settings.role.has_engine:
             limits = engine_limits(base_model.path, vllm_arguments)
             self.names = NamesService(Catalog(registry, base_model.id), Gate(registry, base_model), limits)
 
     async def start(self) -> None:
+        await asyncio.to_thread(self._metrics.refresh)
+        REGISTRY.register(self._metrics)
+        self._tasks.append(asyncio.create_task(self._measure(), name="job-metrics"))
+        self._tasks.append(asyncio.create_task(self.tuning.run(), name="tuning-api"))
         if self.names is not None:
             await self.names.start()
 
@@ -50,25 +64,24 @@ class ControlSide:
         if self.names is not None:
             self.names.drain()
 
+    async def _measure(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            await asyncio.to_thread(self._metrics.refresh)
+
     async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.names is not None:
             await self.names.stop()
 
     def routers(self) -> list[APIRouter]:
-        files = FileStore(self._database)
-        file_service = FileService(files, FileStorage(files_dir(self._settings.data_dir)))
-        file_service.sweep()  # what an upload left behind that was cut off by a crash
-        jobs = JobService(
-            JobStore(self._database),
-            files,
-            self._registry,
-            base_models={self._base_model.id: self._settings.model},
-            max_lora_rank=max_lora_rank(self._vllm_arguments),
-        )
-        routers = [files_router(file_service), fine_tuning_router(jobs)]
+        self.tuning.sweep()  # what an upload left behind that was cut off by a crash
+        routers = self.tuning.routers()
         if self.names is not None:
             routers += [models_router(self.names.catalog), aliases_router(self.names.aliases, self.names.catalog)]
         return routers
 
     def close(self) -> None:
-        self._database.close()
+        self.database.close()

@@ -1,73 +1,124 @@
-"""Local training workers: separate processes that outlive no service and share nothing with it but the data folder."""
+"""The launcher that the settings ask for, told what this service's workers need to know."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 
+from capo.roles import LauncherKind
 from capo.settings import Settings
+from tune.jobs.database import Database
+from tune.jobs.gpus import visible_gpus
+from tune.jobs.launchers import Launcher
+from tune.jobs.launchers.cluster import Cluster
+from tune.jobs.launchers.dispatch import ClusterLauncher
+from tune.jobs.launchers.kubernetes import KubernetesCluster
+from tune.jobs.launchers.kubernetes_api import KubernetesAccess
+from tune.jobs.launchers.kubernetes_job import KubernetesSettings
+from tune.jobs.launchers.local import LocalLauncher
+from tune.jobs.launchers.ray import RayCluster, RaySettings
+from tune.jobs.queue import WorkQueue
+from tune.jobs.store import JobStore
 
-logger = logging.getLogger(__name__)
-
-_STOP_SECONDS = 15.0
-_RESTART_PAUSE_SECONDS = 2.0
+_MOST_GPUS = 64
+"""Of a job (tune/jobs/requests.py): what a cluster has is for the cluster to say."""
 
 
-class LocalWorkers:
-    """Starts ``settings.num_workers`` processes of ``capo worker`` and starts them again when one dies.
+def make_launcher(settings: Settings, environment: dict[str, str], database: Database | None) -> Launcher:
+    """``environment`` is the one this process was started with: what vLLM adds to it later must not reach training.
 
-    ``environment`` is the one this process was started with: what vLLM adds to it later must not reach training.
+    ``database`` is the job store; ``None`` in a process without jobs, which launches nothing.
+
+    Raises:
+        InvalidRequestError: the launcher cannot work here.
     """
+    if database is None or settings.launcher is LauncherKind.LOCAL:
+        return LocalLauncher(
+            _local_command(settings), _local_environment(settings, environment), number=settings.num_workers
+        )
+    return ClusterLauncher(
+        _CLUSTERS[settings.launcher](settings),
+        WorkQueue(
+            database,
+            gpus=max_gpus(settings) or 0,
+            max_running_per_tenant=settings.max_running_jobs_per_tenant,
+        ),
+        JobStore(database),
+        max_launched=settings.max_launched_jobs,
+    )
 
-    def __init__(self, settings: Settings, environment: dict[str, str]) -> None:
-        self._settings = settings
-        self._environment = environment
-        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> None:
-        self._processes = [self._spawn() for _ in range(self._settings.num_workers)]
+def max_gpus(settings: Settings) -> int | None:
+    """The GPUs of the largest worker that this service's jobs may meet; ``None``: it cannot know."""
+    if settings.worker_gpus is not None:
+        return settings.worker_gpus
+    if settings.launcher is not LauncherKind.LOCAL:
+        return _MOST_GPUS
+    return visible_gpus() if settings.num_workers else None
 
-    async def watch(self) -> None:
-        """Replace workers that end by themselves; run as a task. Their jobs go back to the queue by lease."""
-        while True:
-            await asyncio.sleep(_RESTART_PAUSE_SECONDS)
-            for index, process in enumerate(self._processes):
-                if (code := process.poll()) is not None:
-                    logger.warning("training worker %d ended with code %d; starting another", process.pid, code)
-                    self._processes[index] = self._spawn()
 
-    async def stop(self) -> None:
-        """SIGTERM (a running job goes back to the queue), then SIGKILL after 15 s."""
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_SECONDS):
-                await asyncio.gather(*(asyncio.to_thread(process.wait, _STOP_SECONDS) for process in self._processes))
-        self.kill()
+def _kubernetes(settings: Settings) -> Cluster:
+    assert settings.kubernetes_image is not None, "the settings were checked"
+    assert settings.kubernetes_volume_claim is not None, "the settings were checked"
+    return KubernetesCluster(
+        KubernetesAccess.in_cluster(),
+        KubernetesSettings(
+            image=settings.kubernetes_image,
+            volume_claim=settings.kubernetes_volume_claim,
+            secret=settings.kubernetes_secret,
+            environment=_cluster_environment(settings),
+            cpu=settings.kubernetes_cpu,
+            memory=settings.kubernetes_memory,
+        ),
+    )
 
-    def kill(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        settings = self._settings
-        command = [
-            sys.executable, "-m", "capo", "worker",
-            "--data-dir", str(settings.data_dir.absolute()),
-            "--registry", str(settings.registry_path.absolute()),
-            "--model", settings.model,
-            "--log-level", settings.log_level,
-            "--parent-pid", str(os.getpid()),
-        ]  # fmt: skip
-        if settings.worker_threads is not None:
-            command += ["--threads", str(settings.worker_threads)]
-        environment = dict(self._environment)
-        if settings.database_url is not None:  # it may hold a password, and arguments are for all to see
-            environment["CAPO_DATABASE_URL"] = settings.database_url
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+def _ray(settings: Settings) -> Cluster:
+    assert settings.ray_address is not None, "the settings were checked"
+    paths = {
+        "CAPO_DATA_DIR": str(settings.data_dir.absolute()),
+        "CAPO_REGISTRY_DIR": str(settings.registry_path.absolute()),
+    }
+    return RayCluster(RaySettings(address=settings.ray_address, environment=_cluster_environment(settings) | paths))
+
+
+_CLUSTERS: dict[LauncherKind, Callable[[Settings], Cluster]] = {
+    LauncherKind.KUBERNETES: _kubernetes,
+    LauncherKind.RAY: _ray,
+}
+
+
+def _cluster_environment(settings: Settings) -> dict[str, str]:
+    """Without CAPO_DATABASE_URL, which may hold a password: everybody who sees the cluster's jobs sees this."""
+    given = {"CAPO_MODEL": settings.model, "CAPO_LOG_LEVEL": settings.log_level}
+    if settings.worker_threads is not None:
+        given["CAPO_WORKER_THREADS"] = str(settings.worker_threads)
+    if settings.max_running_jobs_per_tenant is not None:
+        given["CAPO_MAX_RUNNING_JOBS_PER_TENANT"] = str(settings.max_running_jobs_per_tenant)
+    return given
+
+
+def _local_command(settings: Settings) -> list[str]:
+    command = [
+        sys.executable, "-m", "capo", "worker",
+        "--data-dir", str(settings.data_dir.absolute()),
+        "--registry", str(settings.registry_path.absolute()),
+        "--model", settings.model,
+        "--log-level", settings.log_level,
+        "--parent-pid", str(os.getpid()),
+    ]  # fmt: skip
+    if settings.worker_threads is not None:
+        command += ["--threads", str(settings.worker_threads)]
+    if settings.worker_gpus is not None:
+        command += ["--gpus", str(settings.worker_gpus)]
+    return command
+
+
+def _local_environment(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
+    given = dict(environment)
+    if settings.database_url is not None:  # it may hold a password, and arguments are for all to see
+        given["CAPO_DATABASE_URL"] = settings.database_url
+    if settings.max_running_jobs_per_tenant is not None:
+        given["CAPO_MAX_RUNNING_JOBS_PER_TENANT"] = str(settings.max_running_jobs_per_tenant)
+    return given

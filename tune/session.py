@@ -181,7 +181,9 @@ def _sole_user_of(work_dir: Path) -> Iterator[None]:
     """Two runs that wrote checkpoints into one directory would destroy each other's."""
     lock = Filesystem().lock(work_dir / "run.lock", wait_seconds=0.0)
     if lock is None:
-        raise UnavailableError(f"another run works in {work_dir}; wait for it, or give another work_dir")
+        raise UnavailableError(
+            f"another run works in {work_dir}; wait for it, or give another work_dir", code="work_dir_busy"
+        )
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tune.jobs.process import kill_children
 from tune.jobs.records import JobRecord
 
 
@@ -27,6 +28,18 @@ def this_owner() -> str:
     """
     pid = os.getpid()
     return f"{_namespace()}/{pid}/{_start_time(pid)}"
+
+
+def end_training(owner: str, job_id: str) -> list[int]:
+    """Kill what ``owner`` still trains of a job that it has lost, if it is a process of this machine; the pids.
+
+    A worker that was stopped for longer than its lease has a training process that was stopped too, and holds the
+    job's directory until it is gone.
+    """
+    namespace, _, process = owner.rpartition("/")[0].rpartition("/")
+    if namespace != _namespace() or is_gone(owner):
+        return []
+    return kill_children(int(process), job_id)
 
 
 def is_gone(owner: str) -> bool:

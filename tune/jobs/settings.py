@@ -17,6 +17,12 @@ class WorkerSettings:
     """Served base model id -> what a recipe's ``base_model`` takes."""
     num_threads: int | None = None
     """For arithmetic on the CPU. ``None`` = all cores but one: the rest of Capo needs to breathe."""
+    gpus: int = 0
+    """What this worker offers; it takes no job that needs more."""
+    max_running_per_tenant: int | None = None
+    """Jobs of one tenant that run at once, over all workers. ``None`` = no bound."""
+    job_id: str | None = None
+    """Work this job once, and no other, and end: how a launcher starts workers. ``None`` = whatever waits."""
     parent_pid: int | None = None
     """End when this parent ends. ``None`` = run on alone. See :func:`tune.jobs.process.die_with_parent`."""
     lease_seconds: float = 30.0
@@ -29,6 +35,8 @@ class WorkerSettings:
     max_attempts: int = 3
     retry_delay_seconds: float = 2.0
     """Before the second attempt; doubled before each further one."""
+    busy_retry_seconds: float = 5.0
+    """Between two looks at a directory in which what is left of an earlier attempt still works."""
 
     @property
     def files_dir(self) -> Path:

@@ -3,9 +3,9 @@
 Exactly one publication: the result's ``ft:`` name is reserved with the job and write-once in the registry.
 An attempt that finds it already bound to an artifact of its own job does not train again; it only writes
 ``succeeded``. That closes the window between publishing and writing, in which a worker may be killed. The
-window left open: a worker that lost its lease after its last check may still publish, before its successor
-does. Then the successor's publication is refused by the registry, and it adopts the artifact that is there;
-clients see one name, one artifact, one final state.
+window left open: a worker may lose its lease between the check that :class:`~tune.jobs.leased_registry.LeasedRegistry`
+makes and the publication, before its successor publishes. Then the successor's publication is refused by the registry,
+and it adopts the artifact that is there; clients see one name, one artifact, one final state.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from registry.errors import (
 from tune.jobs.convert import job_recipe, parse_extension
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileStorage, file_sha256
+from tune.jobs.leased_registry import LeasedRegistry
 from tune.jobs.observer import JobObserver
-from tune.jobs.queue import LEASE_LOST, Asked, Outcome, WorkQueue
+from tune.jobs.queue import LEASE_LOST, Asked, Outcome, RequeueReason, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
 from tune.jobs.results import store_metrics_table
 from tune.jobs.settings import WorkerSettings
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _WORTH_ANOTHER_ATTEMPT = (StorageError, UnavailableError)
 """Errors of the machine. The same job would meet any other error again."""
+_WORK_DIR_BUSY = "work_dir_busy"
+"""What :func:`tune.session.run` says of a directory in which another run works."""
 _STOP_CHECK_SECONDS = 1.0
 _STOP_REASONS: dict[Asked, str] = {"cancel": "the job was cancelled", "pause": "the job was paused"}
 
@@ -144,12 +147,13 @@ class JobRun:
             if not self.adopt():
                 self._queue.end_cancelled(self._job)
         elif asked == "pause":
-            self._queue.requeue(self._job, "Fine-tuning job paused", counts=False)
+            self._queue.requeue(self._job, "Fine-tuning job paused", reason="paused", counts=False)
         else:
-            self._queue.requeue(self._job, "The worker is shutting down; the job is queued again", counts=False)
+            text = "The worker is shutting down; the job is queued again"
+            self._queue.requeue(self._job, text, reason="worker_stopping", counts=False)
 
-    def settle_crash(self, cause: str) -> None:
-        """The training process was lost: another attempt, or the end."""
+    def settle_crash(self, cause: str, *, reason: RequeueReason = "training_lost") -> None:
+        """The training process was lost, or its machine failed it: another attempt, or the end."""
         if self.adopt():
             return
         if self._queue.asked(self._job) == "cancel":
@@ -164,6 +168,7 @@ class JobRun:
         self._queue.requeue(
             self._job,
             f"The training process failed at attempt {attempts} of {allowed}: {cause}; the job is queued again",
+            reason=reason,
             delay_seconds=self._settings.retry_delay_seconds * 2 ** (attempts - 1),
         )
 
@@ -171,8 +176,13 @@ class JobRun:
         log.warning("%s: %s", self._job.id, error)
         if isinstance(error, InternalError):
             self.settle_crash("an internal error; the worker's log has it under the job's id")
+        elif error.code == _WORK_DIR_BUSY:
+            # What the worker before left behind, on a machine that stands still or on another one, is not gone yet.
+            text = "Another process still works in the job's directory; the job waits for its end"
+            delay_seconds = self._settings.busy_retry_seconds
+            self._queue.requeue(self._job, text, reason="directory_busy", delay_seconds=delay_seconds, counts=False)
         elif isinstance(error, _WORTH_ANOTHER_ATTEMPT) and self._job.attempts < self._settings.max_attempts:
-            self.settle_crash(error.message)
+            self.settle_crash(error.message, reason="machine_fault")
         else:
             param = error.param or ("training_file" if isinstance(error, InvalidDataError) else None)
             self._queue.fail(self._job, JobError(error.code, error.message, param))
@@ -189,7 +199,7 @@ class JobRun:
         try:
             result = train(
                 self._recipe(),
-                registry=self._registry,
+                registry=LeasedRegistry(self._settings.registry_dir, check_lease=lambda: self._queue.check(job)),
                 work_dir=self._settings.work_dir(job.id),
                 observer=observer,
                 should_stop=self._should_stop,

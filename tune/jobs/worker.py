@@ -1,4 +1,4 @@
-"""The worker process: claims jobs one at a time and forks a child for each.
+"""The worker process: claims jobs one at a time and forks a child for each, or works one job and ends.
 
 It imports the heavy libraries once, before the first job, and computes nothing with them itself; so a child
 is ready to train milliseconds after its fork and leaves no memory behind. One thread does everything, and
@@ -18,13 +18,13 @@ import time
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from registry.errors import ConflictError, StorageError, UnavailableError
+from registry.errors import ConflictError, NotFoundError, StorageError, UnavailableError
 from tune.jobs.database import Database
 from tune.jobs.file_store import FileStore
-from tune.jobs.lease import LeaseWatch, this_owner
-from tune.jobs.process import describe_exit, die_with_parent
+from tune.jobs.lease import LeaseWatch, end_training, this_owner
+from tune.jobs.process import describe_exit, die_with_parent, name_process
 from tune.jobs.queue import LEASE_LOST, WorkQueue
-from tune.jobs.records import JobRecord
+from tune.jobs.records import OPEN, JobRecord
 from tune.jobs.settings import WorkerSettings
 from tune.jobs.store import JobStore
 from tune.jobs.training import JobRun, TrainFunction
@@ -33,6 +33,8 @@ from tune.threads import prepare_environment
 log = logging.getLogger(__name__)
 
 _STORE_RETRY_SECONDS = 1.0
+_ONE_JOB_PATIENCE_LEASES = 3.0
+"""So many leases a worker of one job waits for it. After one a job whose worker was lost is free."""
 
 
 def run_worker(settings: WorkerSettings, train: TrainFunction | None = None) -> None:
@@ -101,12 +103,15 @@ class Worker:
         self._settings = settings
         self._train = train
         self._database = Database(settings.database_url)
-        self._queue = WorkQueue(self._database)
+        self._queue = WorkQueue(
+            self._database, gpus=settings.gpus, max_running_per_tenant=settings.max_running_per_tenant
+        )
         self._store = JobStore(self._database)
         self._watch = LeaseWatch()
         self._owner = this_owner()
         self._stop = _StopFlag()
         self._child: _Child | None = None
+        self._gives_up_at = time.monotonic() + _ONE_JOB_PATIENCE_LEASES * settings.lease_seconds
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,6 +153,8 @@ class Worker:
         if job is None:
             return False
         self._begin(job)
+        if self._settings.job_id is not None:
+            self._gives_up_at = 0.0  # one attempt: whoever launched this worker launches another
         return True
 
     def _wait(self, seconds: float) -> None:
@@ -157,13 +164,34 @@ class Worker:
             time.sleep(seconds)
 
     def _claim(self) -> JobRecord | None:
-        for seen in (*self._watch.abandoned(self._queue.running()), self._queue.next_waiting()):
-            if seen is None:
-                continue
+        for seen in self._claimable() if self._settings.job_id is None else self._the_one(self._settings.job_id):
             job = self._queue.claim(seen, owner=self._owner, lease_seconds=self._settings.lease_seconds)
-            if job is not None:
-                return job
+            if job is None:
+                continue
+            if seen.owner is not None and (killed := end_training(seen.owner, job.id)):
+                log.warning("%s: killed what its silent worker still trained: %s", job.id, killed)
+            return job
         return None
+
+    def _claimable(self) -> list[JobRecord]:
+        waiting = self._queue.next_waiting()
+        return [*self._watch.abandoned(self._queue.running()), *([] if waiting is None else [waiting])]
+
+    def _the_one(self, job_id: str) -> list[JobRecord]:
+        """The one job this worker is for, if it may be claimed now. Ends the worker where waiting has no point."""
+        try:
+            job = self._store.job(job_id)
+        except NotFoundError as error:
+            log.warning("%s", error)
+            self._stop.set()
+            return []
+        if job.status not in OPEN or (job.paused and job.status != "running") or time.monotonic() > self._gives_up_at:
+            log.info("%s: there is nothing to do for this worker: the job is %s", job_id, job.status)
+            self._stop.set()
+            return []
+        if job.status == "running":
+            return self._watch.abandoned([job])
+        return [job] if self._queue.is_due(job_id) else []
 
     def _begin(self, job: JobRecord) -> None:
         if job.cancel_requested or job.attempts > self._settings.max_attempts:
@@ -257,6 +285,7 @@ def _child_main(
     settings: WorkerSettings, job: JobRecord, train: TrainFunction, stop: _StopFlag, worker_pid: int
 ) -> None:
     die_with_parent(worker_pid, signal.SIGKILL)
+    name_process(job.id)
     # Ctrl-C reaches the whole process group; the worker passes it on as SIGTERM, once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     database = Database(settings.database_url)

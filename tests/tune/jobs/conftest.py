@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.tune.jobs.postgres import binary, new_database, running_postgres
+from tests.tune.jobs.postgres import new_database, running_postgres
 from tests.tune.jobs.support import Place, client_of, open_place, serve
 from tune.jobs.rows import new_id
 
@@ -24,9 +24,9 @@ def postgres() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(params=["sqlite", "postgresql"] if binary("postgres") else ["sqlite"])
+@pytest.fixture(params=["sqlite", "postgresql"])
 def any_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """As ``place``, on each kind of database that this machine can run."""
+    """As ``place``, on each kind of database."""
     url = None
     if request.param == "postgresql":
         url = new_database(request.getfixturevalue("postgres"), new_id("test_", 8))

@@ -13,21 +13,14 @@ from typing import Any
 
 from sqlalchemy import create_engine
 
+from tests.programs import program
 from tests.tune.jobs.support import wait_until
-
-
-def binary(name: str) -> str | None:
-    """On PATH, or where Debian keeps it."""
-    places = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
 
 
 @contextmanager
 def running_postgres() -> Iterator[str]:
     """Yields the address without a database: a name, and nothing else, is to be put after it."""
-    initdb, postgres = binary("initdb"), binary("postgres")
-    assert initdb is not None
-    assert postgres is not None
+    initdb, postgres = program("initdb"), program("postgres")
     # PostgreSQL refuses to run as root, and a socket's path must be short.
     owner: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
     home = Path(tempfile.mkdtemp(prefix="capo-pg-"))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry import Artifact, BaseModelIdentity, LoraShape, ManifestDraft, Registry
-from registry.errors import InvalidDataError, StorageError
+from registry.durable import Filesystem
+from registry.errors import InvalidDataError, StorageError, UnavailableError
 from tune.progress import Observer, StepMetrics, StopRequested, TrainingEvent
 from tune.recipe import Recipe
 
@@ -166,6 +167,35 @@ def takes_long(
         time.sleep(0.02)
     (work_dir / "checkpoint").touch()
     raise StopRequested(reason)
+
+
+def holds_its_directory(
+    recipe: Recipe,
+    *,
+    registry: Registry,
+    work_dir: Path,
+    observer: Observer,
+    should_stop: Callable[[], str | None],
+    job_id: str | None,
+    fine_tuned_name: str | None,
+    alias: str | None,
+    recipe_dir: Path,
+) -> Trained:
+    """As real training, which two processes never do in one directory: the first one goes on for ever."""
+    lock = Filesystem().lock(work_dir / "run.lock", wait_seconds=0.0)
+    if lock is None:
+        raise UnavailableError("another run works here", code="work_dir_busy")
+    _note(registry, job_id)
+    is_first = not (work_dir / "mark").exists()
+    (work_dir / "mark").touch()
+    while is_first and should_stop() is None:
+        time.sleep(0.02)
+    return publish(recipe, registry, work_dir, job_id=job_id, name=fine_tuned_name, alias=alias)
+
+
+def finds_its_directory_busy(recipe: Recipe, *, registry: Registry, job_id: str | None, **_: object) -> Trained:
+    _note(registry, job_id)
+    raise UnavailableError("another run works here", code="work_dir_busy")
 
 
 def attempts(directory: Path) -> list[str]:

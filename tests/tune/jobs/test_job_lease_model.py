@@ -82,7 +82,7 @@ class Leases(RuleBasedStateMachine):
 
     @rule(worker=WORKERS, counts=st.booleans())
     def requeue(self, worker: str, counts: bool) -> None:
-        if self._write(worker, lambda job: self.queue.requeue(job, "again", counts=counts)):
+        if self._write(worker, lambda job: self.queue.requeue(job, "again", reason="training_lost", counts=counts)):
             self.holder = None
 
     @precondition(lambda self: self.ends == 0)

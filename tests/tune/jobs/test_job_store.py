@@ -142,7 +142,7 @@ class TestClaims:
             lambda: queue.succeed(old, Outcome("m@0", 1, result)),
             lambda: queue.fail(old, JobError("late", "late")),
             lambda: queue.end_cancelled(old),
-            lambda: queue.requeue(old, "late"),
+            lambda: queue.requeue(old, "late", reason="training_lost"),
         )
         before = place.store.job(old.id), messages(place, old.id)
         for write in writes:
@@ -165,16 +165,16 @@ class TestClaims:
         self, place: Place, queue: WorkQueue, training_file: str
     ) -> None:
         job = claim(queue, place.queue_job(training_file))
-        queue.requeue(job, "shutting down", counts=False)
+        queue.requeue(job, "shutting down", reason="worker_stopping", counts=False)
         assert place.store.job(job.id).attempts == 0
-        queue.requeue(claim(queue, place.store.job(job.id)), "crashed")
+        queue.requeue(claim(queue, place.store.job(job.id)), "crashed", reason="training_lost")
         assert place.store.job(job.id).attempts == 1
 
     def test_a_delayed_job_waits_and_others_go_first(self, place: Place, training_file: str) -> None:
         now = 1_000.0
         queue = WorkQueue(place.database, clock=lambda: now)
         poisoned, other = place.queue_job(training_file), place.queue_job(training_file)
-        queue.requeue(claim(queue, poisoned), "crashed", delay_seconds=60)
+        queue.requeue(claim(queue, poisoned), "crashed", reason="training_lost", delay_seconds=60)
         waiting = queue.next_waiting()
         assert waiting is not None
         assert waiting.id == other.id
@@ -186,7 +186,7 @@ class TestClaims:
     def test_a_clock_set_back_by_a_day_does_not_hold_a_delayed_job(self, place: Place, training_file: str) -> None:
         now = 1_000_000.0
         queue = WorkQueue(place.database, clock=lambda: now)
-        queue.requeue(claim(queue, place.queue_job(training_file)), "crashed", delay_seconds=60)
+        queue.requeue(claim(queue, place.queue_job(training_file)), "crashed", reason="training_lost", delay_seconds=60)
         assert queue.next_waiting() is None
         now -= 86_400
         assert MAX_RETRY_DELAY_SECONDS < 86_400

@@ -1,0 +1,57 @@
+"""Workers as processes of this machine: warm, because each has the training stack imported before its first job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+_STOP_SECONDS = 15.0
+_RESTART_PAUSE_SECONDS = 2.0
+
+
+class LocalLauncher:
+    """Runs ``command`` in ``number`` processes and starts one again when it dies.
+
+    ``environment`` is the whole one of the workers: what vLLM adds to this process's must not reach training.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, number: int) -> None:
+        self._command = list(command)
+        self._environment = dict(environment)
+        self._number = number
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        self._processes = [self._spawn() for _ in range(self._number)]
+
+    async def watch(self) -> None:
+        """Replace workers that end by themselves. Their jobs go back to the queue by lease."""
+        while True:
+            await asyncio.sleep(_RESTART_PAUSE_SECONDS)
+            for index, process in enumerate(self._processes):
+                if (code := process.poll()) is not None:
+                    logger.warning("training worker %d ended with code %d; starting another", process.pid, code)
+                    self._processes[index] = self._spawn()
+
+    async def stop(self) -> None:
+        """SIGTERM (a running job goes back to the queue), then SIGKILL after 15 s."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_SECONDS):
+                await asyncio.gather(*(asyncio.to_thread(process.wait, _STOP_SECONDS) for process in self._processes))
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, env=self._environment, stdin=subprocess.DEVNULL)
