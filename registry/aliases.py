@@ -25,6 +25,7 @@ from registry.errors import (
     InvalidNameError,
     InvalidRequestError,
     ModelNotFoundError,
+    PermissionDeniedError,
 )
 from registry.files import read_limited
 from registry.layout import Layout
@@ -37,6 +38,7 @@ from registry.names import (
     parse_alias,
     parse_reference,
 )
+from registry.principal import Principal
 
 HISTORY_LENGTH = 20
 _MAX_ALIAS_BYTES = 64 << 10
@@ -64,6 +66,8 @@ class Alias(Record):
     write_once: bool
     updated_at: Count
     """Unix seconds when the alias was set to its present revision; a canary that begins or ends leaves it alone."""
+    tenant: str | None = None
+    """Whose it is; nobody else sees it. None: it is shared by all."""
     canary: Canary | None = None
     ended_canaries: list[HistoryEntry] = Field(default_factory=list)
     """Canaries that were taken away, each with the time of its end, oldest first, at most 20. Nothing rolls back to
@@ -95,11 +99,15 @@ class CanaryRequest:
 
 
 class AliasStore:
-    """Reads need no lock. Whoever calls ``put`` or ``remove`` holds the registry's lock."""
+    """Reads need no lock. Whoever calls ``put`` or ``remove`` holds the registry's lock.
 
-    def __init__(self, layout: Layout, filesystem: Filesystem) -> None:
+    ``principal``: on whose behalf; what it does not see is not there, and what it does not own it cannot change.
+    """
+
+    def __init__(self, layout: Layout, filesystem: Filesystem, principal: Principal | None = None) -> None:
         self._layout = layout
         self._filesystem = filesystem
+        self._principal = principal
 
     def get(self, alias: MutableReference) -> Alias | None:
         """The alias, or None if it is not set.
@@ -107,6 +115,11 @@ class AliasStore:
         Raises:
             InvalidArtifactError: its file is damaged.
         """
+        record = self._get(alias)
+        is_foreign = record is not None and self._principal is not None and not self._principal.sees(record.tenant)
+        return None if is_foreign else record
+
+    def _get(self, alias: MutableReference) -> Alias | None:
         try:
             return _read(self._layout.alias(alias))
         except (FileNotFoundError, NotADirectoryError):
@@ -122,6 +135,22 @@ class AliasStore:
         if record is None:
             raise ModelNotFoundError(
                 f"The model '{alias.text}' does not exist. List the models to see which do.", param="model"
+            )
+        return record
+
+    def require_own(self, alias: MutableReference) -> Alias:
+        """The alias, if it may be changed.
+
+        Raises:
+            ModelNotFoundError: it is not set.
+            PermissionDeniedError: it is shared by all, and only the service's own tenant may change that.
+        """
+        record = self.require(alias)
+        if self._principal is not None and not self._principal.owns(record.tenant):
+            raise PermissionDeniedError(
+                f"The name '{alias.text}' is shared by all tenants, so only the service's own may change it.",
+                code="shared_model",
+                param="model",
             )
         return record
 
@@ -160,10 +189,16 @@ class AliasStore:
         """The present record, after making sure that the alias may be set to ``artifact`` with this canary.
 
         Raises:
-            ConflictError: it does not point to ``expected``, or it is write-once and points elsewhere.
+            ConflictError: it does not point to ``expected``, it is write-once and points elsewhere, or it is another
+                tenant's.
+            PermissionDeniedError: it is shared, and not this one's to change.
             InvalidRequestError: it can take no canary, or not this one.
         """
-        present = self.get(alias)
+        present = self._get(alias)
+        if present is not None and self._principal is not None and not self._principal.owns(present.tenant):
+            if self._principal.sees(present.tenant):
+                self.require_own(alias)
+            raise ConflictError(f"The name '{alias.text}' is taken. Choose another one.", code="alias_taken")
         if expected is not None and not _is_revision(present, expected):
             now = "is not set" if present is None else f"points to '{present.revision}'"
             raise ConflictError(
@@ -186,10 +221,15 @@ class AliasStore:
         artifact: Artifact,
         *,
         canary: Canary | None = None,
+        canary_tenant: str | None = None,
         expected: str | None,
         now: int,
     ) -> Alias:
-        """Point the alias to the artifact, with this canary or none, durably. Setting what is set changes nothing."""
+        """Point the alias to the artifact, with this canary or none, durably. Setting what is set changes nothing.
+
+        It becomes the tenant's whose revisions it serves.
+        """
+        tenant = self._tenant_of(artifact, canary_tenant)
         present = self.check(alias, artifact, canary=canary, expected=expected)
         if present is None:
             record = Alias(
@@ -199,11 +239,24 @@ class AliasStore:
                 history=[],
                 write_once=isinstance(alias, FineTunedName),
                 updated_at=now,
+                tenant=tenant,
                 canary=canary,
             )
         else:
-            record = _moved(present, artifact, canary, now)
+            record = _moved(present, artifact, canary, now).model_copy(update={"tenant": tenant})
         return record if record == present else self._write(alias, record)
+
+    def _tenant_of(self, artifact: Artifact, canary_tenant: str | None) -> str | None:
+        tenants = {tenant for tenant in (artifact.manifest.tenant, canary_tenant) if tenant is not None}
+        if len(tenants) > 1:
+            raise InvalidRequestError(
+                f"The canary is another tenant's than '{artifact.revision}'. An alias serves one tenant's models.",
+                param="canary",
+            )
+        if tenants:
+            return tenants.pop()
+        # A tenant's own name for a model that all share is its own.
+        return None if self._principal is None or self._principal.owns_shared else self._principal.tenant
 
     def put_back(
         self, alias: MutableReference, present: Alias, artifact: Artifact, history: list[HistoryEntry], now: int

@@ -14,11 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from registry.durable import Filesystem
-from registry.errors import ConflictError, InvalidArtifactError, InvalidNameError, ModelNotFoundError
+from registry.errors import (
+    ConflictError,
+    InvalidArtifactError,
+    InvalidNameError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+)
 from registry.files import hash_file, read_limited, regular_files
 from registry.layout import Layout
 from registry.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, manifest_digest
 from registry.names import REVISION_DIGITS, RevisionReference, check_name, is_digest
+from registry.principal import Principal
 
 _Signature = tuple[int, int, int]
 
@@ -42,11 +49,15 @@ def revision_of(name: str, digest: str) -> str:
 
 
 class ArtifactStore:
-    """Reads need no lock. Whoever calls ``add`` or ``discard`` holds the registry's lock."""
+    """Reads need no lock. Whoever calls ``add`` or ``discard`` holds the registry's lock.
 
-    def __init__(self, layout: Layout, filesystem: Filesystem) -> None:
+    ``principal``: on whose behalf; :meth:`find` finds nothing that it does not see.
+    """
+
+    def __init__(self, layout: Layout, filesystem: Filesystem, principal: Principal | None = None) -> None:
         self._layout = layout
         self._filesystem = filesystem
+        self._principal = principal
         # Manifests never change under a path; the signature notices a directory that was replaced by hand.
         self._cache: dict[Path, tuple[_Signature, Artifact]] = {}
 
@@ -87,7 +98,11 @@ class ArtifactStore:
         Raises:
             ModelNotFoundError: none does, or more than one.
         """
-        found = self._valid(reference.name, reference.digest_prefix)
+        found = [
+            artifact
+            for artifact in self._valid(reference.name, reference.digest_prefix)
+            if self._principal is None or self._principal.sees(artifact.manifest.tenant)
+        ]
         if not found:
             raise ModelNotFoundError(
                 f"The model '{reference.text}' does not exist. List the revisions of '{reference.name}' to "
@@ -102,6 +117,21 @@ class ArtifactStore:
                 param="model",
             )
         return found[0]
+
+    def find_own(self, reference: RevisionReference) -> Artifact:
+        """As :meth:`find`, if it may be removed.
+
+        Raises:
+            PermissionDeniedError: it is shared by all, and only the service's own tenant may change that.
+        """
+        artifact = self.find(reference)
+        if self._principal is not None and not self._principal.owns(artifact.manifest.tenant):
+            raise PermissionDeniedError(
+                f"'{artifact.revision}' is shared by all tenants, so only the service's own may remove it.",
+                code="shared_model",
+                param="model",
+            )
+        return artifact
 
     def all(self, name: str | None = None) -> list[Artifact]:
         """All valid artifacts (of one name), by name, then age, then digest.

@@ -31,7 +31,14 @@ class Flips:
         """See :meth:`registry.store.Registry.set_alias`."""
         with self._changes.one(f"set the alias '{alias.text}'"):
             artifact, running = self._found(revision, canary)
-            return self._aliases.put(alias, artifact, canary=_record(canary, running), expected=expected, now=now)
+            return self._aliases.put(
+                alias,
+                artifact,
+                canary=_record(canary, running),
+                canary_tenant=None if running is None else running.manifest.tenant,
+                expected=expected,
+                now=now,
+            )
 
     def check(
         self,
@@ -49,7 +56,7 @@ class Flips:
     def roll_back(self, alias: MutableReference, *, now: int) -> Alias:
         """See :meth:`registry.store.Registry.rollback_alias`."""
         with self._changes.one(f"roll back the alias '{alias.text}'"):
-            present = self._aliases.require(alias)
+            present = self._aliases.require_own(alias)
             if present.canary is not None:
                 return self._aliases.end_canary(alias, present, now)
             for index in reversed(range(len(present.history))):
@@ -64,7 +71,7 @@ class Flips:
     def delete(self, alias: MutableReference) -> None:
         """See :meth:`registry.store.Registry.delete_alias`."""
         with self._changes.one(f"delete the alias '{alias.text}'"):
-            self._aliases.require(alias)
+            self._aliases.require_own(alias)
             self._aliases.remove(alias)
 
     def _found(self, revision: RevisionReference, canary: CanaryRequest | None) -> tuple[Artifact, Artifact | None]:

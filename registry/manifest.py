@@ -108,6 +108,8 @@ class ManifestDraft(Record):
     seed: int | None = None
     library_versions: dict[str, str] = {}
     job_id: str | None = None
+    tenant: str | None = None
+    """Whose it is; nobody else sees it. None: it is shared by all."""
     parents: list[str] = []
     """Revisions this one was made from."""
     quantized_from: Sha256 | None = None

@@ -37,7 +37,7 @@ class Removal:
         """See :meth:`registry.store.Registry.remove`; ``now`` is in unix seconds."""
         action = f"remove '{reference.text}'"
         with self._changes.one(action):
-            artifact = self._artifacts.find(reference)
+            artifact = self._artifacts.find_own(reference)
             aliases = [a for a in self._aliases.all(skip_damaged=False) if a.serves(artifact.digest)]
             users = [a.revision for a in self._artifacts.all() if a.manifest.base_model.id == artifact.revision]
             if (aliases or users) and not force:

@@ -34,6 +34,7 @@ from registry.names import (
     parse_reference,
     shown,
 )
+from registry.principal import Principal
 from registry.publishing import Publisher
 from registry.removal import Removal
 from registry.staging import StagingArea, copy_into
@@ -45,8 +46,9 @@ class Registry:
 
     Args of the constructor: ``create`` makes a missing registry; ``read_only`` promises that nothing is ever
     written, so it works on a read-only mount; ``reserved_names`` are refused for new names and aliases (give
-    the ids of base models that are served beside the adapters); ``filesystem`` and ``clock`` (unix seconds)
-    are for tests.
+    the ids of base models that are served beside the adapters); ``principal``: on whose behalf (see
+    :meth:`on_behalf_of`), not given: for the operator, who sees everything; ``filesystem`` and ``clock`` (unix
+    seconds) are for tests.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Registry:
         create: bool = True,
         read_only: bool = False,
         reserved_names: Collection[str] = (),
+        principal: Principal | None = None,
         filesystem: Filesystem | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -65,9 +68,10 @@ class Registry:
         self._filesystem = filesystem if filesystem is not None else Filesystem()
         self._clock = clock
         self._layout = Layout(self.root)
-        self._artifacts = ArtifactStore(self._layout, self._filesystem)
+        self._principal = principal
+        self._artifacts = ArtifactStore(self._layout, self._filesystem, principal)
         self._changes = Changes(self._layout, self._filesystem)
-        self._aliases = AliasStore(self._layout, self._filesystem)
+        self._aliases = AliasStore(self._layout, self._filesystem, principal)
         self._staging = StagingArea(self._layout.staging, self._filesystem)
         self._publisher = Publisher(self._filesystem, self._artifacts, self._aliases, self._changes, self._staging)
         self._flips = Flips(self._artifacts, self._aliases, self._changes)
@@ -79,6 +83,23 @@ class Registry:
                 create_layout(self._layout, self._filesystem)
             else:
                 check_layout(self._layout)
+
+    def on_behalf_of(self, principal: Principal) -> Registry:
+        """The same registry as one principal sees it.
+
+        What another tenant published is as little there as what nobody did; what is published is the principal's own;
+        and it changes and removes only that, unless it may change what belongs to no tenant. Names are one space for
+        all tenants: a name that another one has cannot be taken.
+        """
+        return Registry(
+            self.root,
+            create=False,
+            read_only=self.read_only,
+            reserved_names=self._reserved_names,
+            principal=principal,
+            filesystem=self._filesystem,
+            clock=self._clock,
+        )
 
     # Publishing
 
@@ -119,6 +140,8 @@ class Registry:
         targets = [self._new_alias(text) for text in (alias, fine_tuned_name) if text is not None]
         if fine_tuned_name is not None and not isinstance(targets[-1], FineTunedName):
             raise InvalidNameError(f"{shown(fine_tuned_name)} is not a fine-tuned name; it must start with 'ft:'.")
+        if self._principal is not None:
+            draft = draft.model_copy(update={"tenant": self._principal.tenant})
         return self._publisher.publish(source_dir, draft, targets, now=self._now())
 
     def import_adapter(
@@ -176,7 +199,7 @@ class Registry:
         if name is not None:
             check_name(name)
         with storage_errors("list the artifacts"):
-            return self._artifacts.all(name)
+            return [artifact for artifact in self._artifacts.all(name) if self._sees(artifact.manifest.tenant)]
 
     def alias(self, alias: str) -> Alias:
         """One alias or ``ft:`` name with its history.
@@ -191,7 +214,7 @@ class Registry:
     def aliases(self) -> list[Alias]:
         """All aliases and ``ft:`` names. A damaged alias file is left out."""
         with storage_errors("list the aliases"):
-            return self._aliases.all()
+            return [alias for alias in self._aliases.all() if self._sees(alias.tenant)]
 
     def checkpoints(self, fine_tuned_name: str) -> list[Alias]:
         """The ``…:ckpt-step-<number>`` names of a job's result, whether or not that is published; by step.
@@ -204,7 +227,9 @@ class Registry:
             raise InvalidNameError(f"{shown(fine_tuned_name)} is not the fine-tuned name of a job's result.")
         with storage_errors(f"list the checkpoints of '{fine_tuned_name}'"):
             found = {
-                step: alias for alias in self._aliases.checkpoints_of(parsed) if (step := _step_of(alias)) is not None
+                step: alias
+                for alias in self._aliases.checkpoints_of(parsed)
+                if (step := _step_of(alias)) is not None and self._sees(alias.tenant)
             }
         return [found[step] for step in sorted(found)]
 
@@ -327,6 +352,9 @@ class Registry:
             check_name(alias.name, reserved=self._reserved_names)
         self._layout.alias(alias)
         return alias
+
+    def _sees(self, tenant: str | None) -> bool:
+        return self._principal is None or self._principal.sees(tenant)
 
     def _now(self) -> int:
         return int(self._clock())
