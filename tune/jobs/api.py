@@ -44,14 +44,21 @@ class TuningApi:
         *,
         base_models: Mapping[str, str] | Callable[[], Mapping[str, str]],
         max_lora_rank: int | None = None,
+        max_gpus: int | None = None,
     ) -> None:
         files = FileStore(database)
         self.files = FileService(files, storage)
         self.uploads = UploadService(UploadStore(database, max_part_bytes=storage.max_part_bytes), self.files)
-        self.jobs = JobService(
-            JobStore(database), files, registry, base_models=base_models, max_lora_rank=max_lora_rank
-        )
         self.permissions = PermissionStore(database)
+        self.jobs = JobService(
+            JobStore(database),
+            files,
+            registry,
+            self.permissions,
+            base_models=base_models,
+            max_lora_rank=max_lora_rank,
+            max_gpus=max_gpus,
+        )
         self.webhook_endpoints = EndpointStore(database)
         self._sender = WebhookSender(Outbox(database))
         self._registry = registry

@@ -29,10 +29,10 @@ def row_format(path: Path) -> RowFormat:
     with open_file(path) as file:
         for line, raw in read_lines(file):
             try:
-                is_preference = isinstance(raw, bytes) and detect_format(decode_object(raw, line)) == "preference"
+                found = detect_format(decode_object(raw, line)) if isinstance(raw, bytes) else None
             except RowFault:
-                is_preference = False
-            return "preference" if is_preference else "chat"
+                found = None
+            return found if found == "preference" or found == "text" else "chat"
     return "chat"
 
 
@@ -58,13 +58,10 @@ def check_training_file(path: Path) -> FileReport:
 
 
 def _check(path: Path) -> FileReport:
-    if row_format(path) == "chat":
+    form = row_format(path)
+    if form == "chat":
         return check_rows(path, parse_chat_row, REPORTED_ERRORS)
-    return check_rows(path, _parse_preference_row, REPORTED_ERRORS)
-
-
-def _parse_preference_row(raw: bytes, line: int) -> object:
-    return parse_object(decode_object(raw, line), line, "preference")
+    return check_rows(path, lambda raw, line: parse_object(decode_object(raw, line), line, form), REPORTED_ERRORS)
 
 
 def main() -> None:

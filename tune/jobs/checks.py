@@ -69,16 +69,6 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
             raise InvalidRequestError(f"metadata[{key[:80]!r}]: the character NUL is not allowed", param="metadata")
 
 
-def check_integrations(integrations: list[Any] | None) -> None:
-    if integrations:
-        raise InvalidRequestError(
-            "integrations are not offered: Capo sends no data to other services; "
-            "the metrics are in the job's events and in its result file",
-            code="integrations_not_offered",
-            param="integrations",
-        )
-
-
 def collect(faults: list[InvalidRequestError], check: Callable[[], Any]) -> Any:
     """The check's result; ``None`` after its fault was added to ``faults``."""
     try:

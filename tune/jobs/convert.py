@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 from registry.errors import InvalidRequestError
 from tune.choices import choose_batch, choose_epochs
+from tune.jobs.integrations import wandb_options
 from tune.jobs.records import Hyperparameters, JobMethod, JobRecord, NewJob
 from tune.jobs.requests import CapoBody, DpoHyperparametersBody, HyperparametersBody
+from tune.jobs.stages import all_stages
+from tune.jobs.starting_model import base_of
 from tune.methods import LoraMethod, publishes_adapter
 from tune.recipe import DataSource, Dpo, Recipe, Stage, Validation, parse_recipe
 
@@ -29,19 +32,6 @@ CHECKPOINT_EVERY_STEPS = 100
 """A killed job repeats at most this many steps. An adapter's checkpoint is small."""
 _LARGEST_MICRO_BATCH = 8
 _STAGE_KINDS: dict[JobMethod, Literal["sft", "dpo"]] = {"supervised": "sft", "dpo": "dpo"}
-_DECIDED_BY_OPENAI = frozenset(
-    {
-        "kind",
-        "data",
-        "validation",
-        "epochs",
-        "max_steps",
-        "micro_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate_multiplier",
-        "dpo",
-    }
-)
 
 
 def resolve_hyperparameters(
@@ -131,11 +121,15 @@ def job_recipe(
         "name": artifact_name,
         "base_model": base_model,
         "method": extension.method or extension.lora or LoraMethod(),
-        "stages": (stage | _stage_extension(extension, stage),),
+        "start_from": job.model if job.model.startswith("ft:") else None,
+        "stages": all_stages(extension, stage),
         "seed": job.seed,
-        "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,
+        "checkpoint_every_steps": extension.checkpoint_every_steps or CHECKPOINT_EVERY_STEPS,
         "promote_alias": extension.alias,
     }
+    recipe |= wandb_options(
+        job.integrations, base_model=base_of(job.model), job_id=job.id if isinstance(job, JobRecord) else None
+    )
     whole: tuple[Literal["dtype", "save_dtype", "evaluation", "promote_if", "exports"], ...] = (
         "dtype",
         "save_dtype",
@@ -148,18 +142,6 @@ def job_recipe(
     _check_servable(parsed)
     _check_no_paths(parsed)
     return parsed
-
-
-def _stage_extension(extension: CapoBody, stage: Mapping[str, Any]) -> dict[str, Any]:
-    given = extension.stage or {}
-    for name in given:
-        if name in _DECIDED_BY_OPENAI or (name in stage and stage[name] is not None):
-            raise InvalidRequestError(
-                f"capo.stage.{name} is decided by another field of this request (OpenAI's hyper-parameters, files and "
-                "method, or capo's own of that name); leave it out",
-                param=f"capo.stage.{name}"[:120],
-            )
-    return dict(given)
 
 
 def _check_servable(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ WAITING: tuple[JobStatus, ...] = ("validating_files", "queued")
 OPEN: tuple[JobStatus, ...] = (*WAITING, "running")
 
 FilePurpose = Literal["fine-tune", "fine-tune-results"]
-RowFormat = Literal["chat", "preference"]
+RowFormat = Literal["chat", "preference", "text"]
 JobMethod = Literal["supervised", "dpo"]
 EventLevel = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
@@ -87,6 +87,10 @@ class NewJob:
     method: JobMethod = "supervised"
     priority: int = 0
     gpus: int = 0
+    integrations: Sequence[Mapping[str, Any]] = ()
+    """OpenAI's objects, as they were asked for."""
+    further_files: Sequence[str] = ()
+    """That only the stages of ``extensions`` name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ class JobRecord:
     method: JobMethod
     gpus: int
     """Only a worker that offers as many takes it."""
+    integrations: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,14 +99,21 @@ class CapoBody(Body):
     """A recipe's ``method``: any that publishes an adapter. Instead of ``lora``."""
     stage: dict[str, Any] | None = None
     """Keys of a recipe's stage, except those that OpenAI's fields decide."""
+    stages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=16)] | None = None
+    """A recipe's stages in order; paths are ids of uploaded files. One has no ``data``: it is the request's own stage,
+    and may hold what ``stage`` may. Instead of ``stage``."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     save_dtype: Literal["auto", "float32", "bfloat16"] | None = None
     evaluation: dict[str, Any] | None = None
     """A recipe's ``evaluation``, on the held-out rows: a client names no paths of the server."""
     promote_if: str | None = None
     exports: list[dict[str, Any]] | None = None
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Between checkpoints that a killed job resumes from."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Of waiting jobs the highest goes first."""
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """The job waits for a worker that offers as many; 0 = any worker takes it."""
     alias: str | None = None
     """Name that points to the result as soon as it is published."""
     validation_share: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
@@ -114,6 +121,18 @@ class CapoBody(Body):
     max_length: Annotated[int, Field(ge=8)] | None = None
     over_length: Literal["truncate", "drop", "refuse"] | None = None
     evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
+
+
+class WandbBody(Body):
+    project: Annotated[str, Field(min_length=1, max_length=128)]
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    tags: Annotated[list[str], Field(max_length=16)] | None = None
+
+
+class IntegrationBody(Body):
+    type: Literal["wandb"]
+    wandb: WandbBody
 
 
 class CreateJobBody(Body):
@@ -125,7 +144,7 @@ class CreateJobBody(Body):
     metadata: dict[str, str] | None = None
     hyperparameters: HyperparametersBody | None = None
     method: MethodBody | None = None
-    integrations: list[Any] | None = None
+    integrations: list[IntegrationBody] | None = None
     capo: CapoBody | None = None
 
 

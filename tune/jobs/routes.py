@@ -13,7 +13,7 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 
-from registry.errors import InvalidRequestError, NotFoundError
+from registry.errors import InvalidRequestError
 from registry.principal import current_principal
 from tune.jobs import wire
 from tune.jobs.files import FileService
@@ -25,6 +25,8 @@ from tune.jobs.upload import receive_form
 _UPLOAD_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 _SHORTEST_EXPIRY, _LONGEST_EXPIRY = 3600, 2_592_000
 """An hour to thirty days (openai/types/file_create_params.py)."""
+CHECKPOINT_LIST_DEFAULT = 10
+"""OpenAI's (API reference, "List fine-tuning checkpoints")."""
 FILE_LIST_LIMIT = 10_000
 """Limit and default of GET /v1/files (openai/types/file_list_params.py)."""
 
@@ -91,7 +93,7 @@ def files_router(service: FileService) -> APIRouter:
 
 
 def fine_tuning_router(service: JobService) -> APIRouter:
-    """POST and GET /v1/fine_tuning/jobs, GET one, POST its cancel, pause and resume, GET its events."""
+    """POST and GET /v1/fine_tuning/jobs, GET one, POST its cancel, pause and resume, GET its events and checkpoints."""
     router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
     def own() -> JobService:
@@ -135,13 +137,11 @@ def fine_tuning_router(service: JobService) -> APIRouter:
         return JSONResponse(wire.job_object(await asyncio.to_thread(own().resume, job_id)))
 
     @router.get("/{job_id}/checkpoints")
-    async def list_checkpoints(job_id: str) -> JSONResponse:
-        await asyncio.to_thread(own().job, job_id)
-        raise NotFoundError(
-            "checkpoints are not published as models: only a job's last weights can be called. The figures of "
-            f"every step are metrics events, GET /v1/fine_tuning/jobs/{job_id}/events, and stand in its result file",
-            code="checkpoints_not_offered",
-        )
+    async def list_checkpoints(request: Request, job_id: str) -> JSONResponse:
+        query = read_query(request, ("after", "limit"))
+        limit = limit_of(query, default=CHECKPOINT_LIST_DEFAULT)
+        page = await asyncio.to_thread(partial(own().checkpoints, job_id, after=query.get("after"), limit=limit))
+        return JSONResponse(wire.list_object(page, wire.checkpoint_object))
 
     @router.get("/{job_id}/events")
     async def list_events(request: Request, job_id: str) -> JSONResponse:

@@ -119,4 +119,5 @@ def job_record(row: Row[Any]) -> JobRecord:
     code, message = values["error_code"], values["error_message"]
     values["error"] = None if code is None else JobError(code, message, values["error_param"])
     values["hyperparameters"] = Hyperparameters(**values["hyperparameters"])
+    values["integrations"] = values["integrations"] or ()
     return JobRecord(**{name: values[name] for name in JobRecord.__dataclass_fields__})

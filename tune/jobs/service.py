@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
-from registry import Registry
-from registry.errors import InvalidNameError, InvalidRequestError, NotFoundError
+from registry import Artifact, Registry
+from registry.errors import InvalidNameError, InvalidRequestError
 from registry.names import alias_file_stem, check_name, parse_alias
+from tune.jobs.checkpoints import CheckpointRecord, checkpoints_of
 from tune.jobs.checks import (
     as_one,
-    check_integrations,
     check_metadata,
     check_method,
     collect,
@@ -23,28 +23,28 @@ from tune.jobs.checks import (
 from tune.jobs.convert import held_out_share, job_recipe, resolve_hyperparameters
 from tune.jobs.file_store import FileStore
 from tune.jobs.idempotency import Idempotency
-from tune.jobs.records import EventRecord, FileRecord, JobMethod, JobRecord, NewEvent, NewJob, Page, RowFormat
+from tune.jobs.integrations import check_integrations
+from tune.jobs.permissions.store import PermissionStore
+from tune.jobs.records import EventRecord, JobRecord, NewEvent, NewJob, Page
 from tune.jobs.requests import CapoBody, CreateJobBody
-from tune.jobs.store import JobStore, fine_tuned_name
+from tune.jobs.stages import main_stage_of
+from tune.jobs.starting_model import StartingModel, starting_model
+from tune.jobs.store import JobStore, News, fine_tuned_name
+from tune.jobs.training_files import TrainingFiles, further_files, training_files
 from tune.methods import LoraMethod, QloraMethod, extracted_rank
 from tune.recipe import Recipe
+from tune.starting import started_method
 
-_ROW_FORMATS: dict[JobMethod, RowFormat] = {"supervised": "chat", "dpo": "preference"}
-FEWEST_ROWS = 10
-"""OpenAI's minimum for a training file (platform guide "Supervised fine-tuning")."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    training: FileRecord
-    validation: FileRecord | None
+_LARGEST_STEP = 999_999_999
+"""Of a checkpoint's name (registry/names.py); the job's own name must leave room for it."""
 
 
 class JobService:
     """The fine-tuning API's behaviour. Methods block.
 
     ``base_models`` maps each served base's id to what a recipe's ``base_model`` takes; a callable is asked
-    anew for each job. ``max_lora_rank`` is the serving engine's limit, ``None`` = not known.
+    anew for each job. ``max_lora_rank`` is the serving engine's limit and ``max_gpus`` what the largest worker offers,
+    ``None`` = not known.
     """
 
     def __init__(
@@ -52,15 +52,19 @@ class JobService:
         store: JobStore,
         files: FileStore,
         registry: Registry,
+        permissions: PermissionStore,
         *,
         base_models: Mapping[str, str] | Callable[[], Mapping[str, str]],
         max_lora_rank: int | None = None,
+        max_gpus: int | None = None,
     ) -> None:
         self._store = store
         self._file_store = files
         self._registry = registry
+        self._permissions = permissions
         self._base_models = base_models
         self._max_lora_rank = max_lora_rank
+        self._max_gpus = max_gpus
 
     def seen_by(self, tenant: str) -> JobService:
         """The same service as one tenant sees it: nobody else's jobs and files are there."""
@@ -68,8 +72,10 @@ class JobService:
             self._store.seen_by(tenant),
             self._file_store.seen_by(tenant),
             self._registry,
+            self._permissions,
             base_models=self._base_models,
             max_lora_rank=self._max_lora_rank,
+            max_gpus=self._max_gpus,
         )
 
     def create(self, body: CreateJobBody, asked: Idempotency | None = None) -> JobRecord:
@@ -83,9 +89,9 @@ class JobService:
             return made
         bases = self._base_models() if callable(self._base_models) else self._base_models
         faults: list[InvalidRequestError] = []
+        start: StartingModel | None = collect(faults, lambda: self._start(body.model, bases))
         checks: tuple[Callable[[], object], ...] = (
-            lambda: self._check_model(body.model, bases),
-            lambda: self._check_suffix(body, bases),
+            lambda: self._check_suffix(body, bases, start),
             lambda: check_metadata(body.metadata),
             lambda: check_method(body),
             lambda: check_integrations(body.integrations),
@@ -93,18 +99,20 @@ class JobService:
         )
         for check in checks:
             collect(faults, check)
-        files = collect(faults, lambda: self._files(body))
-        if faults or files is None:
+        files: TrainingFiles | None = collect(faults, lambda: training_files(body, self._file_store))
+        if faults or files is None or start is None:
             raise as_one(faults)
         new = _new_job(body, files)
         # The worker will build this same recipe; one that cannot be built must fail now.
         recipe = job_recipe(
             new,
             artifact_name=body.suffix or "job",
-            base_model=bases[body.model],
+            base_model=bases[start.base],
             training_rows=files.training.rows or 0,
         )
-        self._check_rank(recipe)
+        self._check_rank(recipe if start.adapter is None else _going_on(recipe, start.adapter))
+        main_stage = main_stage_of(body.capo or CapoBody())
+        new = replace(new, further_files=further_files(recipe, main_stage, self._file_store))
         return self._store.create_job(new, _first_events(body, files), asked=asked)
 
     def job(self, job_id: str) -> JobRecord:
@@ -129,31 +137,30 @@ class JobService:
     def resume(self, job_id: str) -> JobRecord:
         return self._store.resume(job_id)
 
+    def event_sequence(self, job_id: str, event_id: str | None) -> int:
+        return self._store.event_sequence(job_id, event_id)
+
+    def news(self, job_id: str, sequence: int) -> News:
+        return self._store.news(job_id, sequence)
+
+    def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> Page[CheckpointRecord]:
+        return checkpoints_of(self._store.job(job_id), self._registry, after=after, limit=limit)
+
     def events(self, job_id: str, *, after: str | None, limit: int) -> Page[EventRecord]:
         return self._store.events(job_id, after=after, limit=limit)
 
-    def _check_model(self, model: str, bases: Collection[str]) -> None:
-        if model in bases:
-            return
-        offered = ", ".join(sorted(bases)) or "none"
-        try:
-            self._registry.resolve(model)
-        except (NotFoundError, InvalidRequestError):
-            reason = "is not a base model of this server"
-        else:
-            reason = "is itself a fine-tuned model, and training on top of one is not offered"
-        raise InvalidRequestError(
-            f"model {model[:120]!r} {reason}; base models: {offered}",
-            code="model_not_available",
-            param="model",
+    def _start(self, model: str, bases: Collection[str]) -> StartingModel:
+        return starting_model(
+            model, bases, registry=self._registry, tenant=self._store.tenant, permissions=self._permissions
         )
 
-    def _check_suffix(self, body: CreateJobBody, bases: Collection[str]) -> None:
+    def _check_suffix(self, body: CreateJobBody, bases: Collection[str], start: StartingModel | None) -> None:
         _check_name("suffix", body.suffix, bases)
-        if body.model not in bases:
+        if start is None:
             return
+        name = fine_tuned_name(start.base, self._store.tenant, body.suffix)
         try:
-            alias_file_stem(parse_alias(fine_tuned_name(body.model, self._store.tenant, body.suffix)))
+            alias_file_stem(parse_alias(f"{name}:ckpt-step-{_LARGEST_STEP}"))
         except InvalidNameError as error:
             raise InvalidRequestError(f"suffix: {error.message}", code="invalid_suffix", param="suffix") from error
 
@@ -169,6 +176,12 @@ class JobService:
         if extension.lora is not None and extension.method is not None:
             raise InvalidRequestError(
                 "capo.lora and capo.method both say what is trained; give one of them", param="capo.method"
+            )
+        if self._max_gpus is not None and extension.gpus > self._max_gpus:
+            raise InvalidRequestError(
+                f"capo.gpus={extension.gpus} is above {self._max_gpus}, the GPUs of the largest worker here; the job "
+                "would wait for ever, so ask for fewer",
+                param="capo.gpus",
             )
         rank = None if extension.lora is None else extension.lora.rank
         if rank is not None and self._max_lora_rank is not None and rank > self._max_lora_rank:
@@ -187,53 +200,18 @@ class JobService:
                 param="capo.method",
             )
 
-    def _files(self, body: CreateJobBody) -> _Files:
-        method = given_method(body)
-        training = self._fine_tune_file("training_file", body.training_file, method)
-        if training.rows is None or training.rows < FEWEST_ROWS:
-            raise InvalidRequestError(
-                f"training_file {training.id} has {training.rows or 0} rows; {FEWEST_ROWS} are the minimum",
-                code="too_few_rows",
-                param="training_file",
-            )
-        if body.validation_file is None:
-            return _Files(training, None)
-        validation = self._fine_tune_file("validation_file", body.validation_file, method)
-        if validation.sha256 == training.sha256:
-            raise InvalidRequestError(
-                "validation_file has the same content as training_file, so it would measure only memory; "
-                "upload rows that are not trained on",
-                param="validation_file",
-            )
-        return _Files(training, validation)
 
-    def _fine_tune_file(self, param: str, file_id: str, method: JobMethod) -> FileRecord:
-        try:
-            record = self._file_store.get(file_id)
-        except NotFoundError as error:
-            raise InvalidRequestError(
-                f"{param}: there is no file {file_id[:80]!r}; upload it with purpose 'fine-tune'",
-                code="file_not_found",
-                param=param,
-            ) from error
-        if record.purpose != "fine-tune":
-            raise InvalidRequestError(
-                f"{param}: {file_id} has the purpose {record.purpose!r}, 'fine-tune' is needed",
-                code="wrong_purpose",
-                param=param,
-            )
-        needed = _ROW_FORMATS[method]
-        if record.row_format != needed:
-            raise InvalidRequestError(
-                f"{param}: {file_id} holds {record.row_format} rows, and method {method!r} trains on {needed} rows; "
-                "give another file, or the method that fits it",
-                code="wrong_format",
-                param=param,
-            )
-        return record
+def _going_on(recipe: Recipe, adapter: Artifact) -> Recipe:
+    """The recipe with the adapter's shape; what the worker would refuse is refused now, in the request's words."""
+    assert isinstance(recipe.method, LoraMethod | QloraMethod), recipe.method
+    try:
+        return recipe.model_copy(update={"method": started_method(recipe.method, adapter)})
+    except InvalidRequestError as error:
+        param = f"capo.{error.param}" if error.param and error.param.startswith("method.") else "model"
+        raise InvalidRequestError(error.message, code=error.code, param=param) from error
 
 
-def _new_job(body: CreateJobBody, files: _Files) -> NewJob:
+def _new_job(body: CreateJobBody, files: TrainingFiles) -> NewJob:
     extension = body.capo or CapoBody()
     return NewJob(
         model=body.model,
@@ -250,12 +228,14 @@ def _new_job(body: CreateJobBody, files: _Files) -> NewJob:
         ),
         method=given_method(body),
         priority=extension.priority,
+        gpus=extension.gpus,
         metadata=body.metadata,
         extensions=extension.model_dump(mode="json", exclude_unset=True),
+        integrations=[given.model_dump(mode="json", exclude_none=True) for given in body.integrations or ()],
     )
 
 
-def _first_events(body: CreateJobBody, files: _Files) -> list[NewEvent]:
+def _first_events(body: CreateJobBody, files: TrainingFiles) -> list[NewEvent]:
     rows = files.training.rows or 0
     share = held_out_share(body.capo or CapoBody(), rows=rows, has_validation_file=files.validation is not None)
     events = [NewEvent(f"Files validated: {rows} training rows", data={"rows": rows})]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import and_, exists, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
@@ -36,16 +36,27 @@ from tune.jobs.rows import (
     position_of,
     unknown_cursor,
 )
-from tune.jobs.schema import events, job_metadata, jobs
+from tune.jobs.schema import events, job_files, job_metadata, jobs
+from tune.jobs.starting_model import base_of
 from tune.jobs.webhooks.outbox import announce
 
 SILENCE_FACTOR = 2.0
 """After this many leases without a heartbeat a cancel does not wait for the worker any more."""
+_NEWS_LIMIT = 200
 
 
-def fine_tuned_name(model: str, tenant: str, suffix: str | None) -> str:
+@dataclass(frozen=True, slots=True)
+class News:
+    """Events that a follower of a job has not seen."""
+
+    events: Sequence[EventRecord]
+    is_complete: bool
+    """The job has ended, and its last event is among these or was seen before."""
+
+
+def fine_tuned_name(base: str, tenant: str, suffix: str | None) -> str:
     """A new ``ft:<base>:<organization>:<suffix>:<id>``, as OpenAI names results; the suffix may be empty."""
-    return f"ft:{model}:{tenant}:{suffix or ''}:{new_id('', 8)}"
+    return f"ft:{base}:{tenant}:{suffix or ''}:{new_id('', 8)}"
 
 
 class JobStore:
@@ -99,9 +110,9 @@ class JobStore:
     def _create_job(self, new: NewJob, first_events: Sequence[NewEvent], asked: Idempotency | None) -> JobRecord:
         now = int(self._clock())
         job_id = new_id("ftjob-")
-        name = fine_tuned_name(new.model, self.tenant, new.suffix)
+        name = fine_tuned_name(base_of(new.model), self.tenant, new.suffix)
         with self._database.write() as connection:
-            for file_id in filter(None, (new.training_file, new.validation_file)):
+            for file_id in filter(None, (new.training_file, new.validation_file, *new.further_files)):
                 live_file(connection, file_id, now=now, tenant=self._tenant, lock=True)
             connection.execute(
                 insert(jobs).values(
@@ -116,6 +127,7 @@ class JobStore:
                     hyperparameters=asdict(new.hyperparameters),
                     metadata=None if new.metadata is None else dict(new.metadata),
                     extensions=dict(new.extensions),
+                    integrations=[dict(integration) for integration in new.integrations] or None,
                     method=new.method,
                     priority=new.priority,
                     gpus=new.gpus,
@@ -124,6 +136,8 @@ class JobStore:
                     result_files=[],
                 )
             )
+            for file_id in new.further_files:
+                connection.execute(insert(job_files).values(job_id=job_id, file_id=file_id))
             if new.metadata:
                 pairs = [{"job_id": job_id, "key": key, "value": value} for key, value in new.metadata.items()]
                 connection.execute(insert(job_metadata), pairs)
@@ -271,6 +285,35 @@ class JobStore:
                 query = query.where(events.c.sequence < sequence)
             rows = connection.execute(query.limit(limit + 1)).all()
         return Page([event_record(row) for row in rows[:limit]], len(rows) > limit)
+
+    def event_sequence(self, job_id: str, event_id: str | None) -> int:
+        """The number of one of the job's events, for :meth:`news`; 0 for ``None``.
+
+        Raises:
+            NotFoundError: there is no such job.
+            InvalidRequestError: the job has no such event.
+        """
+        with self._database.read() as connection:
+            load_job(connection, job_id, tenant=self._tenant)
+            if event_id is None:
+                return 0
+            number = connection.execute(
+                select(events.c.sequence).where(events.c.id == event_id, events.c.job_id == job_id)
+            ).scalar_one_or_none()
+        if number is None:
+            raise unknown_cursor(event_id)
+        return int(number)
+
+    def news(self, job_id: str, sequence: int) -> News:
+        """What came after ``sequence``, at most some hundred events at a time.
+
+        Job and events are of one moment, so that nothing is missed of a job that is ending.
+        """
+        query = select(events).where(events.c.job_id == job_id, events.c.sequence > sequence)
+        with self._database.read() as connection:
+            job = load_job(connection, job_id, tenant=self._tenant)
+            rows = connection.execute(query.order_by(events.c.sequence).limit(_NEWS_LIMIT)).all()
+        return News([event_record(row) for row in rows], job.status not in OPEN and len(rows) < _NEWS_LIMIT)
 
     def events_since(self, job_id: str, sequence: int, *, limit: int = 1000) -> list[EventRecord]:
         """Oldest first, those after ``sequence`` (0 = from the beginning): for following a job."""

@@ -27,6 +27,7 @@ from registry.errors import (
     StorageError,
     UnavailableError,
 )
+from registry.principal import Principal
 from tune.jobs.convert import job_recipe, parse_extension
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileStorage, file_sha256
@@ -36,7 +37,9 @@ from tune.jobs.queue import LEASE_LOST, Asked, Outcome, RequeueReason, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
 from tune.jobs.results import store_metrics_table
 from tune.jobs.settings import WorkerSettings
+from tune.jobs.starting_model import base_of
 from tune.jobs.store import JobStore
+from tune.jobs.training_files import file_ids_of
 from tune.progress import Observer, StopRequested
 from tune.recipe import Recipe
 
@@ -55,9 +58,6 @@ class TrainedModel(Protocol):
 
     @property
     def artifact(self) -> Artifact: ...
-
-    @property
-    def trained_tokens(self) -> int: ...
 
 
 class TrainFunction(Protocol):
@@ -136,8 +136,7 @@ class JobRun:
             return False
         if artifact.manifest.job_id != self._job.id:
             return False
-        tokens = artifact.manifest.metrics.get("trained_tokens")
-        self._succeed(artifact, None if tokens is None else int(tokens))
+        self._succeed(artifact)
         return True
 
     def settle_stop(self) -> None:
@@ -199,7 +198,11 @@ class JobRun:
         try:
             result = train(
                 self._recipe(),
-                registry=LeasedRegistry(self._settings.registry_dir, check_lease=lambda: self._queue.check(job)),
+                registry=LeasedRegistry(
+                    self._settings.registry_dir,
+                    principal=Principal.for_work(job.tenant, house=self._settings.organization),
+                    check_lease=lambda: self._queue.check(job),
+                ),
                 work_dir=self._settings.work_dir(job.id),
                 observer=observer,
                 should_stop=self._should_stop,
@@ -210,9 +213,13 @@ class JobRun:
             )
         finally:
             observer.close()
-        self._succeed(result.artifact, result.trained_tokens)
+        self._succeed(result.artifact)
 
-    def _succeed(self, artifact: Artifact, trained_tokens: int | None) -> None:
+    def _succeed(self, artifact: Artifact) -> None:
+        metrics = artifact.manifest.metrics
+        # OpenAI's trained_tokens are all that went through the model; artifacts of older Capos count those with loss.
+        tokens = metrics.get("processed_tokens", metrics.get("trained_tokens"))
+        trained_tokens = None if tokens is None else int(tokens)
         result_file = store_metrics_table(self._store, self._storage, self._job)
         try:
             self._queue.succeed(self._job, Outcome(artifact.revision, trained_tokens, result_file))
@@ -223,23 +230,27 @@ class JobRun:
 
     def _recipe(self) -> Recipe:
         job = self._job
-        base_model = self._settings.base_models.get(job.model)
+        base_model = self._settings.base_models.get(base_of(job.model))
         if base_model is None:
             offered = ", ".join(sorted(self._settings.base_models)) or "none"
             raise InvalidRequestError(
-                f"this worker has no base model {job.model!r}; it has: {offered}",
+                f"this worker has no base model {base_of(job.model)!r}; it has: {offered}",
                 code="model_not_available",
                 param="model",
             )
         training = self._unchanged("training_file", job.training_file)
         if job.validation_file is not None:
             self._unchanged("validation_file", job.validation_file)
-        return job_recipe(
+        recipe = job_recipe(
             job,
             artifact_name=job.suffix or job.id.removeprefix("ftjob-"),
             base_model=base_model,
             training_rows=training.rows or 0,
         )
+        seen = {job.training_file, job.validation_file}
+        for file_id in {file_id for stage in recipe.stages for file_id in file_ids_of(stage)} - seen:
+            self._unchanged("capo.stages", file_id)
+        return recipe
 
     def _unchanged(self, param: str, file_id: str) -> FileRecord:
         """The file's record, once its bytes are proven to be those that were checked at upload."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from tune.jobs.checkpoints import CheckpointRecord
 from tune.jobs.records import EventRecord, FileRecord, JobRecord, Page
 
 Record = TypeVar("Record")
@@ -54,7 +55,7 @@ def job_object(job: JobRecord) -> JsonObject:
         "trained_tokens": job.trained_tokens,
         "hyperparameters": shared,
         "method": {"type": job.method, job.method: {"hyperparameters": numbers}},
-        "integrations": [],
+        "integrations": [dict(integration) for integration in job.integrations],
         "metadata": None if job.metadata is None else dict(job.metadata),
         "capo": {
             **job.extensions,
@@ -64,7 +65,26 @@ def job_object(job: JobRecord) -> JsonObject:
             "cancel_requested": job.cancel_requested,
             "paused": job.paused,
             "priority": job.priority,
+            "gpus": job.gpus,
         },
+    }
+
+
+def checkpoint_object(checkpoint: CheckpointRecord) -> JsonObject:
+    """openai/types/fine_tuning/jobs/fine_tuning_job_checkpoint.py. A validation here always covers all rows."""
+    metrics = checkpoint.metrics
+    shown = {"step": float(checkpoint.step), **metrics}
+    for name in ("valid_loss", "valid_mean_token_accuracy"):
+        if f"full_{name}" in metrics:
+            shown[name] = metrics[f"full_{name}"]
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": checkpoint.created_at,
+        "fine_tuned_model_checkpoint": checkpoint.model,
+        "fine_tuning_job_id": checkpoint.job_id,
+        "step_number": checkpoint.step,
+        "metrics": shown,
     }
 
 

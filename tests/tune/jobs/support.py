@@ -22,11 +22,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from registry import Registry
 from registry.errors import CapoError, openai_error_body, wire_kind
 from registry.principal import Principal, acting_as
+from tune.jobs.api import TuningApi
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
 from tune.jobs.records import FileRecord, Hyperparameters, JobRecord, NewJob
-from tune.jobs.routes import files_router, fine_tuning_router
 from tune.jobs.rows import new_id
 from tune.jobs.service import JobService
 from tune.jobs.settings import files_dir
@@ -74,6 +74,7 @@ class Place:
     jobs: JobService
     registry: Registry
     database_url: str
+    api: TuningApi
 
     @property
     def data_dir(self) -> Path:
@@ -96,17 +97,30 @@ class Place:
         return sorted(path.name for path in files_dir(self.data_dir).rglob("*") if path.is_file())
 
 
-def open_place(directory: Path, *, max_file_bytes: int = 1024 * 1024, database_url: str | None = None) -> Place:
+def open_place(
+    directory: Path,
+    *,
+    max_file_bytes: int = 1024 * 1024,
+    max_part_bytes: int = 1024 * 1024,
+    max_upload_bytes: int = 4 * 1024 * 1024,
+    database_url: str | None = None,
+) -> Place:
     """``database_url``: of an empty database; a SQLite file of its own when not given."""
     url = database_url or sqlite_url(directory / "jobs.db")
     database = Database(url)
     store = JobStore(database, tenant=TENANT)
     file_rows = FileStore(database, tenant=TENANT)
-    storage = FileStorage(files_dir(directory / "data"), max_file_bytes=max_file_bytes)
+    storage = FileStorage(
+        files_dir(directory / "data"),
+        max_file_bytes=max_file_bytes,
+        max_part_bytes=max_part_bytes,
+        max_upload_bytes=max_upload_bytes,
+    )
     registry = Registry(directory / "registry")
     bases = {BASE: BASE, "Qwen/Qwen3-0.6B": "/bases/qwen"}
-    jobs = JobService(store, file_rows, registry, base_models=bases, max_lora_rank=64)
-    return Place(directory, database, store, file_rows, FileService(file_rows, storage), jobs, registry, url)
+    api = TuningApi(database, storage, registry, base_models=bases, max_lora_rank=64)
+    files, jobs = api.files.seen_by(TENANT), api.jobs.seen_by(TENANT)
+    return Place(directory, database, store, file_rows, files, jobs, registry, url, api)
 
 
 def new_job(training_file: str, **changes: Any) -> NewJob:
@@ -145,8 +159,8 @@ def add_file_row(file_rows: FileStore, **changes: Any) -> str:
 def serve(place: Place) -> Iterator[str]:
     """The API on a free loopback port; yields its base URL."""
     app = FastAPI()
-    app.include_router(files_router(place.files))
-    app.include_router(fine_tuning_router(place.jobs))
+    for router in place.api.routers():
+        app.include_router(router)
 
     app.add_middleware(_AsOneTenant)
 

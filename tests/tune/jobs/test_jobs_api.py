@@ -457,10 +457,3 @@ def test_a_cursor_of_another_jobs_event_is_refused(client: OpenAI, place: Place)
     foreign = place.store.events_since(first.id, 0)[0].id
     with pytest.raises(openai.BadRequestError):
         client.fine_tuning.jobs.list_events(second.id, after=foreign)
-
-
-def test_checkpoints_are_refused_with_the_way_to_the_figures(client: OpenAI, place: Place, training_file: str) -> None:
-    job = place.queue_job(training_file)
-    with pytest.raises(openai.NotFoundError, match=f"/v1/fine_tuning/jobs/{job.id}/events") as refused:
-        client.fine_tuning.jobs.checkpoints.list(job.id)
-    assert refused.value.code == "checkpoints_not_offered"

@@ -37,9 +37,11 @@ def permissions_router(store: PermissionStore, registry: Registry) -> APIRouter:
             name = parse_reference(model)
         except InvalidNameError:
             name = None
-        if isinstance(name, FineTunedName) and name.organization == current_principal().tenant:
-            registry.resolve(model)
-            return
+        principal = current_principal()
+        if isinstance(name, FineTunedName):
+            artifact = registry.on_behalf_of(principal).resolve(model)
+            if principal.owns(artifact.manifest.tenant):
+                return
         raise ModelNotFoundError(
             f"there is no fine-tuned model {shown(model)} of yours; GET /v1/models lists them", param="model"
         )
