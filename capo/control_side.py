@@ -12,8 +12,10 @@ from registry import BaseModel, Registry
 from serve.catalog import Catalog
 from serve.engine_arguments import engine_limits, max_lora_rank
 from serve.gate import Gate
+from serve.grpc.service_entry import ServiceEntry
 from serve.names_service import NamesService
 from serve.routes import aliases_router, models_router
+from tune.grpc import SERVICE_NAME, TuningServicer
 from tune.jobs.api import TuningApi
 from tune.jobs.database import Database
 from tune.jobs.files import FileStorage
@@ -82,6 +84,9 @@ class ControlSide:
         if self.names is not None:
             routers += [models_router(self.names.catalog), aliases_router(self.names.aliases, self.names.catalog)]
         return routers
+
+    def grpc_services(self) -> list[ServiceEntry]:
+        return [ServiceEntry(SERVICE_NAME, TuningServicer(self.tuning.jobs).add_to)]
 
     def close(self) -> None:
         self.database.close()

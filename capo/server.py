@@ -49,8 +49,7 @@ class StartupReport:
     """What the operator is told once the service is ready."""
 
     url: str
-    grpc_address: str | None
-    """``None``: this role has no engine to ask over gRPC."""
+    grpc_address: str
     start_seconds: float
     choices: list[Choice]
 
@@ -59,8 +58,8 @@ class StartupReport:
 class _Faces:
     http: asyncio.Task[None]
     url: str
-    grpc: GrpcServer | None
-    grpc_address: str | None
+    grpc: GrpcServer
+    grpc_address: str
 
 
 class CapoServer:
@@ -123,9 +122,10 @@ class CapoServer:
             self._end_now(0)
         start.result()
         self._launcher.start()
-        watchers = [asyncio.create_task(self._launcher.watch(), name="workers")]
-        if faces.grpc is not None:
-            watchers.append(asyncio.create_task(self._follow_readiness(faces.grpc), name="grpc-health"))
+        watchers = [
+            asyncio.create_task(self._launcher.watch(), name="launcher"),
+            asyncio.create_task(self._follow_readiness(faces.grpc), name="grpc-health"),
+        ]
         start_seconds = time.monotonic() - self._started_at
         choices = self._inference.choices if self._inference is not None else []
         on_ready(StartupReport(faces.url, faces.grpc_address, start_seconds, choices))
@@ -170,19 +170,20 @@ class CapoServer:
         if settings.metrics_port is not None:
             metrics_app = build_metrics_app(self._access.door)
             servers.append((self._http_server(metrics_app), _listen(settings.host, settings.metrics_port)))
-        grpc_server = grpc_address = None
-        if inference is not None:
-            grpc_server = GrpcServer(inference.serving, access=self._access.door)
-            credentials = None if self._tls is None else self._tls.grpc_credentials()
-            port = await grpc_server.start(settings.host, settings.grpc_port, credentials)
-            grpc_address = f"{settings.host}:{port}"
+        grpc_server = GrpcServer(
+            None if inference is None else inference.serving,
+            access=self._access.door,
+            others=[] if self._control is None else self._control.grpc_services(),
+        )
+        credentials = None if self._tls is None else self._tls.grpc_credentials()
+        grpc_port = await grpc_server.start(settings.host, settings.grpc_port, credentials)
+        grpc_address = f"{settings.host}:{grpc_port}"
         serving = [asyncio.create_task(server.serve(sockets=[place]), name="http") for server, place in servers]
         url = f"{'http' if self._tls is None else 'https'}://{settings.host}:{listener.getsockname()[1]}"
         try:
             yield _Faces(http=serving[0], url=url, grpc=grpc_server, grpc_address=grpc_address)
         finally:
-            if grpc_server is not None:
-                await grpc_server.stop()
+            await grpc_server.stop()
             for server, _ in servers:
                 server.should_exit = True
             await asyncio.gather(*serving)
@@ -203,10 +204,9 @@ class CapoServer:
         )
         return _Server(config)
 
-    async def _drain(self, grpc_server: GrpcServer | None) -> None:
+    async def _drain(self, grpc_server: GrpcServer) -> None:
         # Load balancers must hear of it before the first refusal.
-        if grpc_server is not None:
-            await grpc_server.set_serving(False)
+        await grpc_server.set_serving(False)
         deadline_seconds = self._settings.drain_seconds
         await asyncio.gather(*(side.drain(deadline_seconds) for side in self._sides), self._launcher.stop())
         # Stopping the engine ends what is left with an error event, so that no cut stream looks complete.

@@ -124,7 +124,7 @@ def _announce(report: StartupReport, settings: Settings) -> None:
     base = report.url
     lines = [
         f"Capo is ready at {base} after {report.start_seconds:.1f} s (base model {settings.model}, "
-        f"registry {settings.registry_path}, gRPC {report.grpc_address or 'off'})",
+        f"registry {settings.registry_path}, gRPC {report.grpc_address})",
         *(f"  {' '.join(choice.argv)}: {choice.reason}" for choice in report.choices),
         "",
         "Try it:",

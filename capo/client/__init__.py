@@ -25,6 +25,17 @@ from capo.client.errors import (
     ServerError,
     UnavailableError,
 )
+from capo.client.jobs import (
+    Hyperparameters,
+    Job,
+    JobError,
+    JobEvent,
+    JobMethod,
+    JobOptions,
+    JobPage,
+    JobStatus,
+    Wandb,
+)
 from capo.client.options import (
     ChatOptions,
     Choice,
@@ -82,7 +93,15 @@ __all__ = [
     "DeadlineExceededError",
     "FinishReason",
     "Grammar",
+    "Hyperparameters",
     "InvalidRequestError",
+    "Job",
+    "JobError",
+    "JobEvent",
+    "JobMethod",
+    "JobOptions",
+    "JobPage",
+    "JobStatus",
     "JsonObject",
     "JsonSchema",
     "Message",
@@ -103,4 +122,5 @@ __all__ = [
     "TopLogprob",
     "UnavailableError",
     "Usage",
+    "Wandb",
 ]

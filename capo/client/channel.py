@@ -12,6 +12,8 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_SECONDS = 600.0
 """As long as OpenAI's SDK waits: an answer of thousands of tokens from a small machine takes minutes."""
 DEFAULT_RETRIES = 2
+_FOLLOW_RETRIES = 20
+"""With pauses of up to five seconds: about as long as a service takes to start again."""
 
 OPTIONS = (
     # An answer with log probabilities grows beyond gRPC's 4 MiB; what was asked for may be large.
@@ -33,6 +35,11 @@ class CallSettings:
 
     def timeout(self, given: float | None) -> float | None:
         return self.timeout_seconds if given is None else given
+
+    @property
+    def follow_retries(self) -> int:
+        """Of a stream that can be taken up again; it waits for a service that starts anew."""
+        return _FOLLOW_RETRIES if self.retries else 0
 
     def metadata_with(self, request_id: str | None) -> Metadata:
         return self.metadata if request_id is None else (*self.metadata, ("x-request-id", request_id))

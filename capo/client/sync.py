@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from capo.client import channel, from_protobuf
+from capo.client import channel, from_protobuf, jobs
 from capo.client.attempts import Attempts
 from capo.client.errors import error_of
+from capo.client.jobs import Job, JobEvent, JobOptions, JobPage, create_job_request
 from capo.client.options import ChatOptions, CompletionOptions, Sampling
 from capo.client.results import Adapter, Alias, ChatAnswer, ChatPiece, CompletionAnswer, CompletionPiece, Model
 from capo.client.to_protobuf import Messages, Prompt, chat_request, completion_request
-from capo_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from capo_proto.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    tuning_pb2,
+    tuning_pb2_grpc,
+)
 
 
 class CapoClient:
@@ -46,6 +54,7 @@ class CapoClient:
         )
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._adapters: Any = adapters_pb2_grpc.AdaptersStub(self._channel)
+        self._tuning: Any = tuning_pb2_grpc.TuningStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> CapoClient:
@@ -148,6 +157,78 @@ class CapoClient:
         request = health_pb2.HealthCheckRequest(service=service)
         answer = self._call(self._health.Check, request, retries=0)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    # -- fine-tuning jobs ------------------------------------------------------------------------------------
+
+    def create_job(
+        self,
+        model: str,
+        training_file: str,
+        *,
+        options: JobOptions | None = None,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Job:
+        """Check a job as a whole and queue it. ``training_file`` is the id of a file that was uploaded over HTTP.
+
+        Without an idempotency key in ``options`` it is never tried twice: a lost answer may have made a job.
+        """
+        options = options or JobOptions()
+        request = create_job_request(model, training_file, options)
+        retries = 0 if options.idempotency_key is None else None
+        return jobs.job(self._call(self._tuning.CreateJob, request, request_id, timeout_seconds, retries))
+
+    def job(self, job_id: str) -> Job:
+        return jobs.job(self._call(self._tuning.GetJob, tuning_pb2.GetJobRequest(job_id=job_id)))
+
+    def jobs(
+        self, *, after: str | None = None, limit: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> JobPage:
+        """A page of jobs, the newest first; ``metadata`` keeps those that carry all of these pairs."""
+        request = tuning_pb2.ListJobsRequest(after=after, limit=limit, metadata=metadata)
+        return jobs.job_page(self._call(self._tuning.ListJobs, request))
+
+    def cancel_job(self, job_id: str) -> Job:
+        """End the job for good; a running one at its next step."""
+        return jobs.job(self._call(self._tuning.CancelJob, tuning_pb2.CancelJobRequest(job_id=job_id)))
+
+    def pause_job(self, job_id: str) -> Job:
+        """Hold the job back; a running one stops at its next step, with a checkpoint."""
+        return jobs.job(self._call(self._tuning.PauseJob, tuning_pb2.PauseJobRequest(job_id=job_id)))
+
+    def resume_job(self, job_id: str) -> Job:
+        """Let a paused job go on from its checkpoint."""
+        return jobs.job(self._call(self._tuning.ResumeJob, tuning_pb2.ResumeJobRequest(job_id=job_id)))
+
+    def follow_job(
+        self,
+        job_id: str,
+        *,
+        after_event_id: str | None = None,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Generator[JobEvent, None, None]:
+        """The job's events, from the first or from the one after ``after_event_id``, until the job has ended.
+
+        A stream that breaks is taken up again where it broke, without a gap and without a repetition: a server that
+        starts again is waited for, unless the client makes no retries. ``timeout_seconds``: not set, for ever.
+        """
+        metadata = self._settings.metadata_with(request_id)
+        attempts = Attempts(self._settings.follow_retries, timeout_seconds)
+        while True:
+            request = tuning_pb2.FollowJobRequest(job_id=job_id, after_event_id=after_event_id)
+            call = self._tuning.FollowJob(request, timeout=attempts.seconds_left, metadata=metadata)
+            try:
+                for message in call:
+                    yield jobs.job_event(message)
+                    after_event_id = message.id
+                    attempts = Attempts(self._settings.follow_retries, attempts.seconds_left)
+                return
+            except grpc.RpcError as error:
+                pause = attempts.pause_after(error_of(error), error)
+            finally:
+                call.cancel()  # does nothing to a call that has ended
+            time.sleep(pause)
 
     # -- calls -----------------------------------------------------------------------------------------------
 
