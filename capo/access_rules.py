@@ -82,6 +82,10 @@ HTTP_RULES: Mapping[str, Rule] = {
     f"POST {_PERMISSIONS}": _ADMIN_ACT,
     f"GET {_PERMISSIONS}": _ADMIN,
     f"DELETE {_PERMISSIONS}/{{permission_id}}": _ADMIN_ACT,
+    "POST /v1/webhook_endpoints": _ADMIN_ACT,
+    "GET /v1/webhook_endpoints": _ADMIN,
+    "GET /v1/webhook_endpoints/{endpoint_id}": _ADMIN,
+    "DELETE /v1/webhook_endpoints/{endpoint_id}": _ADMIN_ACT,
 }
 """By method and path, as the routers write them."""
 

@@ -16,7 +16,10 @@ from serve.body_schemas import body_schema
 from serve.engine_api import Endpoint
 from serve.routes.adapters import AliasBody
 from serve.routes.vllm_adapters import LoadBody, UnloadBody
+from tune.jobs.permissions.routes import GrantBody
 from tune.jobs.requests import CreateJobBody
+from tune.jobs.uploads.routes import CompleteUploadBody, CreateUploadBody
+from tune.jobs.webhooks.routes import CreateEndpointBody
 
 Schema = dict[str, Any]
 
@@ -32,6 +35,10 @@ _MODELS: dict[tuple[str, str], type[BaseModel]] = {
     ("/v1/load_lora_adapter", "post"): LoadBody,
     ("/v1/unload_lora_adapter", "post"): UnloadBody,
     ("/v1/fine_tuning/jobs", "post"): CreateJobBody,
+    ("/v1/fine_tuning/checkpoints/{model}/permissions", "post"): GrantBody,
+    ("/v1/uploads", "post"): CreateUploadBody,
+    ("/v1/uploads/{upload_id}/complete", "post"): CompleteUploadBody,
+    ("/v1/webhook_endpoints", "post"): CreateEndpointBody,
 }
 _UPLOAD: Schema = {
     "type": "object",
@@ -39,10 +46,20 @@ _UPLOAD: Schema = {
     "required": ["purpose", "file"],
     "additionalProperties": False,
 }
+_PART: Schema = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "format": "binary"}},
+    "required": ["data"],
+    "additionalProperties": False,
+}
+_FORMS = {"/v1/files": _UPLOAD, "/v1/uploads/{upload_id}/parts": _PART}
 _QUERIES: dict[str, tuple[str, ...]] = {
     "/v1/files": ("after", "limit", "order", "purpose"),
     "/v1/fine_tuning/jobs": ("after", "limit"),
     "/v1/fine_tuning/jobs/{job_id}/events": ("after", "limit"),
+    "/v1/fine_tuning/jobs/{job_id}/checkpoints": ("after", "limit"),
+    "/v1/fine_tuning/checkpoints/{model}/permissions": ("after", "limit", "project_id"),
+    "/v1/webhook_endpoints": ("after", "limit"),
 }
 _QUERY_SCHEMAS: dict[str, Schema] = {
     "limit": {"type": "integer", "minimum": 1},
@@ -106,8 +123,9 @@ def _document(app: FastAPI, engine_schema: Callable[[Endpoint], Schema] | None) 
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             _set_body(paths[path][method], schema)
-    if "/v1/files" in paths:
-        _set_body(paths["/v1/files"]["post"], _UPLOAD, media_type="multipart/form-data")
+    for path, form in _FORMS.items():
+        if path in paths:
+            _set_body(paths[path]["post"], form, media_type="multipart/form-data")
     document["components"] = {"schemas": schemas}
     return document
 
