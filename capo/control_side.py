@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from prometheus_client import REGISTRY
 
 from capo.settings import Settings
+from capo.workers import max_gpus
 from registry import BaseModel, Registry
 from serve.catalog import Catalog
 from serve.engine_arguments import engine_limits, max_lora_rank
@@ -43,6 +44,7 @@ class ControlSide:
             registry,
             base_models={base_model.id: settings.model},
             max_lora_rank=max_lora_rank(vllm_arguments),
+            max_gpus=max_gpus(settings),
         )
         self.names: NamesService | None = None
         if not settings.role.has_engine:
