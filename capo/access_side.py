@@ -10,6 +10,7 @@ from capo.keys.ring import KeyRing
 from capo.keys.store import KeyStore
 from capo.settings import Settings
 from tune.jobs.database import Database
+from tune.jobs.permissions.store import PermissionStore
 
 
 class AccessSide:
@@ -32,10 +33,15 @@ class AccessSide:
             metrics=AccessMetrics(),
             audit=AuditLog(settings.data_dir),
         )
+        self._permissions = PermissionStore(self._database)
         self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._following = asyncio.create_task(self._ring.follow(), name="keys")
+
+    async def is_shared_with(self, model: str, tenant: str) -> bool:
+        """Whether the owner of ``model`` lets ``tenant`` use it; for :class:`serve.catalog.Catalog`."""
+        return await asyncio.to_thread(self._permissions.is_shared_with, model, tenant)
 
     async def stop(self) -> None:
         if self._following is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter
 from prometheus_client import REGISTRY
@@ -28,7 +29,13 @@ class ControlSide:
     """Opens the job store; :meth:`close` closes it. Imports no engine."""
 
     def __init__(
-        self, settings: Settings, registry: Registry, base_model: BaseModel, vllm_arguments: list[str]
+        self,
+        settings: Settings,
+        registry: Registry,
+        base_model: BaseModel,
+        vllm_arguments: list[str],
+        *,
+        is_shared_with: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self._settings = settings
         self._registry = registry
@@ -49,7 +56,8 @@ class ControlSide:
         self.names: NamesService | None = None
         if not settings.role.has_engine:
             limits = engine_limits(base_model.path, vllm_arguments)
-            self.names = NamesService(Catalog(registry, base_model.id), Gate(registry, base_model), limits)
+            catalog = Catalog(registry, base_model.id, is_shared_with=is_shared_with)
+            self.names = NamesService(catalog, Gate(registry, base_model), limits)
 
     async def start(self) -> None:
         await asyncio.to_thread(self._metrics.refresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -38,7 +39,13 @@ class InferenceSide:
     """Builds everything; nothing runs before ``serving.start()``. Call :func:`serve.engine_process.prepare` before."""
 
     def __init__(
-        self, settings: Settings, registry: Registry, base_model: BaseModel, vllm_arguments: list[str]
+        self,
+        settings: Settings,
+        registry: Registry,
+        base_model: BaseModel,
+        vllm_arguments: list[str],
+        *,
+        is_shared_with: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self._settings = settings
         self._base_model = base_model
@@ -47,9 +54,10 @@ class InferenceSide:
             base_model.path, use_gpu=use_gpu, user_arguments=vllm_arguments
         )
         arguments = [*(part for choice in self.choices for part in choice.argv), *vllm_arguments]
-        self.serving = self._build(registry, arguments)
+        catalog = Catalog(registry, base_model.id, is_shared_with=is_shared_with)
+        self.serving = self._build(registry, catalog, arguments)
 
-    def _build(self, registry: Registry, arguments: list[str]) -> ServingService:
+    def _build(self, registry: Registry, catalog: Catalog, arguments: list[str]) -> ServingService:
         # Importing the engine costs seconds, and a process without one must not.
         from serve.engine import VllmEngine
 
@@ -65,7 +73,7 @@ class InferenceSide:
         )
         return ServingService(
             engine=engine,
-            catalog=Catalog(registry, base_model.id),
+            catalog=catalog,
             pool=pool,
             metrics=metrics,
             limits=limits,

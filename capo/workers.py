@@ -91,7 +91,11 @@ _CLUSTERS: dict[LauncherKind, Callable[[Settings], Cluster]] = {
 
 def _cluster_environment(settings: Settings) -> dict[str, str]:
     """Without CAPO_DATABASE_URL, which may hold a password: everybody who sees the cluster's jobs sees this."""
-    given = {"CAPO_MODEL": settings.model, "CAPO_LOG_LEVEL": settings.log_level}
+    given = {
+        "CAPO_MODEL": settings.model,
+        "CAPO_LOG_LEVEL": settings.log_level,
+        "CAPO_ORGANIZATION": settings.organization,
+    }
     if settings.worker_threads is not None:
         given["CAPO_WORKER_THREADS"] = str(settings.worker_threads)
     if settings.max_running_jobs_per_tenant is not None:

@@ -52,6 +52,10 @@ class Principal:
         """On whose behalf a job is worked. ``house`` is the service's own tenant."""
         return cls(tenant, None, frozenset(), owns_shared=tenant == house)
 
+    def may_call(self, model: str) -> bool:
+        """Whether inference may name ``model``; that it is there, is another question."""
+        return self.models is None or model in self.models
+
     def sees(self, tenant: str | None) -> bool:
         """Whether what belongs to ``tenant`` is there for this one; ``None``: it is shared by all."""
         return tenant is None or tenant == self.tenant

@@ -11,6 +11,7 @@ import asyncio
 from pathlib import Path
 
 from registry import Alias, BaseModel, check_name, errors
+from registry.principal import current_principal
 from serve.import_folder import ImportFolder
 from serve.read_only import require_writable
 from serve.service import ServingService
@@ -68,7 +69,7 @@ class AdapterImports:
                 raise errors.NotFoundError(
                     f"The lora adapter '{name}' cannot be found.", code="not_found", param=_PARAM
                 )
-            served = await self._service.catalog.served_by(name)
+            served = await self._service.catalog.served_by(name, principal=current_principal())
             await self._service.aliases.remove(name)
         for artifact in served:
             in_use = any(alias.serves(artifact.digest) for alias in self._service.catalog.snapshot.aliases.values())
@@ -76,8 +77,9 @@ class AdapterImports:
                 self._service.pool.release(artifact.revision)
 
     def _import(self, folder: ImportFolder, path: str, name: str) -> str:
+        registry = self._registry.on_behalf_of(current_principal())
         with folder.open(path) as directory:
-            return self._registry.import_adapter(Path(directory), name=name, base_model=self._base_model).revision
+            return registry.import_adapter(Path(directory), name=name, base_model=self._base_model).revision
 
     def _enabled(self) -> ImportFolder:
         if self._folder is None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from registry import Alias, Artifact, CanaryRequest, errors
+from registry import Alias, Artifact, CanaryRequest, Registry, errors
+from registry.principal import current_principal, note_change
 from serve.catalog import Catalog
 from serve.read_only import require_writable
 
@@ -38,7 +39,6 @@ class AliasControl:
         self, catalog: Catalog, pool: Vetting, *, require_ready: Callable[[], None], warm_seconds: float
     ) -> None:
         self._catalog = catalog
-        self._registry = catalog.registry
         self._pool = pool
         self._require_ready = require_ready
         self._warm_seconds = warm_seconds
@@ -49,7 +49,7 @@ class AliasControl:
         Raises:
             ModelNotFoundError: it is not set.
         """
-        return await asyncio.to_thread(self._registry.alias, alias)
+        return await asyncio.to_thread(self._own_registry().alias, alias)
 
     async def set(
         self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
@@ -65,7 +65,7 @@ class AliasControl:
             PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.set_alias`: likewise.
         """
-        require_writable(self._registry, "set an alias")
+        require_writable(self._catalog.registry, "set an alias")
         self._require_ready()
         if alias == self._catalog.base_model:
             raise errors.InvalidNameError(
@@ -73,13 +73,13 @@ class AliasControl:
                 code="reserved_name",
                 param="alias",
             )
-        artifacts = await asyncio.to_thread(
-            self._registry.check_alias, alias, revision, canary=canary, expected=expected
-        )
+        note_change(alias=alias, revision=revision, canary=None if canary is None else canary.revision)
+        registry = self._own_registry()
+        artifacts = await asyncio.to_thread(registry.check_alias, alias, revision, canary=canary, expected=expected)
         for artifact in artifacts:
             await self._pool.vet(artifact)
         is_warm = await self._pool.warm(artifacts, self._warm_seconds)
-        record = await asyncio.to_thread(self._registry.set_alias, alias, revision, canary=canary, expected=expected)
+        record = await asyncio.to_thread(registry.set_alias, alias, revision, canary=canary, expected=expected)
         await self._catalog.refresh()
         return Flip(record, is_warm)
 
@@ -90,8 +90,9 @@ class AliasControl:
             PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.rollback_alias`.
         """
-        require_writable(self._registry, "roll back an alias")
-        record = await asyncio.to_thread(self._registry.rollback_alias, alias)
+        require_writable(self._catalog.registry, "roll back an alias")
+        note_change(alias=alias)
+        record = await asyncio.to_thread(self._own_registry().rollback_alias, alias)
         await self._catalog.refresh()
         return record
 
@@ -102,6 +103,11 @@ class AliasControl:
             PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.delete_alias`.
         """
-        require_writable(self._registry, "remove an alias")
-        await asyncio.to_thread(self._registry.delete_alias, alias)
+        require_writable(self._catalog.registry, "remove an alias")
+        note_change(alias=alias)
+        await asyncio.to_thread(self._own_registry().delete_alias, alias)
         await self._catalog.refresh()
+
+    def _own_registry(self) -> Registry:
+        """As whoever asks sees it."""
+        return self._catalog.registry.on_behalf_of(current_principal())

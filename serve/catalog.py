@@ -12,11 +12,12 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from registry import Alias, Artifact, Registry, errors, parse_reference
 from registry.names import MIN_DIGEST_PREFIX
+from registry.principal import Principal
 from serve.canary import Arm, choose
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,15 @@ class Snapshot:
         matches = [artifact for artifact in candidates if artifact.digest.startswith(prefix)]
         return matches[0] if len(matches) == 1 else None
 
+    def is_seen_by(self, principal: Principal, reference: str, artifact: Artifact) -> bool:
+        """Whether ``reference``, which means ``artifact``, belongs to the principal's tenant or to none."""
+        alias = self.aliases.get(reference)
+        return principal.sees(artifact.manifest.tenant) and (alias is None or principal.sees(alias.tenant))
+
+    def aliases_of(self, principal: Principal) -> list[Alias]:
+        """The aliases that the principal sees, by name."""
+        return [alias for _, alias in sorted(self.aliases.items()) if principal.sees(alias.tenant)]
+
     def served_by(self, reference: str) -> list[Artifact]:
         """What requests to an alias, ``ft:`` name or revision may reach, the main revision first; empty: unknown."""
         alias = self.aliases.get(reference)
@@ -90,16 +100,24 @@ class Catalog:
     """Names to revisions for one base model.
 
     ``on_change`` callbacks run on the event loop after each change with the old and the new snapshot. Every
-    ``scan_seconds`` the registry is looked at entry by entry.
+    ``scan_seconds`` the registry is looked at entry by entry. ``is_shared_with`` says whether a model's owner lets a
+    tenant use it; ``None``: nobody shares anything.
     """
 
     def __init__(
-        self, registry: Registry, base_model: str, *, poll_seconds: float = 0.25, scan_seconds: float = 10.0
+        self,
+        registry: Registry,
+        base_model: str,
+        *,
+        poll_seconds: float = 0.25,
+        scan_seconds: float = 10.0,
+        is_shared_with: Callable[[str, str], Awaitable[bool]] | None = None,
     ) -> None:
         self.base_model = base_model
         self._registry = registry
         self._poll_seconds = poll_seconds
         self._scan_seconds = scan_seconds
+        self._is_shared_with = is_shared_with
         self._snapshot = Snapshot()
         self._seen = _Look()
         self._refreshing = asyncio.Lock()
@@ -118,10 +136,11 @@ class Catalog:
     def on_change(self, callback: Callable[[Snapshot, Snapshot], None]) -> None:
         self._on_change.append(callback)
 
-    async def resolve(self, model: str, *, user: str | None = None) -> Target:
+    async def resolve(self, model: str, *, user: str | None = None, principal: Principal | None = None) -> Target:
         """The target of ``model`` for one request: base, alias, ``name@revision`` or ``ft:`` name.
 
-        ``user`` decides between an alias and its canary; see :func:`serve.canary.choose`.
+        ``user`` decides between an alias and its canary; see :func:`serve.canary.choose`. ``principal`` is who asks:
+        another tenant's models are not there, unless that tenant shares them. Without one everything is.
 
         Raises:
             ModelNotFoundError: neither the picture nor the disk knows it, or it is not a name at all.
@@ -129,25 +148,33 @@ class Catalog:
         if model == self.base_model:
             return Target(model, None, model)
         found = self._lookup(model, user)
-        if found is None and _is_reference(model):
+        if (found is None or not await self._may_use(principal, model, found[0])) and _is_reference(model):
+            # Also for what is another's: it must take as long as what is nobody's.
             await self._refresh_for(model)
             found = self._lookup(model, user)
-        if found is None:
+        if found is None or not await self._may_use(principal, model, found[0]):
             raise _not_found(model)
         artifact, arm = found
         return Target(model, artifact, model if model.startswith("ft:") else artifact.revision, arm)
 
-    async def served_by(self, reference: str) -> list[Artifact]:
-        """See :meth:`Snapshot.served_by`; looks at the disk for what the picture lacks.
+    async def served_by(self, reference: str, *, principal: Principal | None = None) -> list[Artifact]:
+        """See :meth:`Snapshot.served_by`; looks at the disk for what the picture lacks. ``principal``: who asks.
 
         Raises:
             ModelNotFoundError: it means nothing here.
         """
-        if not self._snapshot.served_by(reference) and _is_reference(reference):
+        artifacts = self._snapshot.served_by(reference)
+        if not (artifacts and await self._may_use(principal, reference, artifacts[0])) and _is_reference(reference):
             await self._refresh_for(reference)
-        if not (artifacts := self._snapshot.served_by(reference)):
+            artifacts = self._snapshot.served_by(reference)
+        if not artifacts or not await self._may_use(principal, reference, artifacts[0]):
             raise _not_found(reference)
         return artifacts
+
+    async def _may_use(self, principal: Principal | None, model: str, artifact: Artifact) -> bool:
+        if principal is None or self._snapshot.is_seen_by(principal, model, artifact):
+            return True
+        return self._is_shared_with is not None and await self._is_shared_with(model, principal.tenant)
 
     async def _refresh_for(self, model: str) -> None:
         try:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 
 from registry import Registry, errors
+from registry.principal import current_principal
 from serve.catalog import Catalog
 from serve.read_only import require_writable
 
 
-async def remove_model(catalog: Catalog, registry: Registry, model: str) -> None:
+async def remove_model(catalog: Catalog, model: str) -> None:
     """Remove an alias, an ``ft:`` name or a revision.
 
     What the name pointed to goes too, unless another name serves it or another artifact has it as its base.
     Requests that run on it end as they began.
 
     Raises:
-        PermissionDeniedError: it is the base model, or the registry is read-only here.
+        PermissionDeniedError: it is the base model, or shared by all, or the registry is read-only here.
         ModelNotFoundError: there is no such model.
         ConflictError: a revision that something else needs.
     """
@@ -26,8 +27,11 @@ async def remove_model(catalog: Catalog, registry: Registry, model: str) -> None
             code="base_model",
             param="model",
         )
-    require_writable(registry, "remove a model")
-    served = await catalog.served_by(model)
+    require_writable(catalog.registry, "remove a model")
+    principal = current_principal()
+    registry = await asyncio.to_thread(catalog.registry.on_behalf_of, principal)
+    await asyncio.to_thread(registry.resolve, model)
+    served = await catalog.served_by(model, principal=principal)
     await asyncio.to_thread(_remove, registry, model, [artifact.revision for artifact in served])
     await catalog.refresh()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from registry import Artifact, errors, parse_reference
+from registry.principal import Principal
 from serve.catalog import Catalog, Snapshot
 from serve.pool import AdapterPool
 from serve.resident import AdapterState
@@ -63,7 +64,7 @@ class Pins:
 
     # -- changing ----------------------------------------------------------------------------------------------
 
-    async def add(self, reference: str, *, load_seconds: float) -> Pin:
+    async def add(self, reference: str, *, load_seconds: float, principal: Principal) -> Pin:
         """Pin what ``reference`` means, and load it; takes at most ``load_seconds``, and goes on behind the answer.
 
         Raises:
@@ -75,7 +76,7 @@ class Pins:
         if reference == self._catalog.base_model:
             raise errors.InvalidNameError(f"{reference!r} is the base model, which is always loaded. Pin an adapter.")
         parse_reference(reference)
-        artifacts = await self._catalog.served_by(reference)
+        artifacts = await self._catalog.served_by(reference, principal=principal)
         for artifact in artifacts:
             await self._pool.vet(artifact)
         wanted = self._wanted([*self._references, reference])

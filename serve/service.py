@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from registry import Artifact, errors
+from registry.principal import Principal, count_tokens, current_principal
 from serve.alias_control import AliasControl
+from serve.cache_salts import CacheSalts
 from serve.catalog import Catalog, Snapshot, Target
 from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.limits import Limits
@@ -75,6 +77,7 @@ class ServingService:
         self.catalog = catalog
         self.pool = pool
         self.metrics = metrics
+        self._cache_salts = CacheSalts()
         self._tasks: list[asyncio.Task[None]] = []
         self._preloads: set[asyncio.Task[None]] = set()
         self._limits = limits or Limits()
@@ -171,7 +174,8 @@ class ServingService:
     async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         """Answer a request to tokenize or detokenize. Any model name will do: adapters share the base's tokenizer."""
         self.require_ready()
-        await self.catalog.resolve(body["model"])
+        principal = _who_may_call(body["model"])
+        await self.catalog.resolve(body["model"], principal=principal)
         return await self.engine.convert_tokens(endpoint, body)
 
     @contextlib.asynccontextmanager
@@ -185,7 +189,11 @@ class ServingService:
     async def _admitted(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
         self.require_ready()
         self.supervisor.quarantine.check(body)
-        target = await self.catalog.resolve(body["model"], user=_end_user(body))
+        principal = _who_may_call(body["model"])
+        target = await self.catalog.resolve(body["model"], user=_end_user(body), principal=principal)
+        if principal.key_id is not None:
+            # Else the time to a first token would tell one tenant which prompts another one sent.
+            body = {**body, "cache_salt": self._cache_salts.of(principal.tenant)}
         model = target.artifact.revision if target.artifact is not None else self.catalog.base_model
         self._refuse_excess(model)
         label = self.metrics.adapter_label(target.artifact.name if target.artifact is not None else None)
@@ -283,6 +291,7 @@ class ServingService:
                 metrics.queue_wait.labels(label, protocol).observe(call.queued_seconds)
             metrics.prompt_tokens.labels(label).inc(call.prompt_tokens)
             metrics.completion_tokens.labels(label).inc(call.completion_tokens)
+            count_tokens(call.prompt_tokens + call.completion_tokens)
 
     async def _watch_event_loop(self) -> None:
         observe = self.metrics.event_loop_lag.observe
@@ -294,24 +303,42 @@ class ServingService:
     # -- adapters and aliases ----------------------------------------------------------------------------------
 
     def adapters(self) -> list[AdapterView]:
-        """Every adapter of the registry with its state here, by revision."""
-        snapshot = self.catalog.snapshot
+        """Every adapter of the registry that whoever asks sees, with its state here, by revision."""
+        snapshot, principal = self.catalog.snapshot, current_principal()
         aliases_of: dict[str, list[str]] = {}
         canary_of: dict[str, list[str]] = {}
-        for name, alias in sorted(snapshot.aliases.items()):
-            aliases_of.setdefault(alias.revision, []).append(name)
+        for alias in snapshot.aliases_of(principal):
+            aliases_of.setdefault(alias.revision, []).append(alias.alias)
             if alias.canary is not None:
-                canary_of.setdefault(alias.canary.revision, []).append(name)
+                canary_of.setdefault(alias.canary.revision, []).append(alias.alias)
         return [
             AdapterView(artifact, self.pool.status(r), aliases_of.get(r, []), canary_of.get(r, []))
             for r, artifact in sorted(snapshot.artifacts.items())
-            if artifact.manifest.kind == "lora"
+            if artifact.manifest.kind == "lora" and principal.sees(artifact.manifest.tenant)
         ]
 
     async def pin(self, reference: str) -> Pin:
         """Keep what ``reference`` means in the engine until :meth:`Pins.remove`; see :meth:`Pins.add`."""
         self.require_ready()
-        return await self.pins.add(reference, load_seconds=self._limits.alias_warm_seconds)
+        return await self.pins.add(
+            reference, load_seconds=self._limits.alias_warm_seconds, principal=current_principal()
+        )
+
+    async def unpin(self, reference: str) -> None:
+        """Let what ``reference`` means go like any other adapter; see :meth:`Pins.remove`."""
+        if self.catalog.snapshot.served_by(reference):
+            await self.catalog.served_by(reference, principal=current_principal())
+        self.pins.remove(reference)
+
+    def own_pins(self) -> list[Pin]:
+        """Those that whoever asks sees; a pin of what is not there yet is the service's own tenant's."""
+        snapshot, principal = self.catalog.snapshot, current_principal()
+        seen = []
+        for pin in self.pins.all():
+            served = snapshot.served_by(pin.reference)
+            if snapshot.is_seen_by(principal, pin.reference, served[0]) if served else principal.owns_shared:
+                seen.append(pin)
+        return seen
 
     def _runs_canary(self, alias: str) -> bool:
         record = self.catalog.snapshot.aliases.get(alias)
@@ -342,6 +369,22 @@ class ServingService:
                     task = asyncio.create_task(self.pool.preload(artifact), name=f"preload {revision}")
                     self._preloads.add(task)
                     task.add_done_callback(self._preloads.discard)
+
+
+def _who_may_call(model: str) -> Principal:
+    """Who asks.
+
+    Raises:
+        PermissionDeniedError: its key is for other models.
+    """
+    principal = current_principal()
+    if not principal.may_call(model):
+        raise errors.PermissionDeniedError(
+            f"This key may not call {model[:200]!r}. GET /v1/models lists what it may.",
+            code="model_not_allowed",
+            param="model",
+        )
+    return principal
 
 
 def _end_user(body: Mapping[str, Any]) -> str | None:

@@ -49,6 +49,7 @@ def worker(
             database_url=settings.job_store_url,
             data_dir=settings.data_dir,
             registry_dir=settings.registry_path,
+            organization=settings.organization,
             base_models={base_model.id: settings.model},
             num_threads=settings.worker_threads,
             gpus=visible_gpus() if settings.worker_gpus is None else settings.worker_gpus,

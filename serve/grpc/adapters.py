@@ -7,6 +7,7 @@ import grpc
 from capo_proto.v1 import adapters_pb2 as pb
 from capo_proto.v1 import adapters_pb2_grpc as stubs
 from registry import Alias, CanaryRequest, errors
+from registry.principal import current_principal
 from serve.pins import Pin, PinState
 from serve.resident import AdapterState
 from serve.service import ServingService
@@ -60,17 +61,17 @@ class AdaptersServicer(stubs.AdaptersServicer):
     async def UnpinAdapter(
         self, request: pb.UnpinAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnpinAdapterResponse:
-        self._service.pins.remove(request.reference)
+        await self._service.unpin(request.reference)
         return pb.UnpinAdapterResponse()
 
     async def ListPins(self, request: pb.ListPinsRequest, context: grpc.aio.ServicerContext) -> pb.ListPinsResponse:
-        return pb.ListPinsResponse(pins=[_pin(pin) for pin in self._service.pins.all()])
+        return pb.ListPinsResponse(pins=[_pin(pin) for pin in self._service.own_pins()])
 
     async def ListAliases(
         self, request: pb.ListAliasesRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListAliasesResponse:
-        aliases = self._service.catalog.snapshot.aliases
-        return pb.ListAliasesResponse(aliases=[_alias(aliases[name]) for name in sorted(aliases)])
+        aliases = self._service.catalog.snapshot.aliases_of(current_principal())
+        return pb.ListAliasesResponse(aliases=[_alias(alias) for alias in aliases])
 
     async def GetAlias(self, request: pb.GetAliasRequest, context: grpc.aio.ServicerContext) -> pb.Alias:
         return _alias_with_history(await self._service.aliases.get(request.alias))

@@ -11,6 +11,7 @@ import grpc
 
 from capo_proto.v1 import inference_pb2 as pb
 from capo_proto.v1 import inference_pb2_grpc as stubs
+from registry.principal import current_principal
 from serve import faces
 from serve.engine_api import Call, Endpoint
 from serve.grpc import answers
@@ -98,7 +99,7 @@ class InferenceServicer(stubs.InferenceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
-        for model in callable_models(self._service.catalog):
+        for model in callable_models(self._service.catalog, current_principal()):
             response.models.add(
                 id=model.name, revision=model.revision, parent=model.parent, created_at=model.created_at
             )

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from registry import Alias, CanaryRequest, errors
+from registry.principal import current_principal
 from serve.alias_control import AliasControl
 from serve.catalog import Catalog
 from serve.pins import Pin
@@ -42,7 +43,7 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
 
     @router.get("/v1/pins")
     async def list_pins() -> dict[str, Any]:
-        return {"object": "list", "data": [_pin(pin) for pin in service.pins.all()]}
+        return {"object": "list", "data": [_pin(pin) for pin in service.own_pins()]}
 
     @router.put("/v1/adapters/{reference:path}/pin")
     async def pin_adapter(reference: str, request: Request) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
 
     @router.delete("/v1/adapters/{reference:path}/pin")
     async def unpin_adapter(reference: str) -> dict[str, Any]:
-        service.pins.remove(reference)
+        await service.unpin(reference)
         return {"object": "pin", "reference": reference, "deleted": True}
 
 
@@ -62,7 +63,7 @@ def aliases_router(aliases: AliasControl, catalog: Catalog) -> APIRouter:
     async def list_aliases() -> dict[str, Any]:
         return {
             "object": "list",
-            "data": [_alias(a) for _, a in sorted(catalog.snapshot.aliases.items())],
+            "data": [_alias(alias) for alias in catalog.snapshot.aliases_of(current_principal())],
         }
 
     @router.get("/v1/aliases/{alias:path}")

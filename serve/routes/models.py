@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from registry.principal import current_principal
 from serve.catalog import Catalog
 from serve.model_list import callable_models
 from serve.model_removal import remove_model
@@ -16,20 +17,21 @@ def models_router(catalog: Catalog) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        models = callable_models(catalog)
+        models = callable_models(catalog, current_principal())
         data = [_model(model.name, model.created_at, model.parent, model.revision) for model in models]
         return {"object": "list", "data": data}
 
     @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> dict[str, Any]:
+        principal = current_principal()
         if model == catalog.base_model:
             return _model(model, created=0)
-        main = (await catalog.served_by(model))[0]
+        main = (await catalog.served_by(model, principal=principal))[0]
         return _model(model, main.manifest.created_at, catalog.base_model, main.revision)
 
     @router.delete("/v1/models/{model:path}")
     async def delete_model(model: str) -> dict[str, Any]:
-        await remove_model(catalog, catalog.registry, model)
+        await remove_model(catalog, model)
         return {"id": model, "object": "model", "deleted": True}
 
     return router

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from capo.app import build_app
 from registry import Artifact, BaseModel, BaseModelIdentity, LoraShape, ManifestDraft, Registry
-from registry.principal import Principal
+from registry.principal import Principal, acting_as
 from serve.access import OneTenant
 from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
@@ -99,7 +99,9 @@ async def running_service(
         await eventually(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            yield client, service
+            # For tests that ask the service itself; what comes over HTTP runs in tasks of its own.
+            with acting_as(Principal.local(TENANT)):
+                yield client, service
     finally:
         server.should_exit = True
         await http

@@ -12,12 +12,18 @@ from registry.principal import Principal
 class LeasedRegistry(Registry):
     """Calls ``check_lease`` before each publication; what that raises is raised instead of publishing.
 
-    ``principal`` is who the job belongs to, and so who the model will belong to. So a worker that was cut off for longer than its lease, and comes back with a finished model, leaves nothing.
+    So a worker that was cut off for longer than its lease, and comes back with a finished model, leaves nothing.
+    ``principal`` is whose job it is: the model becomes its own. Whether it may start from somebody else's model was
+    decided when the job was made, so reading sees everything.
     """
 
     def __init__(self, root: Path, *, principal: Principal, check_lease: Callable[[], None]) -> None:
         super().__init__(root, principal=principal)
+        self._everything = Registry(root)
         self._check_lease = check_lease
+
+    def resolve(self, reference: str) -> Artifact:
+        return self._everything.resolve(reference)
 
     def publish(
         self,

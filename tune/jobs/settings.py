@@ -21,6 +21,8 @@ class WorkerSettings:
     """What this worker offers; it takes no job that needs more."""
     max_running_per_tenant: int | None = None
     """Jobs of one tenant that run at once, over all workers. ``None`` = no bound."""
+    organization: str = "capo"
+    """The service's own tenant: only its jobs may move aliases that belong to no tenant."""
     job_id: str | None = None
     """Work this job once, and no other, and end: how a launcher starts workers. ``None`` = whatever waits."""
     parent_pid: int | None = None
