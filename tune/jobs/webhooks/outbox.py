@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -29,6 +29,7 @@ class Delivery:
 
     id: str
     """The ``webhook-id``, the same at each attempt."""
+    endpoint_id: str
     url: str
     secret: str = field(repr=False)
     payload: str
@@ -72,30 +73,43 @@ class Outbox:
         self._database = database
         self._clock = clock
 
-    def take_due(self, limit: int, *, for_seconds: float) -> list[Delivery]:
-        """What is due, the oldest first. Nobody else gets it for so long; a sender that dies leaves it due again."""
+    def take_due(self, busy: Mapping[str, int], *, per_endpoint: int, for_seconds: float) -> list[Delivery]:
+        """What is due, the oldest first, at most so many for an endpoint with those that are on their way (``busy``).
+
+        Nobody else gets it for so long; a sender that dies leaves it due again.
+        """
         now = self._clock()
         table = webhook_deliveries
         is_due = (table.c.status == "waiting", table.c.due_at <= now)
+        full = [endpoint_id for endpoint_id, number in busy.items() if number >= per_endpoint]
+        waiting = select(table.c.endpoint_id).where(*is_due, table.c.endpoint_id.not_in(full)).distinct()
         with self._database.read() as connection:  # most looks find nothing, and need no writer's lock
-            if connection.execute(select(table.c.id).where(*is_due).limit(1)).first() is None:
-                return []
-        due = (
-            select(table, webhook_endpoints.c.url, webhook_endpoints.c.secret)
-            .join(webhook_endpoints, webhook_endpoints.c.id == table.c.endpoint_id)
-            .where(*is_due)
-            .order_by(table.c.due_at, table.c.created_at)
-            .limit(limit)
-            .with_for_update(of=table, skip_locked=True)
-        )
+            endpoint_ids = list(connection.execute(waiting).scalars())
+        if not endpoint_ids:
+            return []
+        taken: list[Delivery] = []
         with self._database.write() as connection:
-            rows = connection.execute(due).all()
+            for endpoint_id in endpoint_ids:
+                due = (
+                    select(table, webhook_endpoints.c.url, webhook_endpoints.c.secret)
+                    .join(webhook_endpoints, webhook_endpoints.c.id == table.c.endpoint_id)
+                    .where(*is_due, table.c.endpoint_id == endpoint_id)
+                    .order_by(table.c.due_at, table.c.created_at)
+                    .limit(per_endpoint - busy.get(endpoint_id, 0))
+                    .with_for_update(of=table, skip_locked=True)
+                )
+                taken += [
+                    Delivery(
+                        row.id, row.endpoint_id, row.url, row.secret, row.payload, row.attempts + 1, row.created_at
+                    )
+                    for row in connection.execute(due)
+                ]
             connection.execute(
                 update(table)
-                .where(table.c.id.in_([row.id for row in rows]))
+                .where(table.c.id.in_([delivery.id for delivery in taken]))
                 .values(attempts=table.c.attempts + 1, due_at=now + for_seconds)
             )
-        return [Delivery(row.id, row.url, row.secret, row.payload, row.attempts + 1, row.created_at) for row in rows]
+        return taken
 
     def delivered(self, delivery: Delivery) -> None:
         now = self._clock()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import httpx
 
@@ -20,7 +22,8 @@ from tune.jobs.webhooks.signing import signed_headers
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-_AT_ONCE = 16
+_AT_ONCE_PER_ENDPOINT = 2
+"""So that a slow receiver holds up nobody's messages but its own."""
 _ATTEMPT_SECONDS = 15.0
 """For one attempt, from the first byte to the answer's status; receivers are expected to answer and work later."""
 _TAKEN_SECONDS = 60.0
@@ -42,7 +45,8 @@ class WebhookSender:
         self._make_client = client
         self._poll_seconds = poll_seconds
         self._clock = clock
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], str] = {}
+        """And the endpoint of each."""
 
     async def run(self) -> None:
         """Send for ever; ends when it is cancelled, and what is on its way then is sent again later."""
@@ -57,18 +61,21 @@ class WebhookSender:
                 await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
-        room = _AT_ONCE - len(self._running)
-        if room <= 0:
-            return
+        look = partial(
+            self._outbox.take_due,
+            Counter(self._running.values()),
+            per_endpoint=_AT_ONCE_PER_ENDPOINT,
+            for_seconds=_TAKEN_SECONDS,
+        )
         try:
-            due = await asyncio.to_thread(self._outbox.take_due, room, for_seconds=_TAKEN_SECONDS)
+            due = await asyncio.to_thread(look)
         except CapoError as error:
             log.warning("webhooks wait, the job store cannot be read: %s", error)
             return
         for delivery in due:
             task = asyncio.create_task(self._send(client, delivery), name=f"webhook-{delivery.id}")
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._running[task] = delivery.endpoint_id
+            task.add_done_callback(self._running.pop)
 
     async def _send(self, client: httpx.AsyncClient, delivery: Delivery) -> None:
         reason = await self._attempt(client, delivery)
