@@ -98,12 +98,12 @@ class Settings(BaseSettings):
         description="GPUs that a worker offers; it leaves jobs alone that ask for more (capo.gpus). Not set: those it "
         "sees.",
     )
-    kubernetes_image: str | None = Field(default=None, description="Image of launched workers; capo is on its PATH.")
+    kubernetes_image: str | None = Field(default=None, description="Image of launched workers; its entrypoint is capo.")
     kubernetes_volume_claim: str | None = Field(
         default=None, description="PersistentVolumeClaim with DATA_DIR, which launched workers share."
     )
     kubernetes_secret: str | None = Field(
-        default=None, description="Secret whose keys become the workers' environment, CAPO_DATABASE_URL among them."
+        default=None, description="Secret that launched workers get as SECRETS_DIR, with the job store's URL."
     )
     kubernetes_cpu: str = Field(default="2", description="Cores of a launched worker, as Kubernetes writes them.")
     kubernetes_memory: str = Field(default="8Gi", description="Memory of a launched worker, likewise.")

@@ -11,6 +11,7 @@ JOB_LABEL = "capo/job"
 MANAGED_BY = "app.kubernetes.io/managed-by"
 SELECTOR = f"{MANAGED_BY}=capo,app.kubernetes.io/component=training"
 DATA_PATH = "/data"
+SECRETS_PATH = "/run/secrets/capo"
 _LONGEST_LABEL = 63
 _STOP_SECONDS = 30
 """A worker gives its training process 8 s to stop (tune/jobs/settings.py), and has the rest for the store."""
@@ -21,11 +22,11 @@ class KubernetesSettings:
     """What the Jobs are made of."""
 
     image: str
-    """Has ``capo`` on its PATH and runs as a user that is not root."""
+    """Its entrypoint is ``capo``, and it runs as a user that is not root."""
     volume_claim: str
     """The PersistentVolumeClaim with the data directory, which control process and workers share."""
     secret: str | None = None
-    """A Secret whose keys become the workers' environment: CAPO_DATABASE_URL holds a password."""
+    """A Secret whose keys the workers find as files in :data:`SECRETS_PATH`: the job store's URL holds a password."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """More of it, with nothing secret."""
     cpu: str = "2"
@@ -69,15 +70,29 @@ def _pod(settings: KubernetesSettings, job_id: str, gpus: int) -> dict[str, Any]
     resources = {"cpu": settings.cpu, "memory": settings.memory}
     if gpus:
         resources[settings.gpu_resource] = str(gpus)
-    environment = {
-        "CAPO_DATA_DIR": DATA_PATH,
-        "HOME": "/tmp",  # noqa: S108 - the pod's own; libraries write their caches there
-        **settings.environment,
-    }
+    environment = {"CAPO_DATA_DIR": DATA_PATH, **settings.environment}
+    mounts: list[dict[str, Any]] = [
+        {"name": "data", "mountPath": DATA_PATH},
+        # What else may be written to: the image keeps libraries' caches in the first.
+        {"name": "cache", "mountPath": "/cache"},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+    ]
+    volumes: list[dict[str, Any]] = [
+        {"name": "data", "persistentVolumeClaim": {"claimName": settings.volume_claim}},
+        {"name": "cache", "emptyDir": {"sizeLimit": "8Gi"}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
+        # PyTorch's data loaders share memory there; what they take counts as the pod's.
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+    ]
+    if settings.secret is not None:
+        environment["CAPO_SECRETS_DIR"] = SECRETS_PATH
+        mounts.append({"name": "secrets", "mountPath": SECRETS_PATH, "readOnly": True})
+        volumes.append({"name": "secrets", "secret": {"secretName": settings.secret, "defaultMode": 0o440}})
     container: dict[str, Any] = {
         "name": "worker",
         "image": settings.image,
-        "command": ["capo", "worker", "--job", job_id, "--gpus", str(gpus)],
+        "args": ["worker", "--job", job_id, "--gpus", str(gpus)],
         "env": [{"name": key, "value": value} for key, value in sorted(environment.items())],
         "resources": {"requests": resources, "limits": resources},
         "securityContext": {
@@ -85,14 +100,8 @@ def _pod(settings: KubernetesSettings, job_id: str, gpus: int) -> dict[str, Any]
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [
-            {"name": "data", "mountPath": DATA_PATH},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
-        ],
+        "volumeMounts": mounts,
     }
-    if settings.secret is not None:
-        container["envFrom"] = [{"secretRef": {"name": settings.secret}}]
     return {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -103,15 +112,12 @@ def _pod(settings: KubernetesSettings, job_id: str, gpus: int) -> dict[str, Any]
             "runAsUser": settings.user_id,
             "runAsGroup": settings.user_id,
             "fsGroup": settings.user_id,
+            # Else every start would walk through the whole data directory.
+            "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [container],
-        "volumes": [
-            {"name": "data", "persistentVolumeClaim": {"claimName": settings.volume_claim}},
-            {"name": "tmp", "emptyDir": {}},
-            # PyTorch's data loaders share memory there; what they take counts as the pod's.
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
-        ],
+        "volumes": volumes,
     }
 
 
