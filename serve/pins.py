@@ -48,6 +48,10 @@ class Pin:
     reason: errors.CapoError | None = None
 
 
+def not_pinned(reference: str) -> errors.NotFoundError:
+    return errors.NotFoundError(f"{reference[:200]!r} is not pinned. GET /v1/pins lists what is.", code="not_pinned")
+
+
 class Pins:
     """Keeps the pool's pinned adapters loaded. ``may_load`` says whether the engine can take any now."""
 
@@ -106,9 +110,7 @@ class Pins:
             NotFoundError: it is not pinned.
         """
         if reference not in self._references:
-            raise errors.NotFoundError(
-                f"{reference[:200]!r} is not pinned. GET /v1/pins lists what is.", code="not_pinned"
-            )
+            raise not_pinned(reference)
         del self._references[reference]
         self._said.pop(reference, None)
         self.follow()

@@ -22,7 +22,7 @@ from serve.catalog import Catalog, Snapshot, Target
 from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.limits import Limits
 from serve.metrics import Metrics
-from serve.pins import Pin, Pins
+from serve.pins import Pin, Pins, not_pinned
 from serve.pool import AdapterPool
 from serve.resident import AdapterStatus
 from serve.supervisor import Supervisor
@@ -324,10 +324,10 @@ class ServingService:
             reference, load_seconds=self._limits.alias_warm_seconds, principal=current_principal()
         )
 
-    async def unpin(self, reference: str) -> None:
+    def unpin(self, reference: str) -> None:
         """Let what ``reference`` means go like any other adapter; see :meth:`Pins.remove`."""
-        if self.catalog.snapshot.served_by(reference):
-            await self.catalog.served_by(reference, principal=current_principal())
+        if all(pin.reference != reference for pin in self.own_pins()):
+            raise not_pinned(reference)
         self.pins.remove(reference)
 
     def own_pins(self) -> list[Pin]:

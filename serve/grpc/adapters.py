@@ -61,7 +61,7 @@ class AdaptersServicer(stubs.AdaptersServicer):
     async def UnpinAdapter(
         self, request: pb.UnpinAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnpinAdapterResponse:
-        await self._service.unpin(request.reference)
+        self._service.unpin(request.reference)
         return pb.UnpinAdapterResponse()
 
     async def ListPins(self, request: pb.ListPinsRequest, context: grpc.aio.ServicerContext) -> pb.ListPinsResponse:

@@ -52,7 +52,7 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
 
     @router.delete("/v1/adapters/{reference:path}/pin")
     async def unpin_adapter(reference: str) -> dict[str, Any]:
-        await service.unpin(reference)
+        service.unpin(reference)
         return {"object": "pin", "reference": reference, "deleted": True}
 
 
