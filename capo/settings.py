@@ -1,15 +1,23 @@
 """The one settings record of a Capo process.
 
-Order: command line, then environment (``CAPO_*``), then the defaults here. Each default stands once, with its reason.
+Order: command line, then environment (``CAPO_*``), then files of the directory that ``CAPO_SECRETS_DIR`` names (each
+called like its variable), then the defaults here. Each default stands once, with its reason.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
 from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
@@ -25,6 +33,20 @@ class Settings(BaseSettings):
     """What a serving process needs to know. Frozen: a running process never changes its settings."""
 
     model_config = SettingsConfigDict(env_prefix="CAPO_", frozen=True, extra="forbid")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        directory = os.environ.get("CAPO_SECRETS_DIR")
+        if not directory:
+            return init_settings, env_settings
+        return init_settings, env_settings, SecretsSettingsSource(settings_cls, directory)
 
     role: Role = Field(
         default=Role.ALL,

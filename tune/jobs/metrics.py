@@ -95,9 +95,9 @@ class JobMetrics(Collector):
 
 def _read(connection: Connection, now: float) -> _Snapshot:
     counts = _counts(connection)
-    ended = {status: counts.get((status, False), 0) + counts.get((status, True), 0) for status in _ENDED}
-    queued = sum(counts.get((status, False), 0) for status in WAITING)
-    paused = sum(counts.get((status, True), 0) for status in WAITING)
+    ended: dict[str, int] = {status: counts[status, False] + counts[status, True] for status in _ENDED}
+    queued = sum(counts[status, False] for status in WAITING)
+    paused = sum(counts[status, True] for status in WAITING)
     # A job that went back to the queue waits since its last worker's last sign of life.
     since = connection.execute(
         select(func.min(func.coalesce(jobs.c.heartbeat_at, jobs.c.created_at))).where(
@@ -126,7 +126,7 @@ def _read(connection: Connection, now: float) -> _Snapshot:
     )
 
 
-def _counts(connection: Connection) -> dict[tuple[str, bool], int]:
+def _counts(connection: Connection) -> defaultdict[tuple[str, bool], int]:
     counts: defaultdict[tuple[str, bool], int] = defaultdict(int)
     query = select(jobs.c.status, jobs.c.paused, func.count()).group_by(jobs.c.status, jobs.c.paused)
     for status, paused, count in connection.execute(query):
