@@ -217,6 +217,7 @@ def step_metrics(step: int, *, total: int = STEPS) -> StepMetrics:
         learning_rate=1e-4,
         grad_norm=float("nan") if step == 1 else 1.0,
         trained_tokens=40 * step,
+        processed_tokens=100 * step,
         tokens_per_second=1000.0,
         seconds_left=float(total - step),
     )

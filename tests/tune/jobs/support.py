@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from openai import OpenAI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -47,6 +47,10 @@ def chat_rows(count: int, *, first: int = 0) -> bytes:
         for number in range(first, first + count)
     )
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def text_rows(count: int) -> bytes:
+    return b"".join(json.dumps({"text": f"One more than {n} is {n + 1}."}).encode() + b"\n" for n in range(count))
 
 
 def preference_rows(count: int) -> bytes:
@@ -156,10 +160,10 @@ def add_file_row(file_rows: FileStore, **changes: Any) -> str:
 
 
 @contextmanager
-def serve(place: Place) -> Iterator[str]:
-    """The API on a free loopback port; yields its base URL."""
+def serve(place: Place, *more: APIRouter) -> Iterator[str]:
+    """The API on a free loopback port, with ``more`` beside it; yields its base URL."""
     app = FastAPI()
-    for router in place.api.routers():
+    for router in (*place.api.routers(), *more):
         app.include_router(router)
 
     app.add_middleware(_AsOneTenant)

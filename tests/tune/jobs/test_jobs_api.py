@@ -9,16 +9,11 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel
 
+from tests.tune.jobs.sdk_types import assert_no_wrong_typed_field
 from tests.tune.jobs.support import BASE, Place, add_file_row, chat_rows, new_job
 from tune.jobs.queue import Outcome, WorkQueue
 from tune.jobs.records import JobError, NewEvent
-
-
-def assert_no_wrong_typed_field(value: BaseModel) -> None:
-    """The SDK builds its objects without checking them; check them against its own types now."""
-    type(value).model_validate_json(value.to_json(), strict=True)
 
 
 @pytest.fixture
@@ -128,9 +123,9 @@ class TestJobsOfTheSdk:
         jobs = [client.fine_tuning.jobs.create(model=BASE, training_file=training_file) for _ in range(2)]
         assert jobs[0].seed != jobs[1].seed
 
-    def test_the_pager_walks_over_250_jobs_newest_first(self, client: OpenAI, place: Place) -> None:
+    def test_the_pager_walks_over_500_jobs_newest_first(self, client: OpenAI, place: Place) -> None:
         file_id = add_file_row(place.file_rows)
-        made = [place.queue_job(file_id).id for _ in range(250)]
+        made = [place.queue_job(file_id).id for _ in range(500)]
         assert [job.id for job in client.fine_tuning.jobs.list(limit=100)] == made[::-1]
         first = client.fine_tuning.jobs.list()
         assert len(first.data) == 20

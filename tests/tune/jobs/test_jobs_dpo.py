@@ -8,8 +8,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from tests.tune.jobs.sdk_types import assert_no_wrong_typed_field
 from tests.tune.jobs.support import BASE, Place, chat_rows, preference_rows
-from tests.tune.jobs.test_jobs_api import assert_no_wrong_typed_field
 
 
 def test_a_dpo_job_shows_its_method_and_numbers(client: OpenAI, place: Place) -> None:
