@@ -1,7 +1,7 @@
 """What a key may use: requests and tokens per minute, and requests at once, in this process.
 
 Buckets that fill evenly: a key that was quiet for a minute may use a whole minute's worth at once. A request is let in
-while there is anything left of its tokens, and what it really cost is taken afterwards, so the last one may overdraw
+while there is a token left, and what it really cost is taken afterwards, so the last one may overdraw
 and the next wait for it. Several replicas count apart from each other.
 """
 
@@ -58,7 +58,7 @@ class Quota:
             return Bound.CONCURRENCY
         if self._requests is not None and self._requests.level < 1:
             return Bound.REQUESTS
-        if self._tokens is not None and self._tokens.level <= 0:
+        if self._tokens is not None and self._tokens.level < 1:
             return Bound.TOKENS
         if self._requests is not None:
             self._requests.level -= 1
