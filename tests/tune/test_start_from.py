@@ -67,7 +67,7 @@ def test_shape_and_lineage_stand_in_the_manifest(workshop: Workshop, first: Trai
     assert manifest.parents == [first.artifact.revision]
     assert manifest.recipe is not None
     assert manifest.recipe["start_from"] == first.artifact.revision, "the alias may move, what was started from not"
-    assert (manifest.recipe["method"]["rank"], manifest.recipe["method"]["alpha"]) == (4, 12)  # type: ignore[index,call-overload]
+    assert (manifest.recipe["method"]["rank"], manifest.recipe["method"]["alpha"]) == (4, 12)
 
 
 @pytest.mark.parametrize("reference", ["live", FIRST, "revision"])

@@ -109,6 +109,27 @@ def test_mlflow_hears_every_step_of_a_resumed_run_in_one_run(
     assert run["ended"] == ["FAILED", "FINISHED"]
 
 
+def test_wandb_is_told_what_the_recipe_says_in_place_of_its_environment(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def init(**given: Any) -> FakeWandbRun:
+        asked.update(given)
+        return FakeWandbRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    options = {"project": "tuning", "name": "try 3", "entity": "team", "tags": ["a", "b"]}
+    stage = workshop.sft(epochs=None, max_steps=1, validation=None)
+    workshop.run(workshop.recipe(trackers=["wandb"], wandb=options, stages=[stage]))
+    assert {name: asked[name] for name in options} == options
+
+
+def test_options_without_their_tracker_are_refused(workshop: Workshop) -> None:
+    with pytest.raises(InvalidRequestError, match="trackers does not name wandb"):
+        workshop.run(workshop.recipe(wandb={"project": "tuning"}))
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_refused_before_training(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tracker: str

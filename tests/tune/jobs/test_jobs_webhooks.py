@@ -287,11 +287,10 @@ class TestEndpoints:
         assert made.signing_secret not in shown.to_json()
         assert shown.signing_secret_hint == f"whsec_...{made.signing_secret[-4:]}"
         more = [
-            client.webhooks.create(name="n", url="http://a.example", event_types=list(EVENT_TYPES)).id  # type: ignore[arg-type]
-            for _ in range(4)
+            client.webhooks.create(name="n", url="http://a.example", event_types=list(EVENT_TYPES)).id for _ in range(4)
         ]
         listed = assert_no_wrong_typed_fields(client.webhooks.list(limit=2))
-        assert [found.id for found in listed] == [*reversed(more), made.id]  # type: ignore[attr-defined]
+        assert [found.id for found in listed] == [*reversed(more), made.id]
         gone = client.webhooks.delete(made.id)
         assert_no_wrong_typed_field(gone)
         for call in (client.webhooks.retrieve, client.webhooks.delete):
