@@ -114,8 +114,12 @@ def _prepare_sqlite_file(url: URL) -> None:
     path = Path(str(url.database))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Training data's names and metadata are private; SQLite gives its log files the same mode.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        # Training data's names and metadata are private; SQLite gives its log files the same mode. A file that is there
+        # is never opened beside SQLite: closing it would drop every lock that this process has on it, and the next
+        # process to leave would remove the log under the others (https://sqlite.org/howtocorrupt.html, section 2.2).
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        return
     except OSError as error:
         raise StorageError(f"the job store {path} cannot be opened: {error.strerror}") from error
 

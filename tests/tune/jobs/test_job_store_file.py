@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from registry.errors import InvalidRequestError, StorageError
-from tests.tune.jobs.support import Place
+from tests.tune.jobs.support import Place, add_file_row
 from tune.jobs.database import Database, sqlite_url
 
 
@@ -24,6 +26,23 @@ class TestTheFile:
 
     def test_other_users_cannot_read_it(self, place: Place) -> None:
         assert (place.directory / "jobs.db").stat().st_mode & 0o077 == 0
+
+    def test_a_second_opening_in_one_process_takes_nothing_from_the_first(self, place: Place) -> None:
+        """A process that comes and goes removes the write-ahead log if it finds no locks of others."""
+        second = Database(place.database_url)
+        code = (
+            "import sys; from tests.tune.jobs.support import TENANT, add_file_row\n"
+            "from tune.jobs.database import Database; from tune.jobs.file_store import FileStore\n"
+            "database = Database(sys.argv[1]); add_file_row(FileStore(database, tenant=TENANT)); database.close()\n"
+        )
+        subprocess.run([sys.executable, "-c", code, place.database_url], check=True)
+        add_file_row(place.file_rows)
+        assert (place.directory / "jobs.db-wal").exists()
+        query = "SELECT count(*) FROM files"
+        script = f"import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('{query}').fetchone())"
+        command = [sys.executable, "-W", "ignore", "-c", script, str(place.directory / "jobs.db")]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "2\n"
+        second.close()
 
     def test_a_store_of_a_newer_capo_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "newer.db"
