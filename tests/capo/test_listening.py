@@ -106,8 +106,8 @@ def test_tls_files_that_are_no_pair_are_refused_at_the_start(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("host", "is_only_this_machine"),
-    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), (EVERY_ADDRESS, False), ("::", False),
-     ("10.1.2.3", False), ("example.com", False), ("127.0.0.1.example.com", False), ("", False)],
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), (EVERY_ADDRESS, False),
+     ("::", False), ("10.1.2.3", False), ("example.com", False), ("127.0.0.1.example.com", False), ("", False)],
 )  # fmt: skip
 def test_what_counts_as_this_machine(host: str, is_only_this_machine: bool) -> None:
     assert is_loopback(host) is is_only_this_machine
@@ -116,8 +116,8 @@ def test_what_counts_as_this_machine(host: str, is_only_this_machine: bool) -> N
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/files"])
 @pytest.mark.parametrize(
     "headers",
-    [{"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "x/v1/models?"},
-     {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}],
+    [{"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Host": "127.0.0.1.evil.example"},
+     {"Host": "x/v1/models?"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": ""}],
 )  # fmt: skip
 async def test_an_open_service_answers_no_web_page_of_another_site(
     tmp_path: Path, path: str, headers: dict[str, str]

@@ -58,6 +58,12 @@ async def receive_form(
             if received > limit:
                 raise _too_large(max_file_bytes, file_field)
             reader.feed(chunk)
+            if received - upload.size_bytes - len(reader.pending) > FORM_OVERHEAD_BYTES:
+                raise TooLargeError(
+                    f"the form has more than {FORM_OVERHEAD_BYTES} bytes beside the file; send the fields and the file "
+                    "alone",
+                    code="form_too_large",
+                )
             if len(reader.pending) >= _WRITE_BYTES:
                 await asyncio.to_thread(upload.write, reader.take())
     except ClientDisconnect as error:
