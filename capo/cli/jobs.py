@@ -26,7 +26,7 @@ console = Console(highlight=False, soft_wrap=True)
 @app.command()
 def create(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Training rows in JSON Lines.")],
-    model: Annotated[str, typer.Option(help="The base model to tune.")],
+    model: Annotated[str, typer.Option(help="The base model to tune, or an ft: model to go on from.")],
     validation: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out rows.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the result's name.")] = None,
     method: Annotated[str, typer.Option(help="supervised, or dpo for preference rows.")] = "supervised",
