@@ -18,12 +18,21 @@ FLUSH_SECONDS = 0.5
 class JobObserver:
     """Writes events under the job's epoch; raises :class:`~registry.errors.ConflictError` once it is lost.
 
-    The first step is written at once, so that a watcher sees the job move.
+    The first step is written at once, so that a watcher sees the job move. So is every ``checkpoint_every_steps``-th,
+    before its checkpoint is: a job that is killed after it goes on behind that step, and nobody would tell of it again.
     """
 
-    def __init__(self, queue: WorkQueue, job: JobRecord, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        queue: WorkQueue,
+        job: JobRecord,
+        *,
+        checkpoint_every_steps: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._queue = queue
         self._job = job
+        self._checkpoint_every_steps = checkpoint_every_steps
         self._clock = clock
         self._pending: list[NewEvent] = []
         self._estimated_finish: int | None = None
@@ -36,7 +45,9 @@ class JobObserver:
     def on_step(self, metrics: StepMetrics) -> None:
         self._pending.append(_metrics_event(metrics))
         self._estimated_finish = int(time.time() + max(0.0, metrics.seconds_left))
-        if self._clock() - self._flushed_at >= FLUSH_SECONDS or metrics.run_step == metrics.run_total_steps:
+        every = self._checkpoint_every_steps
+        is_kept = metrics.run_step == metrics.run_total_steps or (every is not None and metrics.step % every == 0)
+        if is_kept or self._clock() - self._flushed_at >= FLUSH_SECONDS:
             self._flush()
 
     def close(self) -> None:

@@ -194,10 +194,11 @@ class JobRun:
     def _train(self, train: TrainFunction) -> None:
         job = self._job
         self._settings.work_dir(job.id).mkdir(mode=0o700, parents=True, exist_ok=True)
-        observer = JobObserver(self._queue, job)
+        recipe = self._recipe()
+        observer = JobObserver(self._queue, job, checkpoint_every_steps=recipe.checkpoint_every_steps)
         try:
             result = train(
-                self._recipe(),
+                recipe,
                 registry=LeasedRegistry(
                     self._settings.registry_dir,
                     principal=Principal.for_work(job.tenant, house=self._settings.organization),
