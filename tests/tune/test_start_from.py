@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from capo.cli import app
+from registry import Registry
 from registry.errors import InvalidRequestError, ModelNotFoundError
-from tests.tune.samples import write_jsonl
+from tests.tune.samples import chat_rows, write_jsonl
 from tests.tune.test_methods_dpo import preference_rows
 from tests.tune.workshop import Recorder, StopAfter, Workshop, weights_of
 from tune.progress import StopRequested
@@ -24,9 +25,12 @@ from tune.session import TrainingResult
 FIRST = "ft:tiny-base:acme::first"
 
 
-@pytest.fixture
-def first(workshop: Workshop) -> TrainingResult:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> tuple[Registry, TrainingResult]:
     """An adapter of an unusual shape, with one layer that differs."""
+    root = tmp_path_factory.mktemp("first")
+    write_jsonl(root / "chat.jsonl", chat_rows(40))
+    workshop = Workshop(root, base_dir, Registry(root / "registry"))
     method = {
         "kind": "lora",
         "rank": 4,
@@ -35,7 +39,20 @@ def first(workshop: Workshop) -> TrainingResult:
         "use_rslora": True,
         "rank_pattern": {r"layers\.1\.mlp\.down_proj": 2},
     }
-    return workshop.run(workshop.recipe(method=method), "first", alias="live", fine_tuned_name=FIRST)
+    result = workshop.run(workshop.recipe(method=method), "first", alias="live", fine_tuned_name=FIRST)
+    return workshop.registry, result
+
+
+@pytest.fixture
+def first(trained: tuple[Registry, TrainingResult]) -> TrainingResult:
+    return trained[1]
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, base_dir: Path, trained: tuple[Registry, TrainingResult]) -> Workshop:
+    """Its own files and work directories; the registry of the first adapter."""
+    write_jsonl(tmp_path / "chat.jsonl", chat_rows(40))
+    return Workshop(tmp_path, base_dir, trained[0])
 
 
 def going_on(workshop: Workshop, **changes: Any) -> dict[str, Any]:

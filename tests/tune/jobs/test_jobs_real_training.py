@@ -13,6 +13,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
+from registry import check_adapter, locate_base_model
 from tests.tune.jobs.receiver import receiver
 from tests.tune.jobs.sdk_types import assert_no_wrong_typed_field, assert_no_wrong_typed_fields
 from tests.tune.jobs.support import BASE, TENANT, Place, chat_rows, preference_rows, text_rows
@@ -35,6 +36,7 @@ def real_worker(place: Place) -> Iterator[None]:
         process.terminate()
         process.join(20)
         process.kill()
+    assert process.exitcode == 0
 
 
 @pytest.mark.training
@@ -82,6 +84,18 @@ async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(clien
             event = verifier.webhooks.unwrap(message.body, message.headers)
         assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
     check_table_and_events(client, preferred, steps=2)
+    own = place.registry.resolve(str(first.fine_tuned_model)).manifest
+    assert own.job_id == first.id
+    assert own.lora is not None
+    assert (own.lora.rank, own.lora.target_modules) == (4, ["q_proj", "v_proj"])
+    assert [(data.path, data.rows_used) for data in own.data] == [(texts, 16), (chats, 16)]
+    assert first.trained_tokens == own.metrics["processed_tokens"] > own.metrics["trained_tokens"] > 0
+    said = " ".join(event.message for event in place.store.events_since(first.id, 0))
+    assert str(place.directory) not in said
+    base = locate_base_model(BASE)
+    for checkpoint in (result, second, third):
+        artifact = place.registry.resolve(checkpoint.fine_tuned_model_checkpoint)
+        assert check_adapter(artifact.path, base_model=base).rank == 4, "what the engine's gate asks of an adapter"
     manifest = place.registry.resolve(str(preferred.fine_tuned_model)).manifest
     start = place.registry.resolve(third.fine_tuned_model_checkpoint)
     assert manifest.parents == [start.revision]

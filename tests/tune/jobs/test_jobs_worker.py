@@ -19,7 +19,7 @@ import pytest
 from registry.errors import ModelNotFoundError
 from tests.tune.jobs import standins
 from tests.tune.jobs.support import BASE, Place, chat_rows, wait_until
-from tune.jobs.records import Hyperparameters, JobRecord
+from tune.jobs.records import JobRecord
 from tune.jobs.settings import WorkerSettings
 from tune.jobs.worker import run_worker
 
@@ -376,32 +376,3 @@ def test_what_the_http_process_imports_pulls_in_no_training_stack() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.training
-def test_the_real_training_takes_a_job_from_rows_to_a_named_adapter(place: Place) -> None:
-    numbers = Hyperparameters(n_epochs=1, batch_size=8, learning_rate_multiplier=1.0)
-    file_id = place.upload(chat_rows(60)).id
-    job = place.queue_job(file_id, suffix="sums", extensions={"lora": {"rank": 4}}, hyperparameters=numbers)
-    settings = settings_for(place, num_threads=1)
-    process = multiprocessing.get_context("spawn").Process(target=run_worker, args=(settings,))
-    process.start()
-    try:
-        done = wait_for(place, job.id, "succeeded", "failed", seconds=120)
-    finally:
-        process.terminate()
-        process.join(20)
-    assert done.error is None
-    assert process.exitcode == 0
-    artifact = place.registry.resolve(job.reserved_name)
-    assert artifact.manifest.lora is not None
-    assert artifact.manifest.lora.rank == 4
-    assert artifact.manifest.job_id == job.id
-    figures = artifact.manifest.metrics
-    assert done.trained_tokens == figures["processed_tokens"] > figures["trained_tokens"] > 0
-    (data,) = artifact.manifest.data
-    assert (data.path, data.rows_used) == (file_id, 60)
-    assert str(place.directory) not in " ".join(messages(place, job.id))
-    metrics = [event.data for event in place.store.events_since(job.id, 0) if event.kind == "metrics"]
-    assert [data["step"] for data in metrics if data] == list(range(1, len(metrics) + 1))
-    assert len(place.files.content_path(done.result_files[0]).read_text().splitlines()) == len(metrics) + 1
