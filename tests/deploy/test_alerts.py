@@ -1,0 +1,85 @@
+"""The rules of deploy/prometheus: valid, each alert fires and stays silent when it should, and each is explained."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.render import ROOT
+from tests.programs import program
+
+PROMETHEUS = ROOT / "deploy/prometheus"
+RUNBOOK = ROOT / "docs/runbook.md"
+RULE_FILES = [str(PROMETHEUS / name) for name in ("recording.yaml", "alerts.yaml")]
+CASES: dict[str, dict[str, list[dict[str, Any]]]] = yaml.safe_load(
+    (Path(__file__).parent / "alert_cases.yaml").read_text()
+)
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def promtool(*arguments: str) -> str:
+    done = subprocess.run([program("promtool"), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rules_and_configuration_are_valid() -> None:
+    promtool("check", "rules", *RULE_FILES)
+    promtool("check", "config", str(PROMETHEUS / "prometheus.yaml"))
+
+
+def test_every_alert_fires_and_stays_silent(tmp_path: Path) -> None:
+    assert {rule["alert"] for rule in alerts()} == set(CASES)
+    assert all(cases["fires"] and cases["silent"] for cases in CASES.values())
+    for interval in ("1m", "15m"):  # three days minute by minute would take half a minute
+        tests = [test for test in _tests() if test["interval"] == interval]
+        path = tmp_path / f"{interval}.yaml"
+        path.write_text(yaml.safe_dump({"rule_files": RULE_FILES, "evaluation_interval": interval, "tests": tests}))
+        promtool("test", "rules", str(path))
+
+
+def test_a_case_that_does_not_hold_is_found(tmp_path: Path) -> None:
+    """What promtool says about the first test turned round, so that silence is not mistaken for success."""
+    test = _tests()[0]
+    test["promql_expr_test"][0]["exp_samples"] = []
+    path = tmp_path / "tests.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": RULE_FILES, "evaluation_interval": "1m", "tests": [test]}))
+    with pytest.raises(AssertionError, match="FAILED"):
+        promtool("test", "rules", str(path))
+
+
+def test_every_alert_has_a_severity_and_its_section_in_the_runbook() -> None:
+    sections = re.findall(r"^### (\w+)$", RUNBOOK.read_text(), flags=re.MULTILINE)
+    assert sections == [rule["alert"] for rule in alerts()]
+    for rule in alerts():
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["summary"]
+
+
+def _tests() -> list[dict[str, Any]]:
+    return [
+        _test(alert, case, fires=kind == "fires")
+        for alert, cases in CASES.items()
+        for kind in ("fires", "silent")
+        for case in cases[kind]
+    ]
+
+
+def _test(alert: str, case: dict[str, Any], *, fires: bool) -> dict[str, Any]:
+    firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
+    samples = [{"labels": "{}", "value": 1}] if fires else []
+    return {
+        "interval": case.get("every", "1m"),
+        "input_series": [{"series": name, "values": str(values)} for name, values in case["series"].items()],
+        "promql_expr_test": [{"expr": firing, "eval_time": case["at"], "exp_samples": samples}],
+    }
