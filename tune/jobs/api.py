@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
 from fastapi import APIRouter
@@ -29,6 +29,7 @@ from tune.jobs.webhooks.sender import WebhookSender
 
 log = logging.getLogger(__name__)
 
+_RESTART_SECONDS = 5.0
 TIDY_SECONDS = 60.0
 """Between two looks for files and uploads whose time is over."""
 
@@ -79,9 +80,9 @@ class TuningApi:
 
     async def run(self) -> None:
         """Send webhooks and remove what has expired, until cancelled; run as a task."""
-        await asyncio.gather(self._sender.run(), self._tidy())
+        await asyncio.gather(_for_ever(self._sender.run), _for_ever(self._tidy))
 
-    async def _tidy(self) -> NoReturn:
+    async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
             try:
@@ -89,3 +90,13 @@ class TuningApi:
                 await asyncio.to_thread(self.uploads.remove_expired)
             except CapoError as error:
                 log.warning("what has expired could not be removed: %s", error)
+
+
+async def _for_ever(run: Callable[[], Awaitable[None]]) -> NoReturn:
+    """Nobody waits for these tasks, so a fault in one of them would end it without a word."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            log.exception("a task beside the API failed and starts again")
+        await asyncio.sleep(_RESTART_SECONDS)

@@ -82,12 +82,9 @@ class FileStorage:
         with _disk(f"remove the parts of {upload_id}"):
             shutil.rmtree(self._parts / upload_id, ignore_errors=True)
 
-    def sweep_parts(self, waiting: set[str]) -> list[str]:
-        """Remove the parts of every upload that waits for none any more. Returns the removed uploads' ids."""
-        removed = [path.name for path in self._parts.iterdir() if path.name not in waiting]
-        for upload_id in removed:
-            self.remove_parts(upload_id)
-        return removed
+    def uploads_with_parts(self) -> set[str]:
+        """Ids of uploads for which there is a directory."""
+        return {path.name for path in self._parts.iterdir()}
 
     def remove(self, file_id: str) -> None:
         with _disk(f"remove {file_id}"):

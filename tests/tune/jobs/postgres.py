@@ -34,13 +34,21 @@ def running_postgres() -> Iterator[str]:
         subprocess.run(command, check=True, **quiet)
         command = [postgres, "-D", str(data), "-k", str(home), "-c", "listen_addresses=", "-c", "fsync=off"]
         server = subprocess.Popen(command, **quiet)
-        wait_until(lambda: (home / ".s.PGSQL.5432").exists(), seconds=30)
+        wait_until(lambda: _is_ready(data / "postmaster.pid"), seconds=30)
         yield f"postgresql+psycopg://capo@/{{name}}?host={home}"
     finally:
         if server is not None:
             server.terminate()
             server.wait(20)
         shutil.rmtree(home)
+
+
+def _is_ready(pid_file: Path) -> bool:
+    """The socket is there before the server takes connections; the last line of this file says when it does."""
+    try:
+        return pid_file.read_text().split()[-1:] == ["ready"]
+    except FileNotFoundError:
+        return False
 
 
 def new_database(address: str, name: str) -> str:

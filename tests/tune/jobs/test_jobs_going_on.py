@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,12 @@ class TestStartingFromAModel:
         place.api.permissions.revoke(model, permission.id)
         with pytest.raises(openai.BadRequestError):
             client.fine_tuning.jobs.create(model=model, training_file=training_file)
+
+    def test_granting_at_the_same_moment_makes_one_permission(self, any_place: Place) -> None:
+        store = any_place.api.permissions
+        with ThreadPoolExecutor(4) as pool:
+            granted = list(pool.map(lambda _: store.grant("ft:a:b::c", ["red", "blue"]), range(8)))
+        assert all(permissions == granted[0] for permissions in granted)
 
     def test_granting_again_changes_nothing(self, place: Place) -> None:
         first = place.api.permissions.grant("ft:a:b::c", ["red", "blue", "red"])

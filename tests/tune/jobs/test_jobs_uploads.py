@@ -20,7 +20,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Upload
 
-from registry.errors import ConflictError
+from registry.errors import ConflictError, StorageError
 from tests.tune.jobs.sdk_types import assert_no_wrong_typed_field
 from tests.tune.jobs.support import BASE, TENANT, Place, chat_rows, client_of, open_place, serve, wait_until
 from tune.jobs.uploads.store import LIFE_SECONDS, MAX_PENDING, UploadStore
@@ -98,7 +98,8 @@ class TestAFileInParts:
         assert client.uploads.complete(upload.id, part_ids=ids) == first
         assert len(list(client.files.list())) == 1
 
-    def test_of_two_that_complete_at_once_one_makes_the_file(self, place: Place) -> None:
+    def test_of_two_that_complete_at_once_one_makes_the_file(self, any_place: Place) -> None:
+        place = any_place
         uploads = place.api.uploads.seen_by(TENANT)
         upload = uploads.create(filename="a", purpose="fine-tune", mime_type="text/jsonl", size_bytes=len(ROWS))
         with uploads.begin_part(upload.id) as part:
@@ -277,6 +278,19 @@ class TestNothingIsLeftBehind:
         wait_until(lambda: place.stored_files() == [], seconds=5)
         part = add(client, upload, ROWS)
         assert client.uploads.complete(upload.id, part_ids=[part]).status == "completed"
+
+    def test_by_a_part_that_came_while_its_upload_was_cancelled(self, place: Place) -> None:
+        uploads = place.api.uploads.seen_by(TENANT)
+        upload = uploads.create(filename="a", purpose="fine-tune", mime_type="text/jsonl", size_bytes=5)
+        with uploads.begin_part(upload.id) as part:
+            part.write(b"12345")
+            uploads.cancel(upload.id)
+            with pytest.raises(StorageError):
+                uploads.finish_part(upload.id, part)
+        with pytest.raises(ConflictError):
+            uploads.begin_part(upload.id)
+        assert place.stored_files() == []
+        assert place.api.files.storage.uploads_with_parts() == set()
 
     def test_by_an_upload_that_expired(self, client: OpenAI, place: Place) -> None:
         old = UploadStore(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from registry.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
@@ -114,6 +115,8 @@ class UploadService:
             kept = self._store.add_part(upload_id, part_id, part.size_bytes, asked)
         except Exception:
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # of an upload that ended meanwhile; another part's is not empty
+                path.parent.rmdir()
             raise
         if kept.id != part_id:
             path.unlink(missing_ok=True)
@@ -173,7 +176,12 @@ class UploadService:
     def sweep(self) -> list[str]:
         """Clean up after killed processes; for the start of a server. Returns the uploads whose parts went."""
         self.remove_expired()
-        return self.storage.sweep_parts(self._store.pending_ids())
+        # Looked for in this order: an upload is entered before its directory is made.
+        found = self.storage.uploads_with_parts()
+        left = sorted(found - self._store.pending_ids())
+        for upload_id in left:
+            self.storage.remove_parts(upload_id)
+        return left
 
     def _check_parts(self, record: UploadRecord, part_ids: Sequence[str]) -> None:
         sizes = self._store.part_sizes(record.id)
