@@ -196,6 +196,13 @@ class JobRun:
         self._settings.work_dir(job.id).mkdir(mode=0o700, parents=True, exist_ok=True)
         recipe = self._recipe()
         observer = JobObserver(self._queue, job, checkpoint_every_steps=recipe.checkpoint_every_steps)
+
+        def stop_reason() -> str | None:
+            reason = self._should_stop()
+            if reason is not None:
+                observer.close()  # before the checkpoint that the stop makes
+            return reason
+
         try:
             result = train(
                 recipe,
@@ -206,7 +213,7 @@ class JobRun:
                 ),
                 work_dir=self._settings.work_dir(job.id),
                 observer=observer,
-                should_stop=self._should_stop,
+                should_stop=stop_reason,
                 job_id=job.id,
                 fine_tuned_name=job.reserved_name,
                 alias=parse_extension(job.extensions).alias,
