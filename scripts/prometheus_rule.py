@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
-SOURCES = ("recording.yaml", "alerts.yaml")
+SOURCES = ("slo.yaml", "recording.yaml", "alerts.yaml")
 TARGET = DEPLOY / "kubernetes/components/monitoring/rules.yaml"
 _HEADER = "# Written by scripts/prometheus_rule.py from deploy/prometheus. Do not edit.\n"
 
