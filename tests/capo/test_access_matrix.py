@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from fastapi import APIRouter
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -53,19 +52,19 @@ async def test_without_a_key_only_the_public_ones_answer(tmp_path: Path) -> None
     assert refused_as(found, REFUSED_401, "invalid_api_key") == {}
 
 
-@pytest.mark.parametrize("wrong", ["unknown id", "wrong secret", "no key at all", "another scheme", "key alone"])
-async def test_a_wrong_key_opens_nothing(tmp_path: Path, wrong: str) -> None:
+async def test_a_wrong_key_opens_nothing(tmp_path: Path) -> None:
     async with guarded(tmp_path) as service:
         key = service.key()
-        shown = {
+        wrong = {
             "unknown id": bearer(new_secret()),
             "wrong secret": bearer(new_secret(key.key_id)),
             "no key at all": "Bearer sk-live-0123456789",
             "another scheme": f"Basic {key.text}",
             "key alone": key.text,
-        }[wrong]
-        found = await answers(service, shown, GUARDED)
-    assert refused_as(found, REFUSED_401, "invalid_api_key") == {}
+        }
+        for what, shown in wrong.items():
+            found = await answers(service, shown, GUARDED)
+            assert refused_as(found, REFUSED_401, "invalid_api_key") == {}, what
 
 
 async def test_a_key_without_the_scope_opens_nothing(tmp_path: Path) -> None:
@@ -143,15 +142,18 @@ async def test_a_route_that_is_not_in_the_table_is_refused_even_with_every_right
     assert (answer.status, answer.code) == (403, "not_in_the_rules")
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/invocations", "/pooling", "/score", "/pause", "/update_weights", "/sleep", "/collective_rpc", "/server_info",
-     "/reset_prefix_cache", "/v1/audio/transcriptions", "/v1/embeddings", "/load", "/version", "/ping"],
+OF_VLLM = (
+    "/invocations", "/pooling", "/score", "/pause", "/update_weights", "/sleep", "/collective_rpc", "/server_info",
+    "/reset_prefix_cache", "/v1/audio/transcriptions", "/v1/embeddings", "/load", "/version", "/ping",
 )  # fmt: skip
-async def test_routes_of_vllm_are_not_there(tmp_path: Path, path: str) -> None:
+
+
+async def test_routes_of_vllm_are_not_there(tmp_path: Path) -> None:
     async with guarded(tmp_path) as service:
         key = bearer(service.key())
-        assert {(await service.ask(f"{method} {path}", key)).status for method in ("GET", "POST")} <= {404, 405}
+        asked = [f"{method} {path}" for path in OF_VLLM for method in ("GET", "POST")]
+        found = {operation: (await service.ask(operation, key)).status for operation in asked}
+    assert {operation: status for operation, status in found.items() if status not in (404, 405)} == {}
 
 
 async def test_without_any_key_everything_is_open_to_this_machine_as_before(tmp_path: Path) -> None:

@@ -73,11 +73,11 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("what", HEADS)
-async def test_a_head_of_more_than_16_kib_is_431(service: Guarded, what: str) -> None:
-    status, body = await exchange(service, iter(HEADS[what]))
-    assert (status, code_of(body)) == (431, "headers_too_large")
-    assert (await service.ask("GET /readyz", None)).status == 200
+async def test_a_head_of_more_than_16_kib_is_431(service: Guarded) -> None:
+    for what, sent in HEADS.items():
+        status, body = await exchange(service, iter(sent))
+        assert (status, code_of(body)) == (431, "headers_too_large"), what
+        assert (await service.ask("GET /readyz", None)).status == 200
 
 
 async def test_a_head_below_16_kib_is_read_and_so_is_the_next_one_on_the_connection(service: Guarded) -> None:
@@ -135,14 +135,14 @@ async def test_a_body_without_an_end_is_cut_off_at_its_limit(service: Guarded) -
     assert len(list(endless)) > 500, "most of it was never sent"
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files", "/v1/fine_tuning/jobs", "/v1/load_lora_adapter"])
-async def test_a_compressed_body_is_refused_before_it_is_read(service: Guarded, path: str) -> None:
+async def test_a_compressed_body_is_refused_before_it_is_read(service: Guarded) -> None:
     bomb = gzip.compress(b"\0" * size(64 * MEBIBYTE, 1024 * MEBIBYTE))
 
     async def send() -> None:
-        for encoding in ("gzip", "deflate", "br", "GZIP", "gzip, identity"):
-            answer = await service.ask(f"POST {path}", None, content=bomb, headers={"Content-Encoding": encoding})
-            assert (answer.status, answer.code) == (400, "content_encoding")
+        for path in ("/v1/chat/completions", "/v1/files", "/v1/fine_tuning/jobs", "/v1/load_lora_adapter"):
+            for encoding in ("gzip", "deflate", "br", "GZIP", "gzip, identity"):
+                answer = await service.ask(f"POST {path}", None, content=bomb, headers={"Content-Encoding": encoding})
+                assert (answer.status, answer.code) == (400, "content_encoding")
 
     assert await growth_of_memory(send) < 16
 
