@@ -14,7 +14,9 @@ from tests.e2e.service import Service, running
 from tests.sizes import LONG
 from tests.soak.figures import DEFAULT_PATH, Figures
 
-collect_ignore = [] if LONG else ["test_many_starts.py", "test_ray_launcher.py"]
+collect_ignore = (
+    [] if LONG else ["test_many_starts.py", "test_observability.py", "test_ray_launcher.py", "test_replicas.py"]
+)
 
 _FIGURES = pytest.StashKey[Figures]()
 
