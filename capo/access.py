@@ -36,6 +36,12 @@ class AccessMetrics:
         self.refusals = Counter(
             "capo_access_refusals_total", "Requests refused at the door.", ("protocol", "reason"), registry=registry
         )
+        self.errors = Counter(
+            "capo_request_errors_total",
+            "Requests answered with an error, by error.code; each limit has one.",
+            ("protocol", "code"),
+            registry=registry,
+        )
         self.requests = Counter(
             "capo_key_requests_total", "Requests let in, by key.", ("key", "protocol"), registry=registry
         )
@@ -94,12 +100,17 @@ class Door:
             with self._counted(ask, key, admission), admitted(admission):
                 yield admission
         except errors.CapoError as error:
-            result = error.code
+            result = ask.error_code = error.code
+            raise
+        except Exception:
+            result = ask.error_code = "internal_error"
             raise
         except BaseException:
-            result = "failed"
+            result = "cancelled"
             raise
         finally:
+            if ask.error_code is not None:
+                self._metrics.errors.labels(ask.protocol, ask.error_code).inc()
             if self._audit is not None and rule is not None and rule.is_admin_act:
                 self._audit.write(
                     Act(

@@ -113,7 +113,7 @@ def _metrics_router() -> APIRouter:
 
 
 async def _answer_capo_error(request: Request, error: Exception) -> Response:
-    return answer_error(_request_id(request), error)
+    return answer_error(request.scope["state"], error)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -144,6 +144,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
     logger.error("request %s failed", _request_id(request), exc_info=error)
+    request.scope["state"]["error_code"] = "internal_error"
     # This handler runs outside of RequestIds, so it has to set the header that its own message points to.
     return JSONResponse(errors.openai_error_body(error), 500, {"x-request-id": _request_id(request)})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import MutableMapping
+from typing import Any
 
 from fastapi.responses import JSONResponse
 
@@ -11,7 +13,11 @@ from registry import errors
 logger = logging.getLogger(__name__)
 
 
-def answer_error(request_id: str, error: Exception) -> JSONResponse:
+def answer_error(state: MutableMapping[str, Any], error: Exception) -> JSONResponse:
+    """``state`` is the request's, with its ``request_id``; it keeps the answer's ``error_code``, which is counted."""
+    request_id = state.get("request_id", "-")
+    body = errors.openai_error_body(error)
+    state["error_code"] = body["error"]["code"]
     kind = errors.wire_kind(error)
     if kind.http_status >= 500:
         logger.warning("request %s: %s", request_id, error)
@@ -23,4 +29,4 @@ def answer_error(request_id: str, error: Exception) -> JSONResponse:
     if kind.http_status == 409:
         # OpenAI's SDK retries a 409 by itself unless told not to; the state that forbids the request will not go away.
         headers["x-should-retry"] = "false"
-    return JSONResponse(errors.openai_error_body(error), kind.http_status, headers)
+    return JSONResponse(body, kind.http_status, headers)

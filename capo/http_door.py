@@ -58,17 +58,21 @@ class HttpDoor:
             await send(message)
 
         began = False
+        state = scope["state"]
         try:
             if self._only_this_machine and self._access.is_open:
                 refuse_foreign_pages(headers.get(b"host", ""), headers.get(b"origin"))
             _refuse_compression(headers)
             with self._access.let_in(ask):
                 began = True
-                await self._app(scope, receive, send_with_limits)
+                try:
+                    await self._app(scope, receive, send_with_limits)
+                finally:
+                    ask.error_code = state.get("error_code")
         except errors.CapoError as error:
             if began:
                 raise
-            await answer_error(ask.request_id, error)(scope, receive, send_with_limits)
+            await answer_error(state, error)(scope, receive, send_with_limits)
 
     def _operation(self, scope: Scope) -> str | None:
         """What the request would call, as the rules name it; ``None``: nothing."""

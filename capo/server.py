@@ -26,6 +26,7 @@ from prometheus_client import REGISTRY
 from capo.access import is_loopback
 from capo.access_side import AccessSide
 from capo.app import build_app, build_metrics_app
+from capo.caches import refuse_shared_caches
 from capo.control_side import ControlSide
 from capo.disk_metrics import DiskMetrics
 from capo.http_protocol import BoundedHeadProtocol
@@ -79,6 +80,8 @@ class CapoServer:
         self._settings = settings
         self._started_at = started_at
         self._is_stopping = asyncio.Event()
+        if settings.role.has_engine:
+            refuse_shared_caches()
         self._tls = Tls.of(settings)
         self._access = AccessSide(settings)
         registry = open_registry(settings)

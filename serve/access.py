@@ -29,6 +29,8 @@ class Ask:
     """Filled in by who decides: what the answer says about the asker's limits."""
     result: str | None = None
     """Filled in by the face: how the request ended, where the face knows better than the exception."""
+    error_code: str | None = None
+    """Filled in by the face: the ``error.code`` of its answer."""
 
 
 class Access(Protocol):

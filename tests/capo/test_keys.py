@@ -223,6 +223,8 @@ async def test_beyond_a_keys_requests_both_faces_answer_as_openai_does(tmp_path:
     assert (called.status, called.code) == ("RESOURCE_EXHAUSTED", "rate_limit_exceeded")
     assert int(called.headers["retry-after"]) >= 1
     assert other.status == 200
+    for protocol in ("http", "grpc"):
+        assert counted(service, "capo_request_errors_total", protocol=protocol, code="rate_limit_exceeded") == 1
     assert counted(service, "capo_access_refusals_total", reason="requests_per_minute", protocol="http") == 1
     assert counted(service, "capo_access_refusals_total", reason="requests_per_minute", protocol="grpc") == 1
 
