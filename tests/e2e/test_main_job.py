@@ -245,3 +245,33 @@ def test_metrics_tell_adapters_apart_and_engine_metrics_are_there(service: Servi
         assert f'capo_time_to_first_token_seconds_count{{adapter="{result.artifact.name}",protocol="http"}}' in page
     assert "vllm:kv_cache_usage_perc" in page
     assert "lora_requests_info{" not in page
+
+
+def test_a_checkpoint_of_a_job_is_called_like_any_model_until_it_is_deleted(
+    service: Service, tuned: dict[str, Tuned]
+) -> None:
+    client = service.client
+    result = next(iter(tuned.values()))
+    listed = list(client.fine_tuning.jobs.checkpoints.list(result.job.id))
+    names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in listed]
+    assert len(names) == 3
+    assert names[0] == result.model
+    assert set(names) <= {model.id for model in client.models.list()}
+    prompt = result.questions[0].messages
+
+    def top(model: str) -> float:
+        reply = client.chat.completions.create(
+            model=model, messages=prompt, temperature=0, max_tokens=1, logprobs=True, top_logprobs=1
+        )
+        assert reply.model == model
+        choice = reply.choices[0].logprobs
+        assert choice is not None
+        assert choice.content
+        return choice.content[0].logprob
+
+    assert len({top(model) for model in ("capo-tiny", *names)}) == 4, "each answers with its own weights"
+    assert client.models.delete(names[2]).deleted
+    with pytest.raises(openai.NotFoundError):
+        top(names[2])
+    left = client.fine_tuning.jobs.checkpoints.list(result.job.id)
+    assert [checkpoint.fine_tuned_model_checkpoint for checkpoint in left] == names[:2]

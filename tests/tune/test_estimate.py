@@ -28,9 +28,9 @@ import torch
 from registry import Registry
 from tune.cli import tune_recipe
 from tune.memory import peak_bytes
-from tune import session
+from tune import stage_runs
 spent = []
-plain_train, plain_evaluate = session.train_stage, session.evaluate
+plain_train, plain_evaluate = stage_runs.train_stage, stage_runs.evaluate
 def timed(work):
     def call(*given, **named):
         started = time.perf_counter()
@@ -39,7 +39,7 @@ def timed(work):
         finally:
             spent.append(time.perf_counter() - started)
     return call
-session.train_stage, session.evaluate = timed(plain_train), timed(plain_evaluate)
+stage_runs.train_stage, stage_runs.evaluate = timed(plain_train), timed(plain_evaluate)
 tune_recipe(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 print(json.dumps([peak_bytes(torch.device("cpu")), sum(spent)]))
 """
