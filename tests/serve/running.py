@@ -70,6 +70,7 @@ async def running_service(
     pins: Sequence[str] = (),
     import_dir: Path | None = None,
     base_model: BaseModel | None = None,
+    read_only: bool = False,
     **limits: float,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ServingService]]:
     """A client for a started service. Not started: pass an engine whose start blocks, and look at /readyz."""
@@ -77,7 +78,7 @@ async def running_service(
     pool = AdapterPool(engine, gate or NoGate(), metrics)
     service = ServingService(
         engine=engine,
-        catalog=Catalog(Registry(registry_dir), BASE, poll_seconds=0.05),
+        catalog=Catalog(Registry(registry_dir, read_only=read_only), BASE, poll_seconds=0.05),
         pool=pool,
         metrics=metrics,
         limits=Limits(**limits),  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""Runs the control role in a process of its own, asks it for what it offers, and prints what came and is imported.
+
+python -m tests.capo.control_process DATA_DIR
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from capo import control_side
+from capo.roles import Role
+from capo.server import CapoServer, StartupReport
+from capo.settings import Settings
+
+HEAVY = ("vllm", "torch", "transformers", "peft", "trl")
+
+
+async def main(data_dir: Path) -> dict[str, Any]:
+    settings = Settings(role=Role.CONTROL, data_dir=data_dir, port=0, grpc_port=0)
+    server = CapoServer(settings, vllm_arguments=[], clean_environment=dict(os.environ), started_at=time.monotonic())
+    ready: asyncio.Future[StartupReport] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(server.run(ready.set_result))
+    await asyncio.wait((ready, serving), return_when=asyncio.FIRST_COMPLETED)
+    report = ready.result()
+    async with httpx.AsyncClient(base_url=report.url, timeout=20) as client:
+        found = await conversation(client)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving
+    return found | {"imported": [name for name in HEAVY if name in sys.modules]}
+
+
+async def conversation(client: httpx.AsyncClient) -> dict[str, Any]:
+    said = {"role": "assistant", "content": "yes"}
+    chats = [{"messages": [{"role": "user", "content": f"{number}?"}, said]} for number in range(12)]
+    rows = "\n".join(map(json.dumps, chats)).encode()
+    uploaded = await client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", rows)})
+    job = await client.post("/v1/fine_tuning/jobs", json={"model": "capo-tiny", "training_file": uploaded.json()["id"]})
+    chat = await client.post("/v1/chat/completions", json={"model": "capo-tiny", "messages": []})
+    flip = await client.put("/v1/aliases/support", json={"revision": sys.argv[2]})
+    refused = await client.put("/v1/aliases/support", json={"revision": sys.argv[3]})
+    models = await client.get("/v1/models")
+    probes = {path: (await client.get(path)).status_code for path in ("/startupz", "/livez", "/readyz")}
+    await asyncio.sleep(3 * control_side.REFRESH_SECONDS)
+    page = (await client.get("/metrics")).text
+    return {
+        "job": job.json().get("status"),
+        "chat": chat.json()["error"]["code"],
+        "flip": [flip.status_code, flip.json().get("warmed")],
+        "refused": [refused.status_code, refused.json()["error"]["code"]],
+        "models": [model["id"] for model in models.json()["data"]],
+        "probes": probes,
+        "queued": next(line for line in page.splitlines() if line.startswith('capo_jobs{status="queued"}')).split()[-1],
+    }
+
+
+if __name__ == "__main__":
+    control_side.REFRESH_SECONDS = 0.1
+    print(json.dumps(asyncio.run(main(Path(sys.argv[1])))))
