@@ -37,10 +37,11 @@ class AsyncCapoClient:
         *,
         timeout_seconds: float | None = channel.DEFAULT_TIMEOUT_SECONDS,
         retries: int = channel.DEFAULT_RETRIES,
+        api_key: str | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self._settings = channel.call_settings(timeout_seconds, retries, metadata)
+        self._settings = channel.call_settings(timeout_seconds, retries, metadata, api_key)
         self._channel = (
             grpc.aio.insecure_channel(address, options=channel.OPTIONS)
             if credentials is None

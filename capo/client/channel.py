@@ -45,7 +45,10 @@ class CallSettings:
         return self.metadata if request_id is None else (*self.metadata, ("x-request-id", request_id))
 
 
-def call_settings(timeout_seconds: float | None, retries: int, metadata: Sequence[tuple[str, str]]) -> CallSettings:
+def call_settings(
+    timeout_seconds: float | None, retries: int, metadata: Sequence[tuple[str, str]], api_key: str | None
+) -> CallSettings:
     if retries < 0:
         raise ValueError(f"retries is {retries}; 0 turns them off")
-    return CallSettings(timeout_seconds, retries, tuple(metadata))
+    shown = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    return CallSettings(timeout_seconds, retries, (*metadata, *shown))

@@ -32,7 +32,7 @@ class CapoClient:
 
     ``timeout_seconds`` bounds every call, streams as a whole, with its retries; ``None`` for ever. ``retries`` are made
     when the server is unavailable and nothing of the answer has come; 0 turns them off. ``metadata`` goes with every
-    call; with ``credentials`` the connection is TLS.
+    call, and so does ``api_key``; with ``credentials`` the connection is TLS.
 
     Every method raises :class:`~capo.client.errors.CapoClientError`; a stream raises it where it breaks.
     """
@@ -43,10 +43,11 @@ class CapoClient:
         *,
         timeout_seconds: float | None = channel.DEFAULT_TIMEOUT_SECONDS,
         retries: int = channel.DEFAULT_RETRIES,
+        api_key: str | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self._settings = channel.call_settings(timeout_seconds, retries, metadata)
+        self._settings = channel.call_settings(timeout_seconds, retries, metadata, api_key)
         self._channel = (
             grpc.insecure_channel(address, options=channel.OPTIONS)
             if credentials is None

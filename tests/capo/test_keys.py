@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import grpc
 import openai
 import pytest
 
+from capo.client import AsyncCapoClient, AuthenticationError
 from capo.keys.quota import Bound, Quota
 from capo.keys.records import KeyLimits, NewKey
 from capo.keys.ring import KeyRing
@@ -356,11 +356,12 @@ async def test_an_admin_act_is_logged_with_who_what_from_where_and_how_it_ended(
     assert log.stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_grpc_channel_sends_its_key_as_call_metadata(tmp_path: Path) -> None:
+async def test_capos_own_client_shows_its_key_and_is_told_when_it_is_none(tmp_path: Path) -> None:
     async with guarded(tmp_path) as service:
-        key = service.key()
-        call = service.channel.unary_unary("/capo.v1.Inference/ListModels")
-        assert await call(b"", metadata=(("authorization", bearer(key)),))
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(b"")
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        address = f"127.0.0.1:{service.grpc_port}"
+        async with AsyncCapoClient(address, api_key=service.key().text) as client:
+            assert [model.id for model in await client.models()] == [BASE]
+        async with AsyncCapoClient(address, api_key=new_secret().text) as client:
+            with pytest.raises(AuthenticationError) as caught:
+                await client.models()
+    assert caught.value.code == "invalid_api_key"
