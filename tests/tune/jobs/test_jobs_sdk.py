@@ -77,9 +77,12 @@ class Conversation:
         return answer
 
     async def all(self, method: str, *given: Any, **named: Any) -> list[Any]:
-        """Every item of every page."""
+        """Every item of every page, by the SDK's pager; the first page is held against its type too."""
         self.called.add(method)
         pages = resolve(self.client, method)(*given, **named)
+        first = await pages if inspect.isawaitable(pages) else pages
+        assert_no_wrong_typed_field(first)
+        assert first.object == "list"
         found = [item async for item in pages] if hasattr(pages, "__aiter__") else list(pages)
         for item in found:
             assert_no_wrong_typed_field(item)
