@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from serve.adapter_labels import AdapterLabels
 
@@ -28,6 +28,8 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, max_adapters: int = 100) -> None:
         self._labels = AdapterLabels(max_adapters, self._drop_series)
+        # Else every series has a second one that says when it began, which nothing here asks for.
+        disable_created_metrics()
 
         def histogram(name: str, text: str, *labels: str) -> Histogram:
             return Histogram(name, text, ("adapter", *labels), buckets=SECONDS_BUCKETS, registry=registry)
@@ -44,9 +46,14 @@ class Metrics:
             "protocol",
         )
         self.e2e_latency = histogram(
-            "capo_e2e_request_latency_seconds", "From receiving a request to its end.", "protocol", "outcome"
+            "capo_e2e_request_latency_seconds", "From receiving a request to the end of its answer.", "protocol"
         )
-        self.queue_wait = histogram("capo_request_queue_seconds", "Waiting in the engine's queue.", "protocol")
+        # Of both protocols alike: it is one queue.
+        self.queue_wait = histogram("capo_request_queue_seconds", "Waiting in the engine's queue.")
+        # Outcomes are counted apart: as a label of the histogram they would be most of the page.
+        self.outcomes = counter(
+            "capo_adapter_requests_total", "Requests that ran, by how they ended.", "adapter", "outcome"
+        )
         self.requests = counter(
             "capo_requests_total",
             "Requests for inference that were ended, those refused before they ran included.",
@@ -87,6 +94,7 @@ class Metrics:
             self.time_to_first_token,
             self.inter_token_latency,
             self.e2e_latency,
+            self.outcomes,
             self.queue_wait,
             self.prompt_tokens,
             self.completion_tokens,

@@ -188,6 +188,7 @@ class ServingService:
     @contextlib.asynccontextmanager
     async def _admitted(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
         self.require_ready()
+        self._limits.check(body)
         self.supervisor.quarantine.check(body)
         principal = _who_may_call(body["model"])
         target = await self.catalog.resolve(body["model"], user=_end_user(body), principal=principal)
@@ -284,11 +285,13 @@ class ServingService:
             if target.arm is not None and self._runs_canary(target.requested):
                 metrics.alias_request(target.requested, target.arm, outcome)
             label = metrics.settled_label(label)
-            metrics.e2e_latency.labels(label, protocol, outcome).observe(time.monotonic() - call.created_at)
+            metrics.outcomes.labels(label, outcome).inc()
+            if outcome == "ok":
+                metrics.e2e_latency.labels(label, protocol).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:
                 metrics.time_to_first_token.labels(label, protocol).observe(call.first_token_at - call.created_at)
             if call.queued_seconds is not None:
-                metrics.queue_wait.labels(label, protocol).observe(call.queued_seconds)
+                metrics.queue_wait.labels(label).observe(call.queued_seconds)
             metrics.prompt_tokens.labels(label).inc(call.prompt_tokens)
             metrics.completion_tokens.labels(label).inc(call.completion_tokens)
             count_tokens(call.prompt_tokens + call.completion_tokens)
