@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from serve.resident import AdapterState, Resident
 
-NAME = "vllm:lora_requests_info"
+LORA_REQUESTS_INFO = "vllm:lora_requests_info"
 
 
 class LoraRequestsInfo(Collector):
@@ -38,7 +38,7 @@ class LoraRequestsInfo(Collector):
             names = waiting if resident.state is AdapterState.LOADING else running
             names += [*self._names_of(revision), revision]
         family = GaugeMetricFamily(
-            NAME,
+            LORA_REQUESTS_INFO,
             "Adapters in the engine and on their way into it, by every name that requests may use; value: Unix time.",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )

@@ -4,15 +4,17 @@ Stock ``vllm.lora.punica_wrapper.punica_cpu`` (0.32.0) indexes the stacked weigh
 have no adapter. Python reads that as the last slot, so in a mixed batch base requests get the adapter that
 sits there (vllm-project/vllm#48421). It also gathers and up-casts the whole A and B once per token.
 
-Here every step groups its tokens by slot once, in :meth:`CapoPunicaWrapperCPU.update_metadata`. Each layer then runs
-two dense products per *active* slot on just the rows that belong to it or, for a small step of several adapters, one
-pair of products over all slots with the foreign ones masked out.
+Here every step groups its tokens by slot once, in :meth:`CapoPunicaWrapperCPU.update_metadata`. Each layer then
+multiplies the rows of each *active* slot with its A and B or, for a small step of several adapters, all rows with the
+A and B of all slots, with the foreign ones masked out. A small step is bound by the number of operations, so the
+weights of a layer's output slices (query, key and value are one layer) are kept in one tensor: one product with A.
 
-Letters: N tokens of the step, I input features, O output features, R rank of the slots, S slots.
+Letters: N tokens of the step, I input features, O output features, R rank of the slots, S slots, P output slices.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +70,7 @@ class _StepRows:
         return len(self.groups) > 1 and self.num_rows <= _SMALL_STEP_ROWS
 
     def mask(self, num_slots: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """(N, S * R): 1 where a row and a rank column belong to the same slot; made once a step."""
+        """(N, S * rank): 1 where a row and a rank column belong to the same slot; made once a step."""
         key = (num_slots, rank, dtype)
         if key not in self._masks:
             own = torch.zeros(self.num_rows, num_slots, 1, dtype=dtype)
@@ -105,12 +107,12 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """``y[rows of s] += (x[rows of s] @ A[s].T) * scale @ B[s].T`` for each active slot s and output slice."""
-        y = y.view(-1, y.shape[-1])
-        x = x.view(-1, x.shape[-1])
-        offset = 0
-        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            _add_low_rank(y, x, a, b, scale, offset, self._tokens)
-            offset += width
+        if not self._tokens.groups:
+            return
+        packed = getattr(lora_a_stacked[0], "capo_packed", None)
+        if packed is None:
+            packed = lora_a_stacked[0].capo_packed = _Packed.of(lora_a_stacked, lora_b_stacked, output_slices)
+        packed.add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), scale, self._tokens)
 
     def add_lora_logits(
         self,
@@ -123,9 +125,13 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        y = y.view(-1, y.shape[-1])
-        x = x.view(-1, x.shape[-1])
-        _add_low_rank(y, x, lora_a_stacked, lora_b_stacked, scale, 0, self._samples)
+        if not self._samples.groups:
+            return
+        packed = getattr(lora_a_stacked, "capo_packed", None)
+        if packed is None:
+            packed = _Packed.of((lora_a_stacked,), (lora_b_stacked,), (lora_b_stacked.shape[2],))
+            lora_a_stacked.capo_packed = packed
+        packed.add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), scale, self._samples)
 
     def add_lora_embedding(
         self,
@@ -137,48 +143,78 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
     ) -> None:
         for group in self._tokens.groups:
             b = lora_b_stacked[group.slot, 0]
-            delta = _select(x, group).to(b.dtype) @ b.T
-            _accumulate(y, group, 0, delta.to(y.dtype))
+            _accumulate(y, group, slice(None), _select(x, group).to(b.dtype), b.T, 1.0)
 
 
-def _add_low_rank(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, offset: int, rows: _StepRows
-) -> None:
-    """Add each row's own low-rank update to the columns of ``y`` from ``offset`` on.
+class _Packed:
+    """The adapter weights of one layer, laid out for few and large products.
 
-    vLLM folds alpha / r into B, so ``scale`` is 1 in practice.
+    vLLM's own stacked tensors become views of this storage, so what it writes into a slot is seen here at once. They
+    keep their shapes; this object lives as an attribute of the first of them and is made at the layer's first use.
     """
-    if not rows.groups:
-        return
-    if rows.is_small_mix:
-        num_slots, _, rank, num_in = a.shape
-        hidden = x.to(a.dtype) @ a.view(-1, num_in).T  # (N, S * R)
-        hidden = hidden * rows.mask(num_slots, rank, a.dtype)  # rank columns of other slots are nothing to a row
-        if scale != 1.0:
-            hidden = hidden * scale
-        by_slot = hidden.view(-1, num_slots, rank).transpose(0, 1)  # (S, N, R)
-        delta = torch.bmm(by_slot, b[:, 0].transpose(1, 2)).sum(0)  # (N, O)
-        _accumulate(y, _EVERY_ROW, offset, delta.to(y.dtype))
-        return
-    for group in rows.groups:
-        hidden = _select(x, group).to(a.dtype) @ a[group.slot, 0].T  # (n, R)
-        if scale != 1.0:
-            hidden = hidden * scale
-        _accumulate(y, group, offset, (hidden @ b[group.slot, 0].T).to(y.dtype))
+
+    def __init__(self, a: torch.Tensor, b: list[torch.Tensor], columns: list[slice]) -> None:
+        self._a = a
+        """(S, P, R, I)"""
+        self._b = b
+        """By output slice: (S, R, O)."""
+        self._columns = columns
+        """Of ``y``, by output slice."""
+
+    @classmethod
+    def of(
+        cls, a_stacked: tuple[torch.Tensor, ...], b_stacked: tuple[torch.Tensor, ...], output_slices: tuple[int, ...]
+    ) -> _Packed:
+        a = torch.stack([one[:, 0] for one in a_stacked], dim=1)
+        b = [one[:, 0].transpose(1, 2).contiguous() for one in b_stacked]
+        for place, one in enumerate(a_stacked):
+            one.set_(a[:, place : place + 1])
+        for one, packed in zip(b_stacked, b, strict=True):
+            one.set_(packed.transpose(1, 2).unsqueeze(1))
+        ends = list(itertools.accumulate(output_slices))
+        return cls(a, b, [slice(end - width, end) for end, width in zip(ends, output_slices, strict=True)])
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, scale: float, rows: _StepRows) -> None:
+        """Add each row's own low-rank update to ``y`` (N, sum of O) in place. ``rows`` has a group.
+
+        vLLM folds alpha / r into B, so ``scale`` is 1 in practice.
+        """
+        num_slots, num_slices, rank, num_in = self._a.shape
+        x = x.to(self._a.dtype)
+        if rows.is_small_mix:
+            hidden = x @ self._a.view(-1, num_in).T  # (N, S * P * R)
+            # rank columns of other slots are nothing to a row
+            hidden = (hidden * rows.mask(num_slots, num_slices * rank, x.dtype)).view(-1, num_slots, num_slices, rank)
+            for place, (b, columns) in enumerate(zip(self._b, self._columns, strict=True)):
+                of_slice = hidden[:, :, place].reshape(-1, num_slots * rank)
+                _accumulate(y, _EVERY_ROW, columns, of_slice, b.view(num_slots * rank, -1), scale)
+            return
+        for group in rows.groups:
+            hidden = _select(x, group) @ self._a[group.slot].view(-1, num_in).T  # (n, P * R)
+            for place, (b, columns) in enumerate(zip(self._b, self._columns, strict=True)):
+                of_slice = hidden[:, place * rank : (place + 1) * rank]
+                _accumulate(y, group, columns, of_slice, b[group.slot], scale)
 
 
 def _select(x: torch.Tensor, group: _Group) -> torch.Tensor:
     return x if group.rows is None else x[group.rows]
 
 
-def _accumulate(y: torch.Tensor, group: _Group, offset: int, delta: torch.Tensor) -> None:
+def _accumulate(
+    y: torch.Tensor, group: _Group, columns: slice, hidden: torch.Tensor, b: torch.Tensor, scale: float
+) -> None:
+    """``y[rows, columns] += scale * hidden @ b``, for ``hidden`` (n, R) and ``b`` (R, O)."""
     # The adapter and the model may pad the output by different amounts; the shorter one counts.
-    width = min(delta.shape[1], y.shape[1] - offset)
-    target = y[:, offset : offset + width]
-    delta = delta[:, :width]
+    target = y[:, columns]
+    b = b[:, : target.shape[1]]
+    target = target[:, : b.shape[1]]
+    if not isinstance(group.rows, torch.Tensor) and y.dtype == b.dtype:
+        (target if group.rows is None else target[group.rows]).addmm_(hidden, b, alpha=scale)
+        return
+    delta = hidden @ b
     if group.rows is None:
-        target += delta
+        target.add_(delta, alpha=scale)
     elif isinstance(group.rows, slice):
-        target[group.rows] += delta
+        target[group.rows].add_(delta, alpha=scale)
     else:
-        target.index_add_(0, group.rows, delta)
+        target.index_add_(0, group.rows, delta.to(y.dtype), alpha=scale)
