@@ -36,6 +36,7 @@ def build_app(
     access: Access,
     only_this_machine: bool = False,
     serve_metrics: bool = True,
+    max_body_bytes: int = faces.MAX_REQUEST_BYTES,
 ) -> FastAPI:
     """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``.
 
@@ -49,7 +50,7 @@ def build_app(
     if serve_metrics:
         app.include_router(_metrics_router())
     add_document(app, engine_schema)
-    _add_manners(app, access, only_this_machine=only_this_machine)
+    _add_manners(app, access, only_this_machine=only_this_machine, max_body_bytes=max_body_bytes)
     return app
 
 
@@ -61,13 +62,15 @@ def build_metrics_app(access: Access) -> FastAPI:
     return app
 
 
-def _add_manners(app: FastAPI, access: Access, *, only_this_machine: bool = False) -> None:
+def _add_manners(
+    app: FastAPI, access: Access, *, only_this_machine: bool = False, max_body_bytes: int = faces.MAX_REQUEST_BYTES
+) -> None:
     """What every request meets, whatever it asks for."""
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
     app.add_middleware(RequestIds)
     app.add_middleware(StalledReaders)

@@ -47,7 +47,7 @@ class ControlSide:
         self._tasks: list[asyncio.Task[None]] = []
         self.tuning = TuningApi(
             self.database,
-            FileStorage(files_dir(settings.data_dir)),
+            _file_storage(settings),
             registry,
             base_models={base_model.id: settings.model},
             max_lora_rank=max_lora_rank(vllm_arguments),
@@ -100,3 +100,10 @@ class ControlSide:
 
     def close(self) -> None:
         self.database.close()
+
+
+def _file_storage(settings: Settings) -> FileStorage:
+    directory = files_dir(settings.data_dir)
+    if settings.max_file_bytes is None:
+        return FileStorage(directory)
+    return FileStorage(directory, max_file_bytes=settings.max_file_bytes)

@@ -70,6 +70,10 @@ class InferenceSide:
             max_in_flight_per_model=settings.max_in_flight_per_model,
             engine_stall_seconds=settings.engine_stall_seconds,
             alias_warm_seconds=settings.alias_warm_seconds,
+            max_n=settings.max_n,
+            max_logprobs=settings.max_logprobs,
+            max_stop_strings=settings.max_stop_strings,
+            max_constraint_bytes=settings.max_constraint_bytes,
         )
         return ServingService(
             engine=engine,

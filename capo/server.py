@@ -173,6 +173,7 @@ class CapoServer:
             access=self._access.door,
             only_this_machine=is_loopback(settings.host),
             serve_metrics=settings.metrics_port is None,
+            max_body_bytes=settings.max_body_bytes,
         )
         self._access.start()
         listener = _listen(settings.host, settings.port)
@@ -183,6 +184,7 @@ class CapoServer:
         grpc_server = GrpcServer(
             None if inference is None else inference.serving,
             access=self._access.door,
+            max_message_bytes=settings.max_body_bytes,
             others=[] if self._control is None else self._control.grpc_services(),
         )
         credentials = None if self._tls is None else self._tls.grpc_credentials()

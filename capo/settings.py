@@ -22,6 +22,7 @@ from pydantic_settings import (
 from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
 from registry.names import check_name
+from serve import faces
 from serve.limits import Limits
 from tune.jobs.database_url import sqlite_url
 
@@ -167,6 +168,28 @@ class Settings(BaseSettings):
         gt=0,
         description="How long setting an alias or a pin waits for its adapters to load.",
     )
+    max_n: int = Field(default=_LIMITS.max_n, ge=1, le=_LIMITS.max_n, description="Answers to one prompt; then 400.")
+    max_logprobs: int = Field(
+        default=_LIMITS.max_logprobs, ge=0, le=_LIMITS.max_logprobs, description="Of each token; then 400."
+    )
+    max_stop_strings: int = Field(
+        default=_LIMITS.max_stop_strings, ge=0, le=_LIMITS.max_stop_strings, description="In one request; then 400."
+    )
+    max_constraint_bytes: int = Field(
+        default=_LIMITS.max_constraint_bytes,
+        ge=0,
+        le=_LIMITS.max_constraint_bytes,
+        description="Of the JSON of a schema, regex, grammar or list of choices; then 400.",
+    )
+    max_body_bytes: int = Field(
+        default=faces.MAX_REQUEST_BYTES,
+        ge=1024,
+        le=faces.MAX_REQUEST_BYTES,
+        description="Of a JSON body or a gRPC message; then 413. Uploads have a limit of their own.",
+    )
+    max_file_bytes: int | None = Field(
+        default=None, ge=1024, description="Of an uploaded file; then 413. Not set: OpenAI's 512 MiB."
+    )
     pin: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Adapters that stay in the engine: aliases, ft: names or revisions, with commas between them. Each "
@@ -178,7 +201,10 @@ class Settings(BaseSettings):
         "not set: it is refused.",
     )
     max_metric_adapters: int = Field(
-        default=100, ge=1, description="Adapters with metric series of their own; the rest share 'other'."
+        default=64,
+        ge=1,
+        description="Adapters with metric series of their own; the rest share 'other'. A page with 64 busy ones is 1.2 MB "
+        "and takes 0.1 s.",
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
 

@@ -22,7 +22,6 @@ from serve.grpc.service_entry import ServiceEntry
 from serve.service import ServingService
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", faces.MAX_REQUEST_BYTES),
     # Both: above the first gRPC refuses some of the calls, above the second all.
     ("grpc.max_metadata_size", faces.MAX_HEAD_BYTES),
     ("grpc.absolute_max_metadata_size", faces.MAX_HEAD_BYTES),
@@ -53,12 +52,15 @@ class GrpcServer:
         *,
         access: Access,
         others: Sequence[ServiceEntry] = (),
+        max_message_bytes: int = faces.MAX_REQUEST_BYTES,
         stalled_reader_seconds: float = faces.STALLED_READER_SECONDS,
     ) -> None:
         entries = [*([] if service is None else _serving_entries(service)), *others]
         self._names = tuple(entry.full_name for entry in entries)
         interceptor = CallInterceptor(self._names, access, stalled_reader_seconds)
-        self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[interceptor], options=(*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
+        )
         self._health = health.aio.HealthServicer()
         for entry in entries:
             entry.add_to(self._server)
