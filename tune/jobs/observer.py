@@ -37,6 +37,7 @@ class JobObserver:
         self._pending: list[NewEvent] = []
         self._estimated_finish: int | None = None
         self._flushed_at = -math.inf
+        self._has_stepped = False
 
     def on_event(self, event: TrainingEvent) -> None:
         self._pending.append(NewEvent(event.message, level=event.level, data=_finite(event.data) or None))
@@ -47,8 +48,9 @@ class JobObserver:
         self._estimated_finish = int(time.time() + max(0.0, metrics.seconds_left))
         every = self._checkpoint_every_steps
         is_kept = metrics.run_step == metrics.run_total_steps or (every is not None and metrics.step % every == 0)
-        if is_kept or self._clock() - self._flushed_at >= FLUSH_SECONDS:
+        if is_kept or not self._has_stepped or self._clock() - self._flushed_at >= FLUSH_SECONDS:
             self._flush()
+        self._has_stepped = True
 
     def close(self) -> None:
         if self._pending:
