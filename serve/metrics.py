@@ -26,7 +26,7 @@ OUTCOMES = ("ok", "client_error", "server_error", "draining", "cancelled")
 class Metrics:
     """One service's metrics; hold one per Prometheus registry. Not thread-safe beyond prometheus_client's own."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY, *, max_adapters: int = 100) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY, *, max_adapters: int = 64) -> None:
         self._labels = AdapterLabels(max_adapters, self._drop_series)
         # Else every series has a second one that says when it began, which nothing here asks for.
         disable_created_metrics()
