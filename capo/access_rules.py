@@ -79,6 +79,8 @@ HTTP_RULES: Mapping[str, Rule] = {
     "POST /v1/fine_tuning/jobs/{job_id}/resume": _TUNE,
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": _TUNE,
     "GET /v1/fine_tuning/jobs/{job_id}/events": _TUNE,
+    "POST /v1/fine_tuning/alpha/graders/run": _TUNE,
+    "POST /v1/fine_tuning/alpha/graders/validate": _TUNE,
     f"POST {_PERMISSIONS}": _ADMIN_ACT,
     f"GET {_PERMISSIONS}": _ADMIN,
     f"DELETE {_PERMISSIONS}/{{permission_id}}": _ADMIN_ACT,

@@ -16,7 +16,7 @@ from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileService, FileStorage
 from tune.jobs.permissions.routes import permissions_router
 from tune.jobs.permissions.store import PermissionStore
-from tune.jobs.routes import files_router, fine_tuning_router
+from tune.jobs.routes import files_router, fine_tuning_router, graders_router
 from tune.jobs.service import JobService
 from tune.jobs.store import JobStore
 from tune.jobs.uploads.routes import uploads_router
@@ -69,6 +69,7 @@ class TuningApi:
             files_router(self.files),
             uploads_router(self.uploads),
             fine_tuning_router(self.jobs),
+            graders_router(),
             permissions_router(self.permissions, self._registry),
             webhooks_router(self.webhook_endpoints),
         ]

@@ -34,11 +34,7 @@ def check_method(body: CreateJobBody) -> None:
     if method is None:
         return
     if method.type == "reinforcement":
-        raise InvalidRequestError(
-            "method.type 'reinforcement' is not offered: Capo has no graders; 'supervised' and 'dpo' are offered",
-            code="method_not_offered",
-            param="method.type",
-        )
+        raise reinforcement_not_offered("method.type")
     for name in ("supervised", "dpo", "reinforcement"):
         if name != method.type and getattr(method, name) is not None:
             raise InvalidRequestError(
@@ -50,6 +46,14 @@ def check_method(body: CreateJobBody) -> None:
             "keep the latter, the former is OpenAI's old place for it",
             param="hyperparameters",
         )
+
+
+def reinforcement_not_offered(param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        "method.type 'reinforcement' is not offered: Capo has no graders; 'supervised' and 'dpo' are offered",
+        code="method_not_offered",
+        param=param,
+    )
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:

@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from registry.errors import InvalidRequestError
 from registry.principal import current_principal
 from tune.jobs import wire
+from tune.jobs.checks import reinforcement_not_offered
 from tune.jobs.files import FileService
 from tune.jobs.query import idempotency_of, limit_of, order_of, read_body, read_query
 from tune.jobs.requests import CreateJobBody, parse_body
@@ -150,6 +151,18 @@ def fine_tuning_router(service: JobService) -> APIRouter:
         events = partial(own().events, job_id, after=query.get("after"), limit=limit)
         page = await asyncio.to_thread(events)
         return JSONResponse(wire.list_object(page, wire.event_object))
+
+    return router
+
+
+def graders_router() -> APIRouter:
+    """POST /v1/fine_tuning/alpha/graders/run and validate: refused, in the words in which a reinforcement job is."""
+    router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", tags=["fine-tuning"])
+
+    @router.post("/run")
+    @router.post("/validate")
+    async def refuse() -> JSONResponse:
+        raise reinforcement_not_offered("grader")
 
     return router
 

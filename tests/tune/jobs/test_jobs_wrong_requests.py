@@ -95,6 +95,8 @@ WRONG: dict[str, Wrong] = {
     "stage that decides the epochs": job(
         400, "invalid_request", "capo.stages[0].epochs", capo={"stages": [{"epochs": 3}]}
     ),
+    "running a grader": Wrong("POST", "/fine_tuning/alpha/graders/run", 400, "method_not_offered", "grader", {}),
+    "checking a grader": Wrong("POST", "/fine_tuning/alpha/graders/validate", 400, "method_not_offered", "grader", {}),
     "no JSON": Wrong("POST", "/fine_tuning/jobs", 400, "invalid_json", None, raw=b"model=capo-tiny"),
     "cancel of a finished job": Wrong("POST", "/fine_tuning/jobs/{done}/cancel", 409, "job_already_ended", None),
     "pause of a finished job": Wrong("POST", "/fine_tuning/jobs/{done}/pause", 409, "job_already_ended", None),
