@@ -203,8 +203,8 @@ class Settings(BaseSettings):
     max_metric_adapters: int = Field(
         default=64,
         ge=1,
-        description="Adapters with metric series of their own; the rest share 'other'. With 64 busy ones a page is 1.2 MB, "
-        "made in 0.1 s.",
+        description="Adapters with metric series of their own; the rest share 'other'. With 64 busy ones a page is "
+        "1.2 MB, made in 0.1 s.",
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
 
