@@ -6,6 +6,9 @@
 export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
+# Where tests may start the real engine (tests/test_house.py holds it). They take the whole machine, one after another;
+# all others run two at a time.
+ENGINE_TESTS := tests/e2e tests/soak tests/fuzz tests/serve/test_engine_repairs.py
 
 help:            ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,11 +24,15 @@ run: setup       ## Start the service on http://127.0.0.1:8000 with its data in 
 
 test: setup      ## The whole test suite
 	-@scripts/test_programs.sh
-	@$(BIN)/python -m pytest
+	@failed=; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m engine $(ENGINE_TESTS) || failed=1; \
+	[ -z "$$failed" ]
 
 soak: setup      ## The long proofs in full: flips, churn, hostile adapters, kills; figures go to build/soak.json
 	-@scripts/test_programs.sh
-	@CAPO_LONG=1 $(BIN)/python -m pytest tests/soak tests/fuzz -v --timeout 7200
+	@CAPO_LONG=1 $(BIN)/python -m pytest tests/soak tests/fuzz \
+		$$(grep -rl --include='test_*.py' 'from tests.sizes' tests | grep -v -e /soak/ -e /fuzz/) -v --timeout 7200
 
 check: setup     ## Format, lint, types
 	@$(BIN)/ruff format --check .

@@ -91,3 +91,14 @@ def test_the_http_process_never_pulls_in_the_training_stack() -> None:
         for path, tree in sources(room):
             names = {name.partition(".")[0] for name in imports(tree)}
             assert not names & {"peft", "trl", "accelerate", "bitsandbytes", "gptqmodel"}, path
+
+
+def test_the_engine_is_started_only_where_make_test_gives_it_the_machine() -> None:
+    [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("ENGINE_TESTS")]
+    places = tuple(line.partition(":=")[2].split())
+    files = [
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)
+    ]
+    with_engine = [file for file in files if "pytest.mark.engine" in (ROOT / file).read_text()]
+    assert with_engine
+    assert [file for file in with_engine if not file.startswith(places)] == []
