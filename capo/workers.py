@@ -67,7 +67,7 @@ def _kubernetes(settings: Settings) -> Cluster:
             image=settings.kubernetes_image,
             volume_claim=settings.kubernetes_volume_claim,
             secret=settings.kubernetes_secret,
-            environment=_cluster_environment(settings),
+            environment=cluster_environment(settings),
             cpu=settings.kubernetes_cpu,
             memory=settings.kubernetes_memory,
         ),
@@ -80,7 +80,7 @@ def _ray(settings: Settings) -> Cluster:
         "CAPO_DATA_DIR": str(settings.data_dir.absolute()),
         "CAPO_REGISTRY_DIR": str(settings.registry_path.absolute()),
     }
-    return RayCluster(RaySettings(address=settings.ray_address, environment=_cluster_environment(settings) | paths))
+    return RayCluster(RaySettings(address=settings.ray_address, environment=cluster_environment(settings) | paths))
 
 
 _CLUSTERS: dict[LauncherKind, Callable[[Settings], Cluster]] = {
@@ -89,7 +89,7 @@ _CLUSTERS: dict[LauncherKind, Callable[[Settings], Cluster]] = {
 }
 
 
-def _cluster_environment(settings: Settings) -> dict[str, str]:
+def cluster_environment(settings: Settings) -> dict[str, str]:
     """Without CAPO_DATABASE_URL, which may hold a password: everybody who sees the cluster's jobs sees this."""
     given = {
         "CAPO_MODEL": settings.model,

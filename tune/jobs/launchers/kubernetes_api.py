@@ -17,7 +17,7 @@ import httpx
 from registry.errors import InvalidRequestError
 from tune.jobs.launchers.cluster import LaunchRefusedError
 
-_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT_SECONDS = 10.0
 _PAGE = 200
 _MESSAGE_CHARACTERS = 500
@@ -37,7 +37,7 @@ class KubernetesAccess:
     """The certificate of who vouches for the server; ``None`` = the system's."""
 
     @classmethod
-    def in_cluster(cls, account_dir: Path = _ACCOUNT_DIR) -> KubernetesAccess:
+    def in_cluster(cls, account_dir: Path = ACCOUNT_DIR) -> KubernetesAccess:
         """What Kubernetes gives to a pod (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
 
         Raises:
