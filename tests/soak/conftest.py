@@ -15,7 +15,15 @@ from tests.sizes import LONG
 from tests.soak.figures import DEFAULT_PATH, Figures
 
 collect_ignore = (
-    [] if LONG else ["test_many_starts.py", "test_observability.py", "test_ray_launcher.py", "test_replicas.py"]
+    []
+    if LONG
+    else [
+        "test_clean_root.py",
+        "test_many_starts.py",
+        "test_observability.py",
+        "test_ray_launcher.py",
+        "test_replicas.py",
+    ]
 )
 
 _FIGURES = pytest.StashKey[Figures]()
