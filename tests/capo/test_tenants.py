@@ -11,6 +11,7 @@ import pytest
 
 from capo.access_rules import RULES
 from capo_proto.v1 import adapters_pb2, inference_pb2, tuning_pb2
+from registry.errors import ConflictError, PermissionDeniedError
 from registry.principal import Scope
 from tests.capo.guarded import HOUSE, Guarded, bearer, filled, guarded
 from tests.serve.running import BASE
@@ -148,6 +149,27 @@ async def test_a_name_that_another_tenant_has_cannot_be_taken_from_it(tmp_path: 
         still = await service.ask("GET /v1/aliases/{alias:path}", acme, path=f"/v1/aliases/{theirs.alias}")
     assert (taken.status, taken.code) == (409, "alias_taken")
     assert still.body["revision"] == theirs.revision
+
+
+async def test_a_job_cannot_take_another_tenants_alias_when_it_is_made_nor_when_it_is_published(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))
+        theirs, own = await furnish(service, "acme", acme), await furnish(service, "umbrella", umbrella)
+        told = [
+            await service.ask(
+                "POST /v1/fine_tuning/jobs",
+                umbrella,
+                json={"model": BASE, "training_file": own.file, "capo": {"alias": alias}},
+            )
+            for alias in (theirs.alias, own.alias, "nobodys")
+        ]
+        with pytest.raises(ConflictError, match="taken"):
+            service.publish("other", "umbrella", alias=theirs.alias)
+        service.publish("other", None, alias="common")
+        with pytest.raises(PermissionDeniedError, match="shared"):
+            service.publish("other", "umbrella", alias="common")
+        assert service.registry.alias(theirs.alias).revision == theirs.revision
+    assert [(answer.status, answer.code) for answer in told] == [(400, "alias_taken"), (200, None), (200, None)]
 
 
 async def test_lists_show_a_tenants_own_things_and_what_all_share(tmp_path: Path) -> None:

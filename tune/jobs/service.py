@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from registry import Artifact, Registry
-from registry.errors import InvalidNameError, InvalidRequestError
+from registry.errors import InvalidNameError, InvalidRequestError, ModelNotFoundError
 from registry.names import alias_file_stem, check_name, parse_alias
 from tune.jobs.checkpoints import CheckpointRecord, checkpoints_of
 from tune.jobs.checks import (
@@ -164,9 +164,23 @@ class JobService:
         except InvalidNameError as error:
             raise InvalidRequestError(f"suffix: {error.message}", code="invalid_suffix", param="suffix") from error
 
+    def _check_alias_is_free(self, alias: str | None) -> None:
+        """The registry holds this when the model is published; an hour of training earlier is better."""
+        if alias is None:
+            return
+        try:
+            owner = self._registry.alias(alias).tenant
+        except ModelNotFoundError:
+            return
+        if owner is not None and owner != self._store.tenant:
+            raise InvalidRequestError(
+                f"capo.alias: the name {alias!r} is taken; choose another one", code="alias_taken", param="capo.alias"
+            )
+
     def _check_extension(self, body: CreateJobBody, bases: Collection[str]) -> None:
         extension = body.capo or CapoBody()
         _check_name("capo.alias", extension.alias, bases)
+        self._check_alias_is_free(extension.alias)
         if extension.validation_share is not None and body.validation_file is not None:
             raise InvalidRequestError(
                 f"validation_file={body.validation_file!r} and capo.validation_share="
