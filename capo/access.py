@@ -203,7 +203,8 @@ def refuse_foreign_pages(host: str, origin: str | None) -> None:
             continue
         raise errors.PermissionDeniedError(
             "Without keys this service answers only requests that are meant for this machine: send them to localhost "
-            "or 127.0.0.1, and not from a web page.",
+            "or 127.0.0.1, and not from a web page. Behind a proxy of this machine, start it with "
+            "--allow-unauthenticated.",
             code="foreign_origin",
         )
 

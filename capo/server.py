@@ -171,7 +171,7 @@ class CapoServer:
             self._not_ready_reason,
             engine_schema,
             access=self._access.door,
-            only_this_machine=is_loopback(settings.host),
+            only_this_machine=is_loopback(settings.host) and not settings.allow_unauthenticated,
             serve_metrics=settings.metrics_port is None,
             max_body_bytes=settings.max_body_bytes,
         )

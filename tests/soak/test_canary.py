@@ -1,0 +1,127 @@
+"""A secret and a prompt pushed through a whole service at debug level, with crashes and failed jobs: found nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import httpx
+import openai
+import psutil
+
+from capo.client import CapoClient, CapoClientError, Message
+from capo.keys.records import NewKey
+from capo.keys.store import KeyStore
+from registry import EMBEDDED_MODEL_ID
+from registry.principal import Scope
+from tests.e2e.service import Service, running
+from tune.jobs.database import Database, sqlite_url
+
+PROMPT = "canaryprompt7f3a"
+ASKED: list[dict[str, str]] = [{"role": "user", "content": f"Repeat: {PROMPT}"}]
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+def rows() -> bytes:
+    chats = [[*ASKED, {"role": "assistant", "content": f"{PROMPT} {number}"}] for number in range(12)]
+    return b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats)
+
+
+def ready(service: Service) -> bool:
+    return httpx.get(f"{service.url}/readyz", trust_env=False).status_code == 200
+
+
+def eventually_ready(service: Service) -> None:
+    deadline = time.monotonic() + 120
+    while not ready(service):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def refused(call: object) -> str:
+    """What a request that must fail was told."""
+    try:
+        call()  # type: ignore[operator]
+    except (openai.APIError, CapoClientError, grpc.RpcError) as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def trained(client: openai.OpenAI, file: str, **extension: object) -> tuple[str, str]:
+    """How a job ended, and all that it says of itself."""
+    job = client.fine_tuning.jobs.create(
+        model=EMBEDDED_MODEL_ID, training_file=file, hyperparameters={"n_epochs": 1}, extra_body={"capo": extension}
+    )
+    deadline = time.monotonic() + 300
+    while (job := client.fine_tuning.jobs.retrieve(job.id)).status not in ENDED:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    events = [event.model_dump_json() for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    return job.status, job.model_dump_json() + "".join(events)
+
+
+def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    database = Database(sqlite_url(data_dir / "jobs.sqlite"))
+    secret = KeyStore(database).create(NewKey("acme", frozenset(Scope)))
+    database.close()
+    said: list[str] = []
+    with running(data_dir, "--log-level", "debug") as service:
+        client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=secret.text, max_retries=0, timeout=120)
+        chat = client.chat.completions
+        with client, CapoClient(service.grpc_address, api_key=secret.text) as grpc_client:
+            for _ in range(2):
+                chat.create(model=EMBEDDED_MODEL_ID, messages=ASKED, max_tokens=8)  # type: ignore[arg-type]
+                for _chunk in chat.create(model=EMBEDDED_MODEL_ID, messages=ASKED, max_tokens=8, stream=True):  # type: ignore[call-overload]
+                    pass
+                grpc_client.chat(EMBEDDED_MODEL_ID, [Message("user", PROMPT)])
+            said.append(refused(lambda: chat.create(model="nobodys", messages=ASKED)))  # type: ignore[arg-type]
+            said.append(refused(lambda: chat.create(model=EMBEDDED_MODEL_ID, messages=ASKED, n=1000)))  # type: ignore[arg-type]
+            said.append(
+                refused(
+                    lambda: chat.create(
+                        model=EMBEDDED_MODEL_ID, messages=[{"role": "user", "content": PROMPT * 99_999}]
+                    )
+                )
+            )
+            said.append(refused(lambda: client.completions.create(model=EMBEDDED_MODEL_ID, prompt=[PROMPT, 5])))  # type: ignore[list-item]
+            said.append(refused(lambda: grpc_client.chat("nobodys", [Message("user", PROMPT)])))
+            said.append(refused(lambda: client.files.create(file=("a.jsonl", PROMPT.encode()), purpose="fine-tune")))
+            file = client.files.create(file=("rows.jsonl", rows()), purpose="fine-tune").id
+            good, told = trained(client, file)
+            bad, also_told = trained(client, file, lora={"target_modules": ["no_such_module"]})
+            assert (good, bad) == ("succeeded", "failed")
+            said += [told, also_told]
+            stream = chat.create(model=EMBEDDED_MODEL_ID, messages=ASKED, max_tokens=400, stream=True)  # type: ignore[call-overload]
+            next(iter(stream))
+            os.kill(service.engine_pid(), signal.SIGKILL)
+            with contextlib.suppress(openai.APIError, httpx.HTTPError):
+                said.append(refused(lambda: list(stream)))
+            eventually_ready(service)
+            page = httpx.get(f"{service.url}/metrics", headers={"Authorization": f"Bearer {secret.text}"}).text
+        processes = [p for p in service.processes() if p.is_running()]
+        surroundings = ""
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                surroundings += f"{process.cmdline()} {process.environ()}"
+    kept = {path: path.read_bytes() for path in data_dir.rglob("*") if path.is_file()}
+    of_training = {path for path in kept if {"files", "registry", "jobs"} & set(path.relative_to(data_dir).parts)}
+    told_apart = {
+        "errors and events": "\n".join(said),
+        "log": service.log() + "\n".join(service.output),
+        "metrics": page,
+        "surroundings": surroundings,
+        "audit": (data_dir / "audit.jsonl").read_text() if (data_dir / "audit.jsonl").exists() else "",
+        "other files": b"".join(content for path, content in kept.items() if path not in of_training).decode("latin-1"),
+    }
+    assert "DEBUG" in told_apart["log"] or "INFO" in told_apart["log"]
+    assert secret.key_id in told_apart["metrics"]
+    canaries = {PROMPT, secret.text, secret.text.split("_", 2)[2]}
+    assert [(place, canary) for place, text in told_apart.items() for canary in canaries if canary in text] == []
+    assert [path for path, content in kept.items() if secret.text.encode() in content] == []
