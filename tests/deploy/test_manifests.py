@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from scripts.prometheus_rule import TARGET, resource
+from tests.deploy import rules_around, rules_life, rules_network, rules_pods  # noqa: F401 - each adds its rules
 from tests.deploy.defects import DEFECTS, Defect
 from tests.deploy.render import KUBERNETES, OVERLAYS, ROOT, Render, render, rendered_text
-from tests.deploy.rules_between import RULES
+from tests.deploy.rules import RULES
 from tests.deploy.validation import VERSIONS, problems
 
 
@@ -31,7 +32,7 @@ def test_every_rule_holds(overlay: str) -> None:
 
 
 def test_there_are_rules_enough_and_each_has_a_name_of_its_own() -> None:
-    assert len({check.__name__ for check in RULES}) == len(RULES) >= 60
+    assert len({check.__name__ for check in RULES}) == len(RULES) >= 99
 
 
 @pytest.mark.parametrize("version", VERSIONS)
