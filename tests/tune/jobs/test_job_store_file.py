@@ -16,16 +16,19 @@ from tune.jobs.database import Database, sqlite_url
 
 
 class TestTheFile:
-    def test_commits_survive_a_power_cut_and_readers_do_not_block_writers(self, place: Place) -> None:
-        with place.database.read() as connection:
+    def test_commits_survive_a_power_cut_and_readers_do_not_block_writers(self, tmp_path: Path) -> None:
+        database = Database(sqlite_url(tmp_path / "own.db"))
+        with database.read() as connection:
             pragmas = {
                 name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
                 for name in ("journal_mode", "synchronous", "foreign_keys")
             }
+        database.close()
         assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
-    def test_other_users_cannot_read_it(self, place: Place) -> None:
-        assert (place.directory / "jobs.db").stat().st_mode & 0o077 == 0
+    def test_other_users_cannot_read_it(self, tmp_path: Path) -> None:
+        Database(sqlite_url(tmp_path / "own.db")).close()
+        assert (tmp_path / "own.db").stat().st_mode & 0o077 == 0
 
     def test_a_second_opening_in_one_process_takes_nothing_from_the_first(self, place: Place) -> None:
         """A process that comes and goes removes the write-ahead log if it finds no locks of others."""
