@@ -171,7 +171,9 @@ def _observe(call: Call, output: RequestOutput) -> None:
 
 def _gauge(name: str, *args: Any, **kwargs: Any) -> Gauge:
     """vLLM's gauges, with its ``lora_requests_info`` left out of the metrics page: serve/lora_info.py has that name."""
-    return Gauge(name, *args, **kwargs, **({"registry": None} if name == LORA_REQUESTS_INFO else {}))
+    if name == LORA_REQUESTS_INFO:
+        kwargs["registry"] = None
+    return Gauge(name, *args, **kwargs)
 
 
 class _StatLogger(PrometheusStatLogger):
