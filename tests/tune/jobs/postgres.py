@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def running_postgres() -> Iterator[str]:
         yield f"postgresql+psycopg://capo@/{{name}}?host={home}"
     finally:
         if server is not None:
-            server.terminate()
+            server.send_signal(signal.SIGQUIT)  # at once: what it would still write is about to be removed
             server.wait(20)
         shutil.rmtree(home)
 
