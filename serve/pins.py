@@ -48,10 +48,6 @@ class Pin:
     reason: errors.CapoError | None = None
 
 
-def not_pinned(reference: str) -> errors.NotFoundError:
-    return errors.NotFoundError(f"{reference[:200]!r} is not pinned. GET /v1/pins lists what is.", code="not_pinned")
-
-
 class Pins:
     """Keeps the pool's pinned adapters loaded. ``may_load`` says whether the engine can take any now."""
 
@@ -103,14 +99,16 @@ class Pins:
             raise
         return self._pin(reference)
 
-    def remove(self, reference: str) -> None:
+    def remove(self, reference: str, *, principal: Principal) -> None:
         """Treat what ``reference`` means like any other adapter again.
 
         Raises:
-            NotFoundError: it is not pinned.
+            NotFoundError: it is not pinned, as far as the principal sees.
         """
-        if reference not in self._references:
-            raise not_pinned(reference)
+        if all(pin.reference != reference for pin in self.seen_by(principal)):
+            raise errors.NotFoundError(
+                f"{reference[:200]!r} is not pinned. GET /v1/pins lists what is.", code="not_pinned"
+            )
         del self._references[reference]
         self._said.pop(reference, None)
         self.follow()
@@ -156,6 +154,15 @@ class Pins:
 
     def all(self) -> list[Pin]:
         return [self._pin(reference) for reference in self._references]
+
+    def seen_by(self, principal: Principal) -> list[Pin]:
+        """Those of what the principal sees; what is not there yet is the service's own tenant's."""
+        snapshot, seen = self._catalog.snapshot, []
+        for pin in self.all():
+            served = snapshot.served_by(pin.reference)
+            if snapshot.is_seen_by(principal, pin.reference, served[0]) if served else principal.owns_shared:
+                seen.append(pin)
+        return seen
 
     def covers(self, revision: str) -> bool:
         return revision in self._held

@@ -22,7 +22,7 @@ from serve.catalog import Catalog, Snapshot, Target
 from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.limits import Limits
 from serve.metrics import Metrics
-from serve.pins import Pin, Pins, not_pinned
+from serve.pins import Pin, Pins
 from serve.pool import AdapterPool
 from serve.resident import AdapterStatus
 from serve.supervisor import Supervisor
@@ -326,22 +326,6 @@ class ServingService:
         return await self.pins.add(
             reference, load_seconds=self._limits.alias_warm_seconds, principal=current_principal()
         )
-
-    def unpin(self, reference: str) -> None:
-        """Let what ``reference`` means go like any other adapter; see :meth:`Pins.remove`."""
-        if all(pin.reference != reference for pin in self.own_pins()):
-            raise not_pinned(reference)
-        self.pins.remove(reference)
-
-    def own_pins(self) -> list[Pin]:
-        """Those that whoever asks sees; a pin of what is not there yet is the service's own tenant's."""
-        snapshot, principal = self.catalog.snapshot, current_principal()
-        seen = []
-        for pin in self.pins.all():
-            served = snapshot.served_by(pin.reference)
-            if snapshot.is_seen_by(principal, pin.reference, served[0]) if served else principal.owns_shared:
-                seen.append(pin)
-        return seen
 
     def _runs_canary(self, alias: str) -> bool:
         record = self.catalog.snapshot.aliases.get(alias)

@@ -61,11 +61,11 @@ class AdaptersServicer(stubs.AdaptersServicer):
     async def UnpinAdapter(
         self, request: pb.UnpinAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnpinAdapterResponse:
-        self._service.unpin(request.reference)
+        self._service.pins.remove(request.reference, principal=current_principal())
         return pb.UnpinAdapterResponse()
 
     async def ListPins(self, request: pb.ListPinsRequest, context: grpc.aio.ServicerContext) -> pb.ListPinsResponse:
-        return pb.ListPinsResponse(pins=[_pin(pin) for pin in self._service.own_pins()])
+        return pb.ListPinsResponse(pins=[_pin(pin) for pin in self._service.pins.seen_by(current_principal())])
 
     async def ListAliases(
         self, request: pb.ListAliasesRequest, context: grpc.aio.ServicerContext

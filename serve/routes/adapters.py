@@ -43,7 +43,7 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
 
     @router.get("/v1/pins")
     async def list_pins() -> dict[str, Any]:
-        return {"object": "list", "data": [_pin(pin) for pin in service.own_pins()]}
+        return {"object": "list", "data": [_pin(pin) for pin in service.pins.seen_by(current_principal())]}
 
     @router.put("/v1/adapters/{reference:path}/pin")
     async def pin_adapter(reference: str, request: Request) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
 
     @router.delete("/v1/adapters/{reference:path}/pin")
     async def unpin_adapter(reference: str) -> dict[str, Any]:
-        service.unpin(reference)
+        service.pins.remove(reference, principal=current_principal())
         return {"object": "pin", "reference": reference, "deleted": True}
 
 
