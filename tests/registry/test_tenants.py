@@ -1,0 +1,106 @@
+"""A registry on behalf of a tenant: what it sees, what it publishes, and what it may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from registry import Artifact, CanaryRequest, ManifestDraft, Registry
+from registry.errors import ConflictError, InvalidRequestError, ModelNotFoundError, PermissionDeniedError
+from registry.principal import Principal
+from tests.registry.samples import draft
+
+ACME = Principal("acme", None, frozenset())
+UMBRELLA = Principal("umbrella", None, frozenset())
+HOUSE = Principal.local("house")
+
+
+def published(registry: Registry, content: str, **options: str) -> Artifact:
+    with registry.stage() as folder:
+        (folder / "weights.safetensors").write_text(content)
+        return registry.publish(folder, draft("support"), **options)
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
+
+
+def test_what_a_tenant_publishes_is_its_own_and_not_there_for_another(everything: Registry) -> None:
+    acme, umbrella = everything.on_behalf_of(ACME), everything.on_behalf_of(UMBRELLA)
+    theirs = published(acme, "theirs", alias="front", fine_tuned_name="ft:base:acme:x:12345678")
+    assert theirs.manifest.tenant == everything.alias("front").tenant == "acme"
+    assert acme.resolve("front") == everything.resolve("front") == theirs
+    for name in ("front", theirs.revision, "ft:base:acme:x:12345678"):
+        with pytest.raises(ModelNotFoundError):
+            umbrella.resolve(name)
+    with pytest.raises(ModelNotFoundError):
+        umbrella.alias("front")
+    assert umbrella.artifacts() == umbrella.aliases() == []
+    for change in (umbrella.rollback_alias, umbrella.delete_alias):
+        with pytest.raises(ModelNotFoundError):
+            change("front")
+    with pytest.raises(ModelNotFoundError):
+        umbrella.remove(theirs.revision, force=True)
+    assert everything.resolve("front") == theirs
+
+
+def test_the_same_bytes_of_two_tenants_are_two_artifacts(everything: Registry) -> None:
+    theirs = published(everything.on_behalf_of(ACME), "equal")
+    own = published(everything.on_behalf_of(UMBRELLA), "equal")
+    assert theirs.digest != own.digest
+    assert everything.on_behalf_of(UMBRELLA).artifacts() == [own]
+
+
+def test_a_name_that_another_tenant_has_is_taken_and_keeps_its_meaning(everything: Registry) -> None:
+    theirs = published(everything.on_behalf_of(ACME), "theirs", alias="front")
+    umbrella = everything.on_behalf_of(UMBRELLA)
+    own = published(umbrella, "own")
+    with pytest.raises(ConflictError) as caught:
+        umbrella.set_alias("front", own.revision)
+    assert caught.value.code == "alias_taken"
+    with pytest.raises(ConflictError):
+        published(umbrella, "another", alias="front")
+    assert everything.resolve("front") == theirs
+
+
+def test_what_all_share_is_seen_by_all_and_changed_by_the_house_alone(everything: Registry) -> None:
+    common = published(everything, "common", alias="front")
+    assert common.manifest.tenant is None
+    acme, house = everything.on_behalf_of(ACME), everything.on_behalf_of(HOUSE)
+    own = published(acme, "own")
+    assert acme.resolve("front") == common
+    for change in (
+        lambda: acme.set_alias("front", own.revision),
+        lambda: acme.delete_alias("front"),
+        lambda: acme.rollback_alias("front"),
+        lambda: acme.remove(common.revision, force=True),
+    ):
+        with pytest.raises(PermissionDeniedError) as caught:
+            change()
+        assert caught.value.code == "shared_model"
+    mine = acme.set_alias("mine", common.revision)
+    assert mine.tenant == "acme", "a tenant's own name for what is shared is its own"
+    house.delete_alias("front")
+    with pytest.raises(ModelNotFoundError):
+        acme.alias("front")
+
+
+def test_an_alias_serves_the_models_of_one_tenant(everything: Registry) -> None:
+    theirs, own = published(everything.on_behalf_of(ACME), "a"), published(everything.on_behalf_of(UMBRELLA), "b")
+    common = published(everything, "c")
+    with pytest.raises(InvalidRequestError, match="another tenant"):
+        everything.set_alias("front", theirs.revision, canary=CanaryRequest(own.revision, 10))
+    mixed = everything.set_alias("front", common.revision, canary=CanaryRequest(own.revision, 10))
+    assert mixed.tenant == "umbrella", "else everybody would get its canary"
+
+
+def test_without_a_principal_names_are_what_they_were(everything: Registry, tmp_path: Path) -> None:
+    first = published(everything, "one", alias="front")
+    record = everything.alias("front")
+    assert record.tenant is None
+    stored = next((tmp_path / "registry" / "aliases").glob("*.json")).read_text()
+    assert "tenant" not in stored, "an older Capo reads it"
+    assert ManifestDraft.model_fields["tenant"].default is None
+    assert first.manifest.tenant is None
