@@ -49,7 +49,10 @@ class TuningApi:
     ) -> None:
         files = FileStore(database)
         self.files = FileService(files, storage)
-        self.uploads = UploadService(UploadStore(database, max_part_bytes=storage.max_part_bytes), self.files)
+        uploads = UploadStore(
+            database, max_part_bytes=storage.max_part_bytes, max_upload_bytes=storage.max_upload_bytes
+        )
+        self.uploads = UploadService(uploads, self.files)
         self.permissions = PermissionStore(database)
         self.jobs = JobService(
             JobStore(database),

@@ -258,6 +258,15 @@ class TestBounds:
         client.uploads.cancel(uploads[0].id)
         create(client)
 
+    def test_what_a_tenants_pending_uploads_may_take_together_is_bounded(self, small: Place) -> None:
+        with serve(small) as url, client_of(url) as client:
+            uploads = [create(client, 5000) for _ in range(4)]
+            with pytest.raises(openai.RateLimitError) as refused:
+                create(client, 1)
+            assert refused.value.code == "too_many_uploads"
+            client.uploads.cancel(uploads[0].id)
+            create(client, 5000)
+
     def test_an_empty_part_is_refused(self, client: OpenAI) -> None:
         with pytest.raises(openai.BadRequestError):
             client.uploads.parts.create(create(client).id, data=b"")

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from registry.errors import ConflictError, InvalidRequestError, NotFoundError, RateLimitedError
 from registry.names import shown
 from tune.jobs.database import Database
+from tune.jobs.files import MAX_PART_BYTES, MAX_UPLOAD_BYTES
 from tune.jobs.idempotency import Idempotency, find_made, make_once
 from tune.jobs.records import FileRecord
 from tune.jobs.rows import new_id, owned
@@ -21,7 +22,10 @@ LIFE_SECONDS = 3600
 """OpenAI's: an upload expires an hour after it was created (openai/resources/uploads/uploads.py)."""
 MAX_PARTS = 10_000
 MAX_PENDING = 100
-"""Uploads of one tenant at a time: each may fill the disk up to its limit."""
+"""Uploads of one tenant at a time."""
+PENDING_UPLOADS_OF_FULL_SIZE = 4
+"""What a tenant's pending uploads may announce together, in uploads of the largest size: it lies on the disk twice
+while one of them is completed."""
 _SURPLUS_PARTS = 8
 """A client that saw no answer sends a part again; what it sends may pass what it announced by so many parts."""
 
@@ -33,18 +37,26 @@ class UploadStore:
         self,
         database: Database,
         *,
-        max_part_bytes: int,
+        max_part_bytes: int = MAX_PART_BYTES,
+        max_upload_bytes: int = MAX_UPLOAD_BYTES,
         tenant: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._max_part_bytes = max_part_bytes
+        self._max_upload_bytes = max_upload_bytes
         self._tenant = tenant
         self._clock = clock
 
     def seen_by(self, tenant: str) -> UploadStore:
         """The same store as one tenant sees it."""
-        return UploadStore(self._database, max_part_bytes=self._max_part_bytes, tenant=tenant, clock=self._clock)
+        return UploadStore(
+            self._database,
+            max_part_bytes=self._max_part_bytes,
+            max_upload_bytes=self._max_upload_bytes,
+            tenant=tenant,
+            clock=self._clock,
+        )
 
     @property
     def tenant(self) -> str:
@@ -63,18 +75,21 @@ class UploadStore:
         """A new pending upload; or the one that ``asked`` made before.
 
         Raises:
-            RateLimitedError: the tenant has too many pending ones.
+            RateLimitedError: the tenant has too many pending ones, or too large ones.
             ConflictError: the key of ``asked`` made something else.
         """
         now = int(self._clock())
 
         def enter(connection: Connection) -> str:
-            pending = select(func.count()).where(
+            pending = select(func.count(), func.coalesce(func.sum(uploads.c.size_bytes), 0)).where(
                 uploads.c.tenant == self.tenant, uploads.c.status == "pending", uploads.c.expires_at > now
             )
-            if connection.execute(pending).scalar_one() >= MAX_PENDING:
+            number, announced = connection.execute(pending).one()
+            most_bytes = PENDING_UPLOADS_OF_FULL_SIZE * self._max_upload_bytes
+            if number >= MAX_PENDING or announced + size_bytes > most_bytes:
                 raise RateLimitedError(
-                    f"{MAX_PENDING} uploads are pending, the most at a time; complete or cancel some of them",
+                    f"{number} uploads of {announced} bytes are pending, and at a time there are at most {MAX_PENDING} "
+                    f"of {most_bytes} bytes; complete or cancel some of them",
                     code="too_many_uploads",
                     retry_after_seconds=60.0,
                 )
