@@ -158,6 +158,23 @@ DEFECTS: list[Defect] = [
     ),
     Defect("settings_listen_on_the_ports_that_are_declared", "another port", lambda r: setting(r, "CAPO_PORT", "8080")),
     Defect(
+        "every_setting_is_one_that_capo_has",
+        "mistyped",
+        lambda r: setting(r, "CAPO_DRAIN_SECOND", "240"),
+    ),
+    Defect(
+        "settings_are_values_that_capo_takes",
+        "a word for a number",
+        lambda r: setting(r, "CAPO_PORT", "http"),
+    ),
+    Defect(
+        "settings_are_values_that_capo_takes",
+        "a launcher without what it needs",
+        lambda r: container(r, "capo-control")["env"].remove(
+            next(e for e in container(r, "capo-control")["env"] if e["name"] == "CAPO_KUBERNETES_IMAGE")
+        ),
+    ),
+    Defect(
         "without_keys_only_the_demo_listens",
         "a real model open to all",
         lambda r: setting(r, "CAPO_ALLOW_UNAUTHENTICATED", "true"),

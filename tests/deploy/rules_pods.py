@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pydantic import ValidationError
+
+from capo.settings import Settings
 from tests.deploy.render import Pod, Render
 from tests.deploy.rules import pod_rule, rule, serving
 
@@ -174,6 +177,29 @@ def settings_listen_on_the_ports_that_are_declared(render: Render) -> Iterator[s
         wanted = {name: settings.get(f"CAPO_{name.upper()}_PORT") for name in ("grpc", "metrics")}
         if ports != {"http": settings.get("CAPO_PORT"), **wanted}:
             yield pod.name
+
+
+@rule
+def every_setting_is_one_that_capo_has(render: Render) -> Iterator[str]:
+    """Capo leaves variables alone that it does not know, so a mistyped one would be lost in silence."""
+    known = {f"CAPO_{name.upper()}" for name in Settings.model_fields} | {"CAPO_SECRETS_DIR"}
+    for pod in render.capo_pods():
+        yield from (
+            f"{pod.name}: {name}" for name in render.settings(pod) if name.startswith("CAPO_") and name not in known
+        )
+
+
+@rule
+def settings_are_values_that_capo_takes(render: Render) -> Iterator[str]:
+    for pod in render.capo_pods():
+        prefix = "CAPO_"
+        given = {n.removeprefix(prefix).lower(): v for n, v in render.settings(pod).items() if n.startswith(prefix)}
+        given.pop("secrets_dir", None)
+        try:
+            # The address of the job store is in a secret.
+            Settings(**given, database_url="postgresql+psycopg://capo@db/capo")  # type: ignore[arg-type]
+        except ValidationError as error:
+            yield f"{pod.name}: {error.errors()[0]['msg']}"
 
 
 @rule
