@@ -19,7 +19,7 @@ from tests.serve.grpc_channel import Faces, both_faces
 from tests.serve.running import BASE, eventually, publish
 
 # In a process of its own, because a terminal of one's own needs a session of one's own.
-# Ctrl-C must reach the program even where the tests run in the background, which makes shells ignore it for their children.
+# Ctrl-C must reach the program even where the tests run in the background, which makes shells ignore it for children.
 IN_A_TERMINAL = (
     "import pty, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); pty.spawn(sys.argv[1:])"
 )
