@@ -18,6 +18,7 @@ from tests.deploy.render import ROOT
 from tests.programs import program
 
 SUITE = "bookworm"
+CERTIFICATES = "etc/certificates-of-the-machine.crt"
 # What .dockerignore lets into the build.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "capo", "serve", "tune", "registry", "proto", "deploy/container")
 
@@ -71,7 +72,8 @@ def _pip_settings() -> dict[str, str]:
 
 def _environment() -> list[str]:
     """pip and apt reach the same sources as outside."""
-    given = [f"PIP_{key.upper().replace('-', '_')}={value}" for key, value in _pip_settings().items() if key != "cert"]
+    settings = _pip_settings() | {"cert": f"/{CERTIFICATES}"}
+    given = [f"PIP_{key.upper().replace('-', '_')}={value}" for key, value in settings.items()]
     proxies = [f"{name}={value}" for name, value in os.environ.items() if name.lower().endswith("_proxy")]
     return ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *given, *proxies]
 
@@ -91,9 +93,10 @@ def clean_root(tmp_path: Path) -> Iterator[CleanRoot]:
     run(program("debootstrap"), "--variant=minbase", SUITE, str(root.path))
     for place in _pip_directories():
         (root.path / place.lstrip("/")).mkdir(parents=True, exist_ok=True)
-    for name in ("etc/resolv.conf", "etc/hosts", "etc/ssl/certs/ca-certificates.crt"):
-        (root.path / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("etc/resolv.conf", "etc/hosts"):
         shutil.copy2(f"/{name}", root.path / name)
+    # Under another name: the package ca-certificates makes its own file anew.
+    shutil.copy2("/etc/ssl/certs/ca-certificates.crt", root.path / CERTIFICATES)
     yield root
     # Several gigabytes, and what is mounted in there is mounted in other namespaces only.
     run("rm", "-rf", "--one-file-system", str(tmp_path))
