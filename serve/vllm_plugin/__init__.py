@@ -8,6 +8,7 @@ Repairs, each with a test that fails without it:
 - CPU LoRA kernels that keep base requests free of adapters and cost less (:mod:`serve.vllm_plugin.cpu_lora`);
 - freshly allocated KV blocks are zeroed, so that one adapter's NaN cannot reach later requests
   (vllm-project/vllm#50283: a CPU attention kernel reads the unused tail of a block, and 0 * NaN is NaN);
+- adapters are read without safetensors' leak (:mod:`serve.vllm_plugin.adapter_file`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -30,6 +31,7 @@ def register() -> None:
     _use_capo_cpu_lora()
     _zero_new_kv_blocks()
     if multiprocessing.parent_process() is not None:
+        _read_adapters_without_a_leak()
         die_with_parent()
 
 
@@ -46,6 +48,14 @@ def _zero_new_kv_blocks() -> None:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)
+
+
+def _read_adapters_without_a_leak() -> None:
+    from vllm.lora import lora_model
+
+    from serve.vllm_plugin import adapter_file
+
+    adapter_file.use(lora_model)
 
 
 def die_with_parent() -> None:
