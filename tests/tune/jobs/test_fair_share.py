@@ -7,9 +7,12 @@ from collections import Counter
 
 import pytest
 
-from tests.tune.jobs.support import Place, add_file_row, new_job
+from registry.errors import InvalidRequestError
+from tests.tune.jobs.support import BASE, TENANT, Place, add_file_row, chat_rows, new_job
+from tune.jobs.api import TuningApi
 from tune.jobs.queue import WorkQueue
 from tune.jobs.records import JobRecord
+from tune.jobs.requests import CreateJobBody
 from tune.jobs.store import JobStore
 
 
@@ -119,3 +122,13 @@ def test_jobs_whose_workers_are_on_their_way_count_as_running(place: Place) -> N
         order.append(job.id)
     assert order == [acme[0].id, birch.id, acme[1].id]
     assert queue.next_waiting(launched=set(), held_back={acme[0].id, birch.id}) == acme[1]
+
+
+def test_a_job_that_no_worker_here_could_ever_take_is_refused_when_it_is_made(place: Place) -> None:
+    api = TuningApi(place.database, place.files.storage, place.registry, base_models={BASE: BASE}, max_gpus=2)
+    body = {"model": BASE, "training_file": place.upload(chat_rows(20)).id, "capo": {"gpus": 3}}
+    jobs = api.jobs.seen_by(TENANT)
+    with pytest.raises(InvalidRequestError, match=r"capo\.gpus=3 is above 2") as refused:
+        jobs.create(CreateJobBody.model_validate(body))
+    assert refused.value.param == "capo.gpus"
+    assert jobs.create(CreateJobBody.model_validate(body | {"capo": {"gpus": 2}})).gpus == 2

@@ -141,6 +141,11 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unknown extension": ({"capo": '{"ranks": 4}'}, {"capo": {"ranks": 4}}),
     "extension of the wrong kind": ({"capo": "[1]"}, {"capo": [1]}),
     "wrong method for the file": ({"method": pb.JOB_METHOD_DPO}, {"method": {"type": "dpo", "dpo": {}}}),
+    "more GPUs than any job may ask for": ({"capo": '{"gpus": 65}'}, {"capo": {"gpus": 65}}),
+    "an integration without its key": (
+        {"integrations": [pb.Integration(wandb=pb.WandbIntegration(project="sums", tags=["a"]))]},
+        {"integrations": [{"type": "wandb", "wandb": {"project": "sums", "tags": ["a"]}}]},
+    ),
     "long metadata": ({"metadata": {"k" * 65: "v"}}, {"metadata": {"k" * 65: "v"}}),
 }
 
