@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -33,13 +34,15 @@ class KeyRing:
         self._store = store
         self._clock = clock
         self._keys: Mapping[str, KeyRecord] = {}
+        self._was_filled = False
+        self._one_at_a_time = threading.Lock()  # else an older picture could replace a newer one
         self.read_at = 0.0
         """``time.monotonic()`` of the last time that the database answered."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether no key was ever made."""
-        return not self._keys
+        """Whether no key was ever made. A store that is suddenly empty, or another one, does not open the door."""
+        return not self._was_filled
 
     def read(self) -> None:
         """Read the keys now. Blocks.
@@ -47,8 +50,10 @@ class KeyRing:
         Raises:
             UnavailableError, StorageError: the database does not answer.
         """
-        self._keys = {key.id: key for key in self._store.all()}
-        self.read_at = time.monotonic()
+        with self._one_at_a_time:
+            self._keys = {key.id: key for key in self._store.all()}
+            self._was_filled |= bool(self._keys)
+            self.read_at = time.monotonic()
 
     async def follow(self) -> None:
         """Read the keys for ever; run as a task."""

@@ -100,7 +100,7 @@ class Guarded:
     async def _call(self, method: str, key: str | None, message: bytes = b"") -> Answer:
         """Any kind of method: the wire knows only messages, and the first one is enough."""
         metadata = () if key is None else (("authorization", key),)
-        call = self.channel.stream_stream(method)(iter([message]), metadata=metadata, timeout=5)
+        call = self.channel.stream_stream(method)(iter([message]), metadata=metadata, timeout=30)
         try:
             first = await call.read()
             code = grpc.StatusCode.OK if first is not grpc.aio.EOF else await call.code()
@@ -176,7 +176,7 @@ async def guarded(
         await eventually(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
         async with (
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as http,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http,
             grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,
         ):
             yield Guarded(

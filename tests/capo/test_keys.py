@@ -142,6 +142,17 @@ def test_how_long_a_refusal_takes_says_nothing_about_the_key(store: KeyStore) ->
     assert max(medians.values()) - min(medians.values()) < 1e-6, medians
 
 
+def test_a_store_that_is_suddenly_empty_does_not_open_the_door(store: KeyStore) -> None:
+    secret = store.create(NewKey("acme", EVERY_SCOPE))
+    ring = ring_of(store)
+    with store._database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM keys")
+    ring.read()
+    assert not ring.is_empty
+    with pytest.raises(errors.AuthenticationError):
+        ring.find(secret.text)
+
+
 # -- the database is away ----------------------------------------------------------------------------------------
 
 

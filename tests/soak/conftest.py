@@ -22,6 +22,7 @@ collect_ignore = (
         "test_clean_root.py",
         "test_many_starts.py",
         "test_observability.py",
+        "test_prefix_caches.py",
         "test_ray_launcher.py",
         "test_replicas.py",
     ]
