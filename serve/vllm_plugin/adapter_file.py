@@ -21,7 +21,7 @@ class AdapterFile:
 
     def __init__(self, path: str | Path, framework: str = "pt", device: str = "cpu") -> None:
         assert (framework, device) == ("pt", "cpu")
-        self._tensors = load(Path(path).read_bytes())
+        self._tensors: dict[str, torch.Tensor] = load(Path(path).read_bytes())
 
     def __enter__(self) -> Self:
         return self
