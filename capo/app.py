@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from capo.error_answers import answer_error
 from capo.http_door import HttpDoor
+from capo.http_traces import HttpTraces
 from capo.openapi import add_document
 from registry import errors
 from serve import faces
@@ -72,6 +73,7 @@ def _add_manners(
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
+    app.add_middleware(HttpTraces)
     app.add_middleware(RequestIds)
     app.add_middleware(StalledReaders)
 
@@ -172,6 +174,7 @@ class RequestIds:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = faces.request_id(given)
         scope.setdefault("state", {})["request_id"] = request_id
+        faces.current_request_id.set(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

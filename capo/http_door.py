@@ -39,6 +39,7 @@ class HttpDoor:
         if operation is None:
             await self._app(scope, receive, send)
             return
+        scope["state"]["operation"] = operation
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         client = scope.get("client")
         ask = Ask(

@@ -19,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from capo.log_format import LogFormat
 from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
 from registry.names import check_name
@@ -207,6 +208,14 @@ class Settings(BaseSettings):
         "1.2 MB, made in 0.1 s.",
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
+    log_format: LogFormat = Field(
+        default=LogFormat.TEXT, description="text: lines for people. json: one object to a line, for a log collector."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/\s@]+(/\S*)?$",
+        description="OpenTelemetry collector that spans are sent to, http://host:4318; not set: nothing is recorded.",
+    )
 
     @field_validator("pin", mode="before")
     @classmethod

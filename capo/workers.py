@@ -94,8 +94,11 @@ def cluster_environment(settings: Settings) -> dict[str, str]:
     given = {
         "CAPO_MODEL": settings.model,
         "CAPO_LOG_LEVEL": settings.log_level,
+        "CAPO_LOG_FORMAT": settings.log_format,
         "CAPO_ORGANIZATION": settings.organization,
     }
+    if settings.otlp_endpoint is not None:
+        given["CAPO_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.worker_threads is not None:
         given["CAPO_WORKER_THREADS"] = str(settings.worker_threads)
     if settings.max_running_jobs_per_tenant is not None:
@@ -120,7 +123,9 @@ def _local_command(settings: Settings) -> list[str]:
 
 
 def _local_environment(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
-    given = dict(environment)
+    given = dict(environment) | {"CAPO_LOG_FORMAT": settings.log_format}
+    if settings.otlp_endpoint is not None:
+        given["CAPO_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.database_url is not None:  # it may hold a password, and arguments are for all to see
         given["CAPO_DATABASE_URL"] = settings.database_url
     if settings.max_running_jobs_per_tenant is not None:

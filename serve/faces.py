@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from contextvars import ContextVar
 
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 """The largest JSON body and gRPC message; several times the text of the longest context."""
@@ -16,6 +17,9 @@ STALLED_READER_SECONDS = 60.0
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context, passed on to the engine."""
+
+current_request_id: ContextVar[str] = ContextVar("capo_request_id")
+"""Of the request that is being answered, for log lines; set in the task that handles it, for the task's length."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -24,6 +24,7 @@ from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pins import Pin, Pins
 from serve.pool import AdapterPool
+from serve.request_trace import RequestTrace, traced
 from serve.resident import AdapterStatus
 from serve.supervisor import Supervisor
 
@@ -181,12 +182,21 @@ class ServingService:
     @contextlib.asynccontextmanager
     async def _running(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
         """One request from its admission to its end: resolved, counted, measured, its adapter held in the engine."""
-        with self._counted(origin.protocol):
-            async with self._admitted(endpoint, body, origin) as call:
+        trace = traced(
+            endpoint,
+            body["model"],
+            protocol=origin.protocol,
+            request_id=origin.request_id,
+            headers=origin.trace_headers,
+        )
+        with self._counted(origin.protocol), trace as request_trace:
+            async with self._admitted(endpoint, body, origin, request_trace) as call:
                 yield call
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
+    async def _admitted(
+        self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin, request_trace: RequestTrace
+    ) -> AsyncIterator[Call]:
         self.require_ready()
         self._limits.check(body)
         self.supervisor.quarantine.check(body)
@@ -204,9 +214,10 @@ class ServingService:
             adapter=None,
             answer_model=target.answer_model,
             request_id=origin.request_id,
-            trace_headers=origin.trace_headers,
+            trace_headers=request_trace.headers,
             on_tokens=self._inter_token_observer(label, origin.protocol) if body.get("stream") else None,
         )
+        request_trace.follow(call, target.artifact)
         with self._measure(call, target, model, label, origin.protocol):
             if target.artifact is None:
                 yield call

@@ -59,6 +59,7 @@ def serve(
     clean_environment = dict(os.environ)
     import uvloop
 
+    from registry.tracing import export_to
     from serve import engine_process
 
     settings = read_settings(
@@ -76,12 +77,14 @@ def serve(
         import_dir=import_dir,
         log_level=log_level,
     )
+    from capo.logs import configure_logging, library_environment
+
+    os.environ.update(library_environment(settings.log_level, settings.log_format, os.environ))
+    configure_logging(settings.log_level, settings.log_format)
+    end_export = None if settings.otlp_endpoint is None else export_to(settings.otlp_endpoint, role=settings.role)
     if settings.role.has_engine:
         engine_process.prepare(engine_threads=settings.engine_threads, use_gpu=Path("/dev/nvidiactl").exists())
-    from capo.logs import configure_logging
     from capo.server import CapoServer
-
-    configure_logging(settings.log_level)
 
     async def run() -> None:
         server = CapoServer(
@@ -93,6 +96,8 @@ def serve(
         await server.run(lambda report: _announce(report, settings))
 
     uvloop.run(run())  # vLLM's server runs on it too; a sixth less time per streamed token than asyncio's own loop
+    if end_export is not None:
+        end_export()
     # Everything is closed by now; taking vLLM and torch apart would cost seconds and free nothing that outlives us.
     sys.stdout.flush()
     logging.shutdown()

@@ -42,7 +42,7 @@ def worker(
         worker_gpus=gpus,
         log_level=log_level,
     )
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     base_model = locate_base_model(settings.model, Registry(settings.registry_path))
     run_worker(
         WorkerSettings(
@@ -54,6 +54,7 @@ def worker(
             num_threads=settings.worker_threads,
             gpus=visible_gpus() if settings.worker_gpus is None else settings.worker_gpus,
             max_running_per_tenant=settings.max_running_jobs_per_tenant,
+            otlp_endpoint=settings.otlp_endpoint,
             job_id=job,
             parent_pid=parent_pid,
         )

@@ -15,7 +15,6 @@ from registry.principal import current_principal
 from serve import faces
 from serve.engine_api import Call, Endpoint
 from serve.grpc import answers
-from serve.grpc.interceptor import request_id
 from serve.grpc.requests import chat_body, completion_body
 from serve.model_list import callable_models
 from serve.request_policy import check_body
@@ -133,15 +132,17 @@ def _answer_token_ids(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_id() -> str:
-    return f"chatcmpl-{request_id.get()}"
+    return f"chatcmpl-{faces.current_request_id.get()}"
 
 
 def _completion_id() -> str:
-    return f"cmpl-{request_id.get()}"
+    return f"cmpl-{faces.current_request_id.get()}"
 
 
 def _origin(context: grpc.aio.ServicerContext) -> Origin:
     metadata = dict(context.invocation_metadata() or ())
     return Origin(
-        _PROTOCOL, request_id.get(), {name: str(metadata[name]) for name in faces.TRACE_HEADERS if name in metadata}
+        _PROTOCOL,
+        faces.current_request_id.get(),
+        {name: str(metadata[name]) for name in faces.TRACE_HEADERS if name in metadata},
     )

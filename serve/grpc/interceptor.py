@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+from opentelemetry.trace import SpanKind
 
-from registry import errors
+from registry import errors, tracing
 from serve import faces
 from serve.access import Access, Ask
 from serve.grpc.requests import refuse_unknown_fields
 from serve.grpc.stalled_writes import StalledWrites
 
 logger = logging.getLogger(__name__)
-
-request_id: ContextVar[str] = ContextVar("capo_grpc_request_id")
-"""Set for the length of a call, in the task that handles it."""
 
 # Details travel as a header, of which a client takes 8 KiB by default; other than ASCII becomes three times as long.
 _MAX_DETAILS_CHARACTERS = 1000
@@ -109,16 +106,35 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _call(self, context: grpc.aio.ServicerContext, method: str) -> AsyncGenerator[None, None]:
         metadata = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
         call_id = faces.request_id(metadata.get("x-request-id", ""))
-        request_id.set(call_id)
+        faces.current_request_id.set(call_id)
         ask = Ask("grpc", method, metadata.get("authorization"), _peer(context), call_id)
-        try:
-            await context.send_initial_metadata((("x-request-id", call_id),))
-            with self._access.let_in(ask):
-                yield
-        except _CALL_IS_OVER:
-            raise
-        except Exception as error:
-            await _abort(context, error, f"request {call_id} ({method})")
+        with _span(method, metadata, call_id) if method.startswith(self._prefixes) else contextlib.nullcontext():
+            try:
+                await context.send_initial_metadata((("x-request-id", call_id),))
+                with self._access.let_in(ask):
+                    yield
+            except _CALL_IS_OVER:
+                raise
+            except Exception as error:
+                tracing.fail(tracing.current_span(), error)
+                await _abort(context, error, f"request {call_id} ({method})")
+
+
+@contextlib.contextmanager
+def _span(method: str, metadata: dict[str, str], call_id: str) -> Iterator[None]:
+    """Of one call, from its metadata to its status; OpenTelemetry's names for RPCs."""
+    service, _, name = method.lstrip("/").partition("/")
+    span = tracing.begin(
+        method.lstrip("/"),
+        kind=SpanKind.SERVER,
+        headers={header: metadata[header] for header in faces.TRACE_HEADERS if header in metadata},
+        attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "capo.request_id": call_id},
+    )
+    try:
+        with tracing.current(span):
+            yield
+    finally:
+        span.end()
 
 
 def _peer(context: grpc.aio.ServicerContext) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
-from registry import errors
+from registry import errors, tracing
+from serve import faces
 from serve.engine_api import Endpoint
 from serve.request_policy import parse_body
 from serve.service import Origin, ServingService
@@ -20,7 +21,6 @@ from serve.service import Origin, ServingService
 logger = logging.getLogger(__name__)
 
 _PROTOCOL = "http"
-_TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 class ClientGoneError(Exception):
@@ -63,7 +63,7 @@ async def _answer(service: ServingService, endpoint: Endpoint, request: Request)
     origin = Origin(
         _PROTOCOL,
         request.state.request_id,
-        {name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
+        {name: request.headers[name] for name in faces.TRACE_HEADERS if name in request.headers},
     )
     if not body.get("stream"):
         answer = await _until_client_leaves(request, service.complete(endpoint, body, origin))
@@ -86,6 +86,7 @@ async def _events(endpoint: Endpoint, first: str, chunks: AsyncIterator[str]) ->
         except Exception as error:
             if not isinstance(error, errors.CapoError):
                 logger.error("a stream failed", exc_info=error)
+            tracing.fail(tracing.current_span(), error)
             yield _error_event(endpoint, error, num_sent)
 
 

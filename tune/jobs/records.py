@@ -91,6 +91,8 @@ class NewJob:
     """OpenAI's objects, as they were asked for."""
     further_files: Sequence[str] = ()
     """That only the stages of ``extensions`` name."""
+    trace_headers: Mapping[str, str] | None = None
+    """W3C trace context of the request that made it; ``None``: it had none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ class JobRecord:
     gpus: int
     """Only a worker that offers as many takes it."""
     integrations: Sequence[Mapping[str, Any]]
+    trace_headers: Mapping[str, str] | None
+    """W3C trace context of the request that made it, for the spans of its attempts."""
 
 
 @dataclass(frozen=True, slots=True)

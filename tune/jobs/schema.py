@@ -86,6 +86,7 @@ jobs = Table(
     Column("method", String(16), nullable=False, default="supervised", server_default="supervised"),
     Column("gpus", Integer, nullable=False, default=0, server_default="0"),
     Column("last_event", BigInteger, nullable=False, default=0),
+    Column("trace_headers", JSON(none_as_null=True)),
     Index("jobs_by_status", "status", "priority", "position"),
 )
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from registry import Artifact, Registry
+from registry import Artifact, Registry, tracing
 from registry.errors import InvalidNameError, InvalidRequestError, ModelNotFoundError
 from registry.names import alias_file_stem, check_name, parse_alias
 from tune.jobs.checkpoints import CheckpointRecord, checkpoints_of
@@ -246,6 +246,7 @@ def _new_job(body: CreateJobBody, files: TrainingFiles) -> NewJob:
         metadata=body.metadata,
         extensions=extension.model_dump(mode="json", exclude_unset=True),
         integrations=[given.model_dump(mode="json", exclude_none=True) for given in body.integrations or ()],
+        trace_headers=tracing.headers_of(tracing.current_span()) or None,
     )
 
 

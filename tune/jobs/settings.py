@@ -25,6 +25,8 @@ class WorkerSettings:
     """The service's own tenant: only its jobs may move aliases that belong to no tenant."""
     job_id: str | None = None
     """Work this job once, and no other, and end: how a launcher starts workers. ``None`` = whatever waits."""
+    otlp_endpoint: str | None = None
+    """Where the spans of attempts go. ``None`` = nowhere."""
     parent_pid: int | None = None
     """End when this parent ends. ``None`` = run on alone. See :func:`tune.jobs.process.die_with_parent`."""
     lease_seconds: float = 30.0

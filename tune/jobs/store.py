@@ -134,6 +134,7 @@ class JobStore:
                     reserved_name=name,
                     created_at=now,
                     result_files=[],
+                    trace_headers=None if new.trace_headers is None else dict(new.trace_headers),
                 )
             )
             for file_id in new.further_files:

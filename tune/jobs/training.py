@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from registry import Artifact, Registry
+from registry import Artifact, Registry, tracing
 from registry.errors import (
     CapoError,
     ConflictError,
@@ -28,6 +28,7 @@ from registry.errors import (
     UnavailableError,
 )
 from registry.principal import Principal
+from tune.jobs.attempt_trace import AttemptTrace, traced_attempt
 from tune.jobs.convert import job_recipe, parse_extension
 from tune.jobs.file_store import FileStore
 from tune.jobs.files import FileStorage, file_sha256
@@ -40,7 +41,7 @@ from tune.jobs.settings import WorkerSettings
 from tune.jobs.starting_model import base_of
 from tune.jobs.store import JobStore
 from tune.jobs.training_files import file_ids_of
-from tune.progress import Observer, StopRequested
+from tune.progress import FanOut, Observer, StopRequested
 from tune.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -103,18 +104,23 @@ class JobRun:
 
     def run(self, train: TrainFunction) -> None:
         """Bring the job to an end, or back to the queue. Losing the lease ends the run without a trace."""
-        try:
-            self._attempt(train)
-        except ConflictError as error:
-            if error.code != LEASE_LOST:
-                raise
-            log.warning("%s", error)
+        with traced_attempt(self._job) as trace:
+            try:
+                self._attempt(train, trace)
+            except ConflictError as error:
+                if error.code != LEASE_LOST:
+                    raise
+                log.warning("%s", error)
+                tracing.fail(tracing.current_span(), error)
+            else:
+                if trace.is_recorded:
+                    trace.settle(self._store.job(self._job.id))
 
-    def _attempt(self, train: TrainFunction) -> None:
+    def _attempt(self, train: TrainFunction, trace: AttemptTrace) -> None:
         try:
             if not self.adopt():
                 self._announce()
-                self._train(train)
+                self._train(train, trace)
         except StopRequested as stop:
             log.info("%s: stopped: %s", self._job.id, stop.reason)
             self.settle_stop()
@@ -191,8 +197,9 @@ class JobRun:
         text = "Fine-tuning job started" + (f", attempt {attempts}" if attempts > 1 else "")
         self._queue.add_events(self._job, [NewEvent(text)])
 
-    def _train(self, train: TrainFunction) -> None:
+    def _train(self, train: TrainFunction, trace: AttemptTrace) -> None:
         job = self._job
+        trace.turn_to("fine_tuning.prepare")
         self._settings.work_dir(job.id).mkdir(mode=0o700, parents=True, exist_ok=True)
         recipe = self._recipe()
         observer = JobObserver(self._queue, job, checkpoint_every_steps=recipe.checkpoint_every_steps)
@@ -212,7 +219,7 @@ class JobRun:
                     check_lease=lambda: self._queue.check(job),
                 ),
                 work_dir=self._settings.work_dir(job.id),
-                observer=observer,
+                observer=FanOut([observer, trace]) if trace.is_recorded else observer,
                 should_stop=stop_reason,
                 job_id=job.id,
                 fine_tuned_name=job.reserved_name,

@@ -18,6 +18,7 @@ import time
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
+from registry import tracing
 from registry.errors import ConflictError, NotFoundError, StorageError, UnavailableError
 from tune.jobs.database import Database
 from tune.jobs.file_store import FileStore
@@ -297,4 +298,10 @@ def _child_main(
         files=FileStore(database),
         stop_asked=lambda: stop.is_set,
     )
-    run.run(train)
+    # Only here: the exporter has a thread of its own, and the worker, which forks, has none.
+    end_export = None if settings.otlp_endpoint is None else tracing.export_to(settings.otlp_endpoint, role="worker")
+    try:
+        run.run(train)
+    finally:
+        if end_export is not None:
+            end_export()
