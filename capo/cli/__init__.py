@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from capo.cli import chat, data, demo, evaluate, export, jobs, keys, registry, serve, tune, webhooks, worker
+from capo.cli import chat, data, demo, evaluate, export, jobs, keys, plan, registry, serve, tune, webhooks, worker
 from registry.errors import CapoError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.add_typer(data.app, name="data")
 chat.add_to(app)
 demo.add_to(app)
 worker.add_to(app)
+plan.add_to(app)
 
 
 def main() -> None:
