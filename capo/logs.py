@@ -60,6 +60,10 @@ class TextLines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler's words on the exception, which would be taken over
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
         told = [f"{name}={value}" for name, value in _belongs_to().items() if value not in line]
