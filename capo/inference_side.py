@@ -54,6 +54,8 @@ class InferenceSide:
             base_model.path, use_gpu=use_gpu, user_arguments=vllm_arguments
         )
         arguments = [*(part for choice in self.choices for part in choice.argv), *vllm_arguments]
+        if settings.log_level.lower() != "debug":
+            arguments.insert(0, "--no-use-tqdm-on-load")  # a progress bar in a log
         catalog = Catalog(registry, base_model.id, is_shared_with=is_shared_with)
         self.serving = self._build(registry, catalog, arguments)
 

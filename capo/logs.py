@@ -65,7 +65,7 @@ class TextLines(logging.Formatter):
         return super().format(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record)
+        line = super().formatMessage(record).rstrip("\n")
         told = [f"{name}={value}" for name, value in _belongs_to().items() if value not in line]
         return f"{line} [{' '.join(told)}]" if told else line
 

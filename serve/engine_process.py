@@ -53,6 +53,6 @@ def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
 
 def quiet_libraries() -> None:
     """Silence what libraries say at import about hardware that is not there; called in both processes."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "torch._library.triton"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
