@@ -188,7 +188,7 @@ def _check_structured_outputs(given: Any) -> None:
 def _check_responses_fields(body: Mapping[str, Any]) -> None:
     text = body.get("text")
     if isinstance(text, dict):
-        harmless = {("verbosity", None), ("verbosity", "medium")}
+        harmless = [("verbosity", None), ("verbosity", "medium")]  # no set: a value may be a list or an object
         _check_keys("text", {k: v for k, v in text.items() if k == "format" or (k, v) not in harmless}, {"format"})
         _check_is_object("text.format", text.get("format"))
         if isinstance(form := text.get("format"), dict):

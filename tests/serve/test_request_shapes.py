@@ -57,6 +57,7 @@ def nested(levels: int) -> Any:
         (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
          "response_format"),
         (CHAT, {"structured_outputs": 9223372036854775808}, "structured_outputs"),
+        (RESPONSES, {"text": {"a": [{}]}}, "text.a"),
         (CHAT, {"response_format": "json"}, "response_format"),
         (RESPONSES, {"text": {"format": "json"}}, "text.format"),
         (RESPONSES, {"reasoning": "high"}, "reasoning"),
