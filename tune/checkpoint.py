@@ -152,7 +152,7 @@ class CheckpointFolder:
             raise StorageError(f"cannot write the checkpoint {final}: {error}; free some space and resume") from error
 
     def _weights_of(self, trainable: Trainable) -> dict[str, torch.Tensor]:
-        return self._whole({name: parameter for name, parameter in trainable.parameters()})
+        return self._whole(dict(trainable.parameters()))
 
     def _state_of(
         self, optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None

@@ -340,8 +340,8 @@ class Recipe(Record):
     )
     parallel: Literal["data", "sharded"] = Field(
         "data",
-        description="How several processes share a run (torchrun, accelerate). data = each holds the whole model, which "
-        "is the fastest where it fits. sharded = each holds its part of the weights (and, for whole models, of "
+        description="How several processes share a run (torchrun, accelerate). data = each holds the whole model, "
+        "which is the fastest where it fits. sharded = each holds its part of the weights (and, for whole models, of "
         "gradients and optimizer state), for models that do not fit one device. One process alone holds all.",
     )
     checkpoint_every_steps: int | None = Field(
@@ -395,8 +395,8 @@ class Recipe(Record):
             return self
         if isinstance(self.method, QloraMethod):
             raise ValueError(
-                "parallel='sharded' cuts weights into parts, and the 4-bit blocks of method.kind='qlora' cannot be cut; "
-                "give kind lora, or parallel data"
+                "parallel='sharded' cuts weights into parts, and the 4-bit blocks of method.kind='qlora' cannot be "
+                "cut; give kind lora, or parallel data"
             )
         if isinstance(self.method, FullMethod | FreezeMethod):
             if self.dtype == "float16":
