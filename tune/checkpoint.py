@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from registry.errors import StorageError
 from tune.model import Trainable
+from tune.parallel import Ranks
+from tune.sharding import part_like, whole_of
 
 _WEIGHTS, _STATE, _RECORD = "weights.safetensors", "state.safetensors", "checkpoint.json"
 
@@ -59,9 +61,10 @@ class Position:
 class CheckpointFolder:
     """The checkpoints of one run below ``root``; one is kept, and the best weights that it names."""
 
-    def __init__(self, root: Path, fingerprint: str) -> None:
+    def __init__(self, root: Path, fingerprint: str, ranks: Ranks | None = None) -> None:
         self._root = root
         self._fingerprint = fingerprint
+        self._ranks = ranks or Ranks()
 
     def save(
         self,
@@ -70,13 +73,16 @@ class CheckpointFolder:
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Path:
-        """Write and make durable. ``optimizer`` is ``None`` between stages.
+        """Write and make durable, in the first process. ``optimizer`` is ``None`` between stages. Collective: what is
+        in parts is put together.
 
         Raises:
             StorageError: the disk refused; the checkpoint before stays.
         """
         final = self._root / f"checkpoint-{position.stage_index:02d}-{position.step:08d}"
-        tensors = {_WEIGHTS: _weights_of(trainable), _STATE: _state_of(optimizer, scaler)}
+        tensors = {_WEIGHTS: self._weights_of(trainable), _STATE: self._state_of(optimizer, scaler)}
+        if not self._ranks.is_first:
+            return final
         self._write(final, tensors, asdict(position))
         best = None if position.best_step is None else self._best_path(position.stage_index, position.best_step)
         for old in self._directories():
@@ -86,11 +92,14 @@ class CheckpointFolder:
 
     def save_best(self, stage_index: int, step: int, trainable: Trainable) -> None:
         """Keep the weights of this step. Those kept before stay until the next checkpoint no longer names them.
+        Collective.
 
         Raises:
             StorageError: the disk refused.
         """
-        self._write(self._best_path(stage_index, step), {_WEIGHTS: _weights_of(trainable)}, {})
+        weights = self._weights_of(trainable)
+        if self._ranks.is_first:
+            self._write(self._best_path(stage_index, step), {_WEIGHTS: weights}, {})
 
     def restore_best(self, stage_index: int, step: int, trainable: Trainable) -> None:
         """Put the kept weights in place.
@@ -142,6 +151,36 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
             raise StorageError(f"cannot write the checkpoint {final}: {error}; free some space and resume") from error
 
+    def _weights_of(self, trainable: Trainable) -> dict[str, torch.Tensor]:
+        return self._whole(dict(trainable.parameters()))
+
+    def _state_of(
+        self, optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None
+    ) -> dict[str, torch.Tensor]:
+        """``optimizer.<parameter>.<slot>``, ``optimizer_number.<parameter>.<slot>`` and ``scaler.0.<slot>``."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, parameter in enumerate(_parameters_of(optimizer) if optimizer is not None else ()):
+            assert optimizer is not None
+            for name, value in optimizer.state[parameter].items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    tensors[f"optimizer_number.{index}.{name}"] = torch.tensor(value)
+        if scaler is not None:
+            tensors |= {f"scaler.0.{name}": torch.tensor(value) for name, value in scaler.state_dict().items()}
+        return self._whole(tensors)
+
+    def _whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All of the tensors in the first process's memory, one by one; none in the others."""
+        kept: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            whole = whole_of(tensor.detach())
+            if self._ranks.is_first:
+                whole = whole.cpu().contiguous()
+                # All parameters share bitsandbytes' quantisation maps, and safetensors refuses shared memory.
+                kept[name] = whole.clone() if ".qmap" in name else whole
+        return kept
+
     def _best_path(self, stage_index: int, step: int) -> Path:
         return self._root / f"best-{stage_index:02d}-{step:08d}"
 
@@ -167,7 +206,11 @@ def restore(
         owner, index, name = key.split(".", 2)
         if owner == "optimizer":
             parameter = parameters[int(index)]
-            optimizer.state[parameter][name] = tensor.to(parameter.device)
+            # A slot of the parameter's shape is cut as the parameter is; others, such as the step, are not.
+            has_its_shape = tensor.shape == parameter.shape
+            optimizer.state[parameter][name] = (
+                part_like(parameter, tensor) if has_its_shape else tensor.to(parameter.device)
+            )
         elif owner == "optimizer_number":  # bitsandbytes counts its steps in a plain int
             optimizer.state[parameters[int(index)]][name] = int(tensor)
         elif scaler is not None:
@@ -178,28 +221,7 @@ def _put_weights(path: Path, trainable: Trainable) -> None:
     weights = load_file(path / _WEIGHTS)
     with torch.no_grad():
         for name, parameter in trainable.parameters():
-            parameter.copy_(weights[name])
-
-
-def _weights_of(trainable: Trainable) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in trainable.parameters()}
-
-
-def _state_of(optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None) -> dict[str, torch.Tensor]:
-    """``optimizer.<parameter>.<slot>``, ``optimizer_number.<parameter>.<slot>`` and ``scaler.0.<slot>``."""
-    tensors: dict[str, torch.Tensor] = {}
-    for index, parameter in enumerate(_parameters_of(optimizer) if optimizer is not None else ()):
-        assert optimizer is not None
-        for name, value in optimizer.state[parameter].items():
-            if not isinstance(value, torch.Tensor):
-                tensors[f"optimizer_number.{index}.{name}"] = torch.tensor(value)
-                continue
-            kept = value.detach().cpu().contiguous()
-            # All parameters share bitsandbytes' quantisation maps, and safetensors refuses shared memory.
-            tensors[f"optimizer.{index}.{name}"] = kept.clone() if name.startswith("qmap") else kept
-    if scaler is not None:
-        tensors |= {f"scaler.0.{name}": torch.tensor(value) for name, value in scaler.state_dict().items()}
-    return tensors
+            parameter.copy_(part_like(parameter, weights[name]))
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -37,15 +37,27 @@ def train_some_weights(model: Any, method: FreezeMethod) -> None:
             parameter.requires_grad_(True)
 
 
+def layers_of(model: Any) -> tuple[str, list[torch.nn.Module]]:
+    """The model's layers, the longest list of modules in it, and that list's name; none where there is no list.
+
+    Lists inside a layer, such as its experts, do not count.
+    """
+    lists: dict[str, torch.nn.ModuleList] = {}
+    for name, module in model.named_modules():  # a module comes before those in it
+        if isinstance(module, torch.nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    name = max(lists, key=lambda name: len(lists[name]), default="")
+    return name, list(lists[name]) if lists else []
+
+
 def _last_layers(model: Any, number: int) -> tuple[str, ...]:
-    """Beginnings of the names of the last layers' weights; the layers are the longest list of equal modules."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    if not lists:
+    """Beginnings of the names of the last layers' weights."""
+    name, layers = layers_of(model)
+    if not layers:
         raise InvalidRequestError(
             "this base has no list of layers, so last_layers means nothing here; use trained instead",
             param="method.last_layers",
         )
-    name, layers = max(lists, key=lambda named: len(named[1]))
     if number > len(layers):
         raise InvalidRequestError(
             f"last_layers={number}, but this base has {len(layers)} layers", param="method.last_layers"

@@ -41,6 +41,8 @@ class Trainable:
     """Leaf names of the adapted layers; empty where weights of the base are trained."""
     loraplus_ratio: float = 1.0
     """Learning rate of the B matrices over the stage's."""
+    is_sharded: bool = False
+    """Whether this process holds but a part of the weights, so that every forward pass takes all processes."""
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Trained parameters by name, in the model's own order."""

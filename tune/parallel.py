@@ -1,9 +1,10 @@
 """Several processes that train one model together, each on its share of every step (data parallel).
 
 Started by ``torchrun`` or ``accelerate launch``, which set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Each process
-holds the whole model. A step's gradients are summed once, after the last micro batch: what is summed is the gradient
-of the step's loss, so a step means the same for any number of processes. DistributedDataParallel would average over
-processes and needs the same number of micro batches in each; here a process may even have none.
+holds the whole model, or its part of it where the recipe says ``parallel: sharded`` (``tune.sharding``). The gradients
+of weights that are held whole are summed once a step, after the last micro batch: what is summed is the gradient of the
+step's loss, so a step means the same for any number of processes. DistributedDataParallel would average over processes
+and needs the same number of micro batches in each; here a process may even have none.
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ class Ranks:
         count = torch.tensor([int(is_set)])
         self.add_up(count)
         return bool(count)
+
+    def most(self, number: int) -> int:
+        """The largest ``number`` of any process."""
+        if self.size == 1:
+            return number
+        found = torch.tensor([number])
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return int(found)
 
     def wait(self) -> None:
         """Until all processes are here."""

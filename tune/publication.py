@@ -88,13 +88,14 @@ def publish_checkpoint(
 
     ``metrics`` are those of the weights as they are stored. A run that repeats its steps after a crash publishes the
     same bytes and gets the artifact that is there. Where a machine does not repeat them bit for bit, the first one
-    stays. Of a base in 4 bits it carries no probes, as they would have to be made on the original one.
+    stays. Of a base in 4 bits it carries no probes, as they would have to be made on the original one; of a sharded one
+    neither, as this process cannot run it alone.
     """
     recipe = prepared.recipe
     assert recipe.save_dtype != "auto", recipe.save_dtype
     probes: list[Probe] = []
     with registry.stage() as directory, as_stored(trainable, recipe.save_dtype):
-        if not isinstance(recipe.method, QloraMethod):
+        if not (isinstance(recipe.method, QloraMethod) or trainable.is_sharded):
             last = prepared.stages[-1].data
             examples = _single_examples(last.validation or last.examples)
             probes = make_probes(trainable, examples, prepared.stop_ids)

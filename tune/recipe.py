@@ -26,7 +26,7 @@ from registry.names import check_name, parse_alias, parse_reference
 from tune.evaluation.promotion import check_promotion
 from tune.evaluation.settings import Evaluation
 from tune.exports.settings import Export
-from tune.methods import LoraMethod, Method, QloraMethod
+from tune.methods import FreezeMethod, FullMethod, LoraMethod, Method, QloraMethod
 from tune.record import Record
 
 
@@ -338,6 +338,12 @@ class Recipe(Record):
         description="Of the exported weights. auto = an adapter keeps the training dtype; a full model is stored in "
         "bfloat16, the dtype in which engines serve. The last validation and the probes run on the rounded weights.",
     )
+    parallel: Literal["data", "sharded"] = Field(
+        "data",
+        description="How several processes share a run (torchrun, accelerate). data = each holds the whole model, "
+        "which is the fastest where it fits. sharded = each holds its part of the weights (and, for whole models, of "
+        "gradients and optimizer state), for models that do not fit one device. One process alone holds all.",
+    )
     checkpoint_every_steps: int | None = Field(
         None,
         ge=1,
@@ -381,6 +387,28 @@ class Recipe(Record):
                 f"start_from={self.start_from!r} is an adapter, and method.kind={self.method.kind!r} trains none that "
                 "could begin as it; give kind lora or qlora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_must_be_possible(self) -> Recipe:
+        if self.parallel == "data":
+            return self
+        if isinstance(self.method, QloraMethod):
+            raise ValueError(
+                "parallel='sharded' cuts weights into parts, and the 4-bit blocks of method.kind='qlora' cannot be "
+                "cut; give kind lora, or parallel data"
+            )
+        if isinstance(self.method, FullMethod | FreezeMethod):
+            if self.dtype == "float16":
+                raise ValueError(
+                    f"parallel='sharded' with method.kind={self.method.kind!r} knows no gradient scaler, which "
+                    "dtype='float16' needs: each process would see overflows of its part only; give bfloat16 or float32"
+                )
+            if any(stage.optimizer == "adamw_8bit" for stage in self.stages):
+                raise ValueError(
+                    f"parallel='sharded' with method.kind={self.method.kind!r} updates weights in parts, and "
+                    "optimizer='adamw_8bit' takes whole ones only; give adamw"
+                )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from tune.optimizers import make_optimizer
 from tune.parallel import Ranks
 from tune.preparation import Prepared
 from tune.progress import Observer, TrainingEvent
+from tune.sharding import bytes_held, gather, load_sharded
 from tune.stages import ReadyStage
 from tune.train import Best, Evaluation, StageState, evaluate, make_scaler, train_stage
 
@@ -24,6 +25,7 @@ from tune.train import Best, Evaluation, StageState, evaluate, make_scaler, trai
 @dataclass(frozen=True, slots=True)
 class Trained:
     trainable: Trainable
+    """In the first process the whole model, also where it was trained in parts."""
     position: Position
     checkpoints: CheckpointFolder
 
@@ -43,15 +45,23 @@ def train_stages(
     """
     recipe = prepared.recipe
     assert recipe.dtype != "auto", recipe.dtype
-    checkpoints = CheckpointFolder(work_dir / "checkpoints", prepared.fingerprint())
-    trainable = load_trainable(
-        prepared.base.path,
-        recipe.method,
-        dtype=recipe.dtype,
-        device=prepared.device,
-        seed=recipe.seed,
-        gradient_checkpointing=any(stage.gradient_checkpointing for stage in recipe.stages),
-    )
+    checkpoints = CheckpointFolder(work_dir / "checkpoints", prepared.fingerprint(), ranks)
+
+    def load(device: torch.device) -> Trainable:
+        assert recipe.dtype != "auto", recipe.dtype
+        return load_trainable(
+            prepared.base.path,
+            recipe.method,
+            dtype=recipe.dtype,
+            device=device,
+            seed=recipe.seed,
+            gradient_checkpointing=any(stage.gradient_checkpointing for stage in recipe.stages),
+        )
+
+    if recipe.parallel == "sharded" and ranks.size > 1:
+        trainable = load_sharded(load, recipe.method, prepared.device, ranks)
+    else:
+        trainable = load(prepared.device)
     if prepared.start is not None:
         load_adapter(trainable, prepared.start.path)
     counted = sum(parameter.numel() for _, parameter in trainable.parameters())
@@ -59,6 +69,10 @@ def train_stages(
     if ranks.size > 1:
         text = f"{ranks.size} processes, each with its share of every step; the batch stays what the recipe says"
         watcher.on_event(TrainingEvent("info", text, {"processes": ranks.size}))
+    if trainable.is_sharded:
+        held = bytes_held(trainable)
+        text = f"the first of them holds {held.here:,} of the model's {held.whole:,} bytes; the others like it"
+        watcher.on_event(TrainingEvent("info", text, {"parameter_bytes": held.here, "model_bytes": held.whole}))
     position = Position(stage_index=0, step=0, trained_tokens=0, steps_done=0, metrics={})
     resume_from: Path | None = None
     latest = checkpoints.latest()
@@ -91,8 +105,9 @@ def train_stages(
             epochs=epochs,
         )
         resume_from = None
-        if ranks.is_first:
-            checkpoints.save(position, trainable, None)
+        checkpoints.save(position, trainable, None)
+    if trainable.is_sharded:
+        trainable = gather(trainable, load, ranks)
     return Trained(trainable, position, checkpoints)
 
 
@@ -130,11 +145,10 @@ def _train_one(
         watcher.on_event(TrainingEvent("info", text, {"valid_loss": before.loss}))
 
     def save(now: StageState) -> None:
-        if ranks.is_first:
-            checkpoints.save(_position_of(now, position, metrics), trainable, now.optimizer, now.scaler)
+        checkpoints.save(_position_of(now, position, metrics), trainable, now.optimizer, now.scaler)
 
     def save_best(best: Best) -> None:
-        if ranks.is_first and ready.stage.final_weights == "best":
+        if ready.stage.final_weights == "best":
             checkpoints.save_best(position.stage_index, best.step, trainable)
 
     started = time.perf_counter()

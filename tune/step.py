@@ -19,6 +19,8 @@ from tune.memory import is_out_of_memory, release_memory
 from tune.model import Trainable
 from tune.objectives import Objective
 from tune.parallel import Ranks
+from tune.progress import TrainingOutOfMemoryError
+from tune.sharding import is_part, run_empty_pass
 
 
 class MicroBatchTooLargeError(Exception):
@@ -63,6 +65,8 @@ def accumulate_gradients(
 
     Raises:
         MicroBatchTooLargeError: in all processes, if one of them ran out of memory.
+        TrainingOutOfMemoryError: the same of a sharded model. The others wait for this process in the middle of a
+            layer, so the step cannot be tried again; their launcher ends them.
     """
     sequences = sequences_of(step)
     num_units = sum(objective.num_units(index) for sequence in sequences for index in sequence)
@@ -70,17 +74,23 @@ def accumulate_gradients(
     parameters = [parameter for _, parameter in trainable.parameters()]
     passes: _Passes | None = None
     try:
-        passes = _run_passes(trainable, objective, mine, micro_batch_size, num_units, scaler)
+        passes = _run_passes(trainable, objective, mine, micro_batch_size, num_units, scaler, ranks)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        if trainable.is_sharded:
+            raise TrainingOutOfMemoryError(
+                f"out of memory with micro batches of {micro_batch_size}, and a sharded step cannot be tried again; "
+                "lower micro_batch_size and raise gradient_accumulation_steps, set gradient_checkpointing, or start "
+                "more processes"
+            ) from error
     if ranks.any(passes is None):
         for parameter in parameters:
             parameter.grad = None
         release_memory()
         raise MicroBatchTooLargeError
     assert passes is not None
-    ranks.add_up_gradients(parameters)
+    ranks.add_up_gradients([parameter for parameter in parameters if not is_part(parameter)])
     ranks.add_up(passes.sums)
     loss, hits, num_tokens, *figures = passes.sums.tolist()
     return StepResult(
@@ -108,13 +118,17 @@ def _run_passes(
     micro_batch_size: int,
     num_units: int,
     scaler: torch.amp.GradScaler | None,
+    ranks: Ranks,
 ) -> _Passes:
     loss = hits = 0.0
     num_tokens = 0
     figures: dict[str, float] = {}
     faulty: list[int] = []
     lengths = [sum(objective.length(index) for index in sequence) for sequence in sequences]
-    for chosen in cut(lengths, micro_batch_size, trainable.device.type):
+    groups = cut(lengths, micro_batch_size, trainable.device.type)
+    # Agreed on before the first pass: in the midst of them the others could not answer.
+    num_empty_passes = ranks.most(len(groups)) - len(groups) if trainable.is_sharded else 0
+    for chosen in groups:
         micro_batch = [sequences[number] for number in chosen]
         losses = objective.losses(trainable, micro_batch)
         share = losses.total / num_units
@@ -127,6 +141,8 @@ def _run_passes(
         num_tokens += losses.num_tokens
         for name, figure in losses.figures.items():
             figures[name] = figures.get(name, 0.0) + float(figure)
+    for _ in range(num_empty_passes):
+        run_empty_pass(trainable)
     names = tuple(sorted(figures))
     sums = torch.tensor([loss, hits, num_tokens, *(figures[name] for name in names)], dtype=torch.float64)
     return _Passes(sums, names, tuple(faulty))

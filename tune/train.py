@@ -27,6 +27,7 @@ from tune.progress import (
 )
 from tune.recipe import Stage
 from tune.schedules import learning_rate_share
+from tune.sharding import clip_gradients, run_empty_pass
 from tune.step import MicroBatchTooLargeError, StepResult, accumulate_gradients, seed_step, sequences_of
 
 _SHOWN_ROWS = 8
@@ -152,7 +153,7 @@ def train_stage(
         # --- clip, check, update
         if state.scaler is not None:
             state.scaler.unscale_(state.optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm))
+        grad_norm = clip_gradients(parameters, stage.max_grad_norm, ranks)
         can_rescale = state.scaler is not None and state.scaler.get_scale() > _SMALLEST_LOSS_SCALE
         if not (math.isfinite(result.loss) and (math.isfinite(grad_norm) or can_rescale)):
             raise _diverged(data, step, result, grad_norm, learning_rate)
@@ -299,6 +300,8 @@ def evaluate(
     was_training = trainable.model.training
     trainable.model.eval()
     by_length = sorted(range(len(examples)), key=lambda index: -objective.length(index))[ranks.rank :: ranks.size]
+    passes = math.ceil(len(by_length) / micro_batch_size)
+    num_empty_passes = ranks.most(passes) - passes if trainable.is_sharded else 0
     sums = torch.zeros(2, dtype=torch.float64)
     start = 0
     with torch.no_grad():
@@ -307,13 +310,15 @@ def evaluate(
             try:
                 losses = objective.losses(trainable, [(index,) for index in chosen])
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or micro_batch_size == 1:
+                if not is_out_of_memory(error) or micro_batch_size == 1 or trainable.is_sharded:
                     raise
                 micro_batch_size //= 2
                 release_memory()
                 continue
             sums += torch.tensor([float(losses.total), float(losses.hits)], dtype=torch.float64)
             start += len(chosen)
+        for _ in range(num_empty_passes):
+            run_empty_pass(trainable)
     ranks.add_up(sums)
     trainable.model.train(was_training)
     num_units = sum(objective.num_units(index) for index in range(len(examples)))
