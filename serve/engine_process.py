@@ -35,6 +35,8 @@ def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         # Where our own log goes. On standard output a reader that stops after our first lines would stop the service.
         "VLLM_LOGGING_STREAM": os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
+        # Compiled constraints: with vLLM's own 512 MB clients that send many schemas grow an engine by that much.
+        "VLLM_XGRAMMAR_CACHE_MB": os.environ.get("VLLM_XGRAMMAR_CACHE_MB", "128"),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     if not use_gpu:
