@@ -361,7 +361,7 @@ def test_a_base_model_is_found_by_directory_revision_or_not_at_all(tmp_path: Pat
         locate_base_model(adapter.revision)
     with pytest.raises(ModelNotFoundError):
         locate_base_model("tuned@00000000", registry)
-    for bad in ("../x", "a b", "", "a/b/c", "x\0y"):
+    for bad in ("../not-to-be-found", "a b", "", "a/b/c", "x\0y"):
         with pytest.raises(InvalidNameError):
             locate_base_model(bad)
 

@@ -186,6 +186,8 @@ class UploadService:
     def _check_parts(self, record: UploadRecord, part_ids: Sequence[str]) -> None:
         sizes = self._store.part_sizes(record.id)
         unknown = [part_id for part_id in part_ids if part_id not in sizes]
+        if unknown:
+            self._store.pending(record.id)  # whoever ended it since it was read took its parts
         if unknown or len(set(part_ids)) != len(part_ids):
             reason = f"{unknown[0][:80]!r} is not a part of {record.id}" if unknown else "a part is given twice"
             raise InvalidRequestError(
