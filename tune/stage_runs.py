@@ -85,6 +85,7 @@ def train_stages(
             where = f"at stage {prepared.stages[position.stage_index].data.label} after step {position.step}"
         else:
             restore(resume_from, trainable, None)
+            ranks.wait()  # until all have read it, because the first one removes it once it has published
             where = "after the last step"
         watcher.on_event(TrainingEvent("info", f"resuming {where}", {"step": position.step}))
     elif ranks.is_first and checkpoints.has_unusable():
@@ -178,6 +179,7 @@ def _train_one(
     if ready.stage.final_weights == "best" and state.best is not None:
         ranks.wait()  # until the first one has written them
         checkpoints.restore_best(position.stage_index, state.best.step, trainable)
+        ranks.wait()  # until all have read them, because the next checkpoint removes them
         metrics[f"{ready.data.label}.best_step"] = float(state.best.step)
         text = f"stage {ready.data.label}: took the weights of step {state.best.step}, the best validation"
         watcher.on_event(TrainingEvent("info", text, {"step": state.best.step, "valid_loss": state.best.valid_loss}))
