@@ -101,4 +101,5 @@ def test_the_engine_is_started_only_where_make_test_gives_it_the_machine() -> No
     ]
     with_engine = [file for file in files if "pytest.mark.engine" in (ROOT / file).read_text()]
     assert with_engine
+    assert [file for file in files if file.startswith("tests/e2e/") and file not in with_engine] == []
     assert [file for file in with_engine if not file.startswith(places)] == []

@@ -10,10 +10,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
+import pytest
 
 from registry import EMBEDDED_MODEL_ID
 from tests.e2e.service import Service
 from tests.sizes import size
+
+pytestmark = pytest.mark.engine
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
