@@ -45,11 +45,14 @@ def load_seconds(service: Service) -> dict[str, float]:
 
 
 def memory_bytes(service: Service) -> dict[str, int]:
-    """Proportional set size of each process of the service, by role."""
+    """Resident set size of each process of the service, by role.
+
+    Not the proportional one, which grows when some other program that maps the same libraries ends.
+    """
     roles: dict[str, int] = {}
     for process in service.processes():
         role = "service" if process.pid == service.process.pid else _role(process)
-        roles[role] = roles.get(role, 0) + process.memory_full_info().pss
+        roles[role] = roles.get(role, 0) + process.memory_info().rss
     return roles
 
 
