@@ -7,6 +7,7 @@ the rows of each step in random order, as its own sampler would. Neither packs: 
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -74,9 +75,10 @@ def _recipe() -> dict[str, Any]:
 
 
 def _in_a_process(trainer: str, root: Path) -> Trial:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.training", trainer, str(root)], capture_output=True, text=True, check=False
-    )
+    # Each as its users would start it: Capo chooses how its threads wait, TRL takes what OpenMP does by itself.
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-m", "bench.training", trainer, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{trainer} ended with {done.returncode}: {done.stderr[-2000:]}")
     return Trial(**json.loads(done.stdout.splitlines()[-1]))
@@ -103,7 +105,8 @@ def _table(trials: dict[str, list[Trial]]) -> str:
 def _train_with(trainer: str, root: Path) -> Trial:
     from tune.threads import prepare_environment
 
-    prepare_environment()
+    if trainer == "capo":
+        prepare_environment()
     from registry import Registry
     from tune.preparation import prepare
     from tune.progress import SilentObserver

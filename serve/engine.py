@@ -59,7 +59,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from registry import errors
 from serve.constraints import SLOWEST_STEP_SECONDS, ConstraintTrials
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
-from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, wire_error
+from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, refused, wire_error
 from serve.lora_info import LORA_REQUESTS_INFO
 from serve.vllm_plugin.constraint_trial import serve_trials
 
@@ -623,7 +623,7 @@ class VllmEngine(Engine):
                 "The engine's queue is full. Try again shortly.", code="queue_full", retry_after_seconds=1
             )
         if isinstance(error, VLLMClientError):
-            return errors.InvalidRequestError(str(error), param=getattr(error, "parameter", None))
+            return refused(str(error), getattr(error, "parameter", None))
         # vLLM still raises plain ValueErrors for bad requests (entrypoints/serve/exception_handling, "not yet
         # migrated"); it counts them as the client's, and so do we. jinja2's TemplateError is one of the template's.
         if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):

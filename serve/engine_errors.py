@@ -16,6 +16,9 @@ _PATH = re.compile(r"(?:/[\w.@-]+){3,}")
 _NATIVE_LOCATION = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """What C++ libraries put in front of a message: time, file and line."""
 
+# The ``parameter`` of vLLM's refusals of long prompts (vllm/renderers/params.py); no request has fields of these names.
+_PROMPT_LENGTHS = ("input_tokens", "input_text")
+
 
 def engine_dead() -> errors.EngineDeadError:
     return errors.EngineDeadError(
@@ -48,5 +51,13 @@ def wire_error(error: Mapping[str, Any]) -> errors.CapoError:
     if status == 503:
         return errors.UnavailableError(message, code="queue_full", retry_after_seconds=1)
     if 400 <= status < 500 or status == 501:
-        return errors.InvalidRequestError(message, param=param)
+        return refused(message, param)
     return errors.InternalError(message)
+
+
+def refused(message: str, param: str | None) -> errors.InvalidRequestError:
+    """A request that vLLM calls wrong. A prompt beyond the context has OpenAI's code for that, which clients that cut
+    and try again look for (LiteLLM's ``ContextWindowExceededError``, LangChain)."""
+    if param in _PROMPT_LENGTHS:
+        return errors.InvalidRequestError(message, code="context_length_exceeded")
+    return errors.InvalidRequestError(message, param=param)

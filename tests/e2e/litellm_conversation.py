@@ -43,7 +43,13 @@ def main() -> None:
     chunks = list(ask(tools=[WEATHER], tool_choice="required", stream=True))
     whole = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls[0].function
     seen["streamed_tool"] = {"name": whole.name, "arguments": json.loads(whole.arguments)}
-    for name, options in (("unknown_model", {"model": "openai/nope"}), ("bad_request", {"temperature": -1})):
+    long = [{"role": "user", "content": "Who are you? " * 3_000}]
+    wrong = {
+        "unknown_model": {"model": "openai/nope"},
+        "bad_request": {"temperature": -1},
+        "long_prompt": {"messages": long},
+    }
+    for name, options in wrong.items():
         try:
             ask(**options)
         except Exception as error:

@@ -194,6 +194,20 @@ def test_trouble_is_the_sdks_own_exception(client: openai.OpenAI) -> None:
         client.embeddings.create(model=MODEL, input="x")
 
 
+@pytest.mark.parametrize("words", [3_000, 300_000], ids=["counted in tokens", "refused before it is cut into tokens"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_prompt_beyond_the_context_has_openais_code_for_it(client: openai.OpenAI, words: int, stream: bool) -> None:
+    long = [{"role": "user", "content": "Who are you? " * words}]
+    for call in (
+        lambda: ask(client, messages=long, stream=stream),
+        lambda: client.completions.create(model=MODEL, prompt=long[0]["content"], stream=stream),
+        lambda: client.responses.create(model=MODEL, input=long[0]["content"], stream=stream),
+    ):
+        with pytest.raises(openai.BadRequestError, match="context length") as caught:
+            call()
+        assert caught.value.code == "context_length_exceeded"
+
+
 # -- openai's SDK: responses -----------------------------------------------------------------------------------------
 
 
@@ -378,3 +392,4 @@ def test_litellm_completes_streams_and_calls_tools(service: Service, litellm_pyt
     assert seen["streamed_tool"] == seen["tool"]
     assert seen["after_tool"] in ("stop", "length", "tool_calls")
     assert (seen["unknown_model"], seen["bad_request"]) == ("NotFoundError", "BadRequestError")
+    assert seen["long_prompt"] == "ContextWindowExceededError", "what makes its users' fallbacks to longer models work"

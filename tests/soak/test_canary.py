@@ -19,6 +19,7 @@ from capo.keys.records import NewKey
 from capo.keys.store import KeyStore
 from registry import EMBEDDED_MODEL_ID
 from registry.principal import Scope
+from tests.capo.otlp import Collector, collector
 from tests.e2e.service import Service, running
 from tune.jobs.database import Database, sqlite_url
 
@@ -40,6 +41,14 @@ def eventually_ready(service: Service) -> None:
     deadline = time.monotonic() + 120
     while not ready(service):
         assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def wait_for_spans(traces: Collector) -> None:
+    """Until both sides' have come: they are sent in batches, every few seconds."""
+    deadline = time.monotonic() + 30
+    while not {"inference chat", "fine_tuning.attempt"} <= {span.name for span in traces.spans}:
+        assert time.monotonic() < deadline, {span.name for span in traces.spans}
         time.sleep(0.2)
 
 
@@ -72,7 +81,10 @@ def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(tmp
     secret = KeyStore(database).create(NewKey("acme", frozenset(Scope)))
     database.close()
     said: list[str] = []
-    with running(data_dir, "--log-level", "debug") as service:
+    with (
+        collector() as traces,
+        running(data_dir, "--log-level", "debug", "--otlp-endpoint", traces.endpoint) as service,
+    ):
         client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=secret.text, max_retries=0, timeout=120)
         chat = client.chat.completions
         with client, CapoClient(service.grpc_address, api_key=secret.text) as grpc_client:
@@ -105,6 +117,7 @@ def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(tmp
                 said.append(refused(lambda: list(stream)))
             eventually_ready(service)
             page = httpx.get(f"{service.url}/metrics", headers={"Authorization": f"Bearer {secret.text}"}).text
+            wait_for_spans(traces)
         processes = [p for p in service.processes() if p.is_running()]
         surroundings = ""
         for process in processes:
@@ -116,6 +129,7 @@ def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(tmp
         "errors and events": "\n".join(said),
         "log": service.log() + "\n".join(service.output),
         "metrics": page,
+        "traces": traces.raw.decode("latin-1"),
         "surroundings": surroundings,
         "audit": (data_dir / "audit.jsonl").read_text() if (data_dir / "audit.jsonl").exists() else "",
         "other files": b"".join(content for path, content in kept.items() if path not in of_training).decode("latin-1"),

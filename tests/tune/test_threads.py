@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tune import threads
-from tune.threads import choose_threads
+from tune.threads import choose_threads, prepare_environment
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,27 @@ def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     choice = choose_threads()
     assert (choice.value, choice.reason) == (3, "OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("given", "shares_cpus", "expected"),
+    [
+        ({}, False, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        ({}, True, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, False, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, False, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "7"}, False, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_threads_spin_for_a_moment_only_where_nothing_else_computes_and_nobody_said_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], shares_cpus: bool, expected: dict[str, str]
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        # First set, so that the end of the test takes back what prepare_environment sets.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    prepare_environment(shares_cpus=shares_cpus)
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

@@ -53,7 +53,7 @@ def _load_training(settings: WorkerSettings) -> TrainFunction:
     """Import the training stack, with the environment that it reads only at import."""
     threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    prepare_environment()
+    prepare_environment(shares_cpus=True)
     # Ask the driver's management library whether there is a GPU: opening CUDA here would break it in every
     # fork (pytorch.org/docs/stable/notes/multiprocessing.html, "Poison fork").
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
