@@ -21,7 +21,7 @@ from sqlalchemy import ColumnElement, Connection, case, func, select
 from registry.errors import CapoError
 from tune.jobs.database import Database
 from tune.jobs.records import WAITING, JobStatus
-from tune.jobs.schema import events, jobs
+from tune.jobs.schema import events, jobs, webhook_deliveries
 
 REFRESH_SECONDS = 5.0
 WAIT_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400)
@@ -60,6 +60,8 @@ class _Snapshot:
     waits: _Histogram | None = None
     durations: dict[str, _Histogram] = field(default_factory=dict)
     """By how the job ended."""
+    webhooks_waiting: int = 0
+    webhooks_overdue_seconds: float = 0.0
 
 
 class JobMetrics(Collector):
@@ -107,6 +109,10 @@ def _read(connection: Connection, now: float) -> _Snapshot:
     totals = connection.execute(select(func.sum(jobs.c.attempts), func.sum(jobs.c.trained_tokens))).one()
     owners = select(func.count(jobs.c.owner.distinct())).where(jobs.c.status == "running")
     failures = select(jobs.c.error_code, func.count()).where(jobs.c.status == "failed").group_by(jobs.c.error_code)
+    table = webhook_deliveries
+    due_at = case((table.c.due_at > table.c.created_at, table.c.due_at), else_=table.c.created_at)  # 0 means at once
+    webhooks = select(func.count(), func.min(due_at)).where(table.c.status == "waiting")
+    webhooks_waiting, first_due_at = connection.execute(webhooks).one()
     waited = jobs.c.started_at - jobs.c.created_at
     ran = jobs.c.finished_at - jobs.c.started_at
     return _Snapshot(
@@ -123,6 +129,8 @@ def _read(connection: Connection, now: float) -> _Snapshot:
             status: _histogram(connection, ran, RUN_BUCKETS, jobs.c.status == status, ran.is_not(None))
             for status in _ENDED
         },
+        webhooks_waiting=webhooks_waiting,
+        webhooks_overdue_seconds=0.0 if first_due_at is None else max(0.0, now - first_due_at),
     )
 
 
@@ -197,6 +205,14 @@ def _families(snapshot: _Snapshot) -> Iterator[Metric]:
     for status, histogram in snapshot.durations.items():
         durations.add_metric((status,), *_in_buckets(histogram, RUN_BUCKETS))
     yield durations
+    yield _gauge(
+        "capo_webhook_deliveries_waiting", "Messages to be sent, now or later.", float(snapshot.webhooks_waiting)
+    )
+    yield _gauge(
+        "capo_webhook_overdue_seconds",
+        "How long the first message that is due waits to be sent.",
+        snapshot.webhooks_overdue_seconds,
+    )
 
 
 def _running_families(running: Sequence[_Running]) -> Iterator[Metric]:

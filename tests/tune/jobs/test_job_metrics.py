@@ -13,6 +13,8 @@ from tune.jobs.observer import JobObserver
 from tune.jobs.queue import Outcome, WorkQueue
 from tune.jobs.records import JobError
 from tune.jobs.store import JobStore
+from tune.jobs.webhooks.endpoints import EVENT_TYPES, EndpointStore
+from tune.jobs.webhooks.outbox import Outbox
 
 
 class Clock:
@@ -127,3 +129,29 @@ def test_a_store_that_is_away_keeps_the_figures_and_says_so(place: Place, monkey
     found = figures(metrics)
     assert found["capo_job_store_up"] == 0
     assert found['capo_jobs{status="queued"}'] == 1
+
+
+def test_a_message_is_overdue_since_it_was_due_and_not_while_it_waits_for_its_next_try(place: Place) -> None:
+    clock = Clock()
+    EndpointStore(place.database, tenant=TENANT).create(name="n", url="http://127.0.0.1:9", event_types=EVENT_TYPES)
+    store = JobStore(place.database, tenant=TENANT, clock=clock)
+    metrics, outbox = JobMetrics(place.database, clock=clock), Outbox(place.database, clock=clock)
+
+    def waiting_and_overdue() -> tuple[float, float]:
+        metrics.refresh()
+        found = figures(metrics)
+        return found["capo_webhook_deliveries_waiting"], found["capo_webhook_overdue_seconds"]
+
+    assert waiting_and_overdue() == (0, 0)
+    store.cancel(store.create_job(new_job(add_file_row(place.file_rows))).id)
+    assert waiting_and_overdue() == (1, 0)
+    clock.now += 40
+    assert waiting_and_overdue() == (1, 40)
+    (taken,) = outbox.take_due({}, per_endpoint=1, for_seconds=60)
+    assert outbox.failed(taken, "it answered 500")
+    assert waiting_and_overdue() == (1, 0)
+    clock.now += 7
+    assert waiting_and_overdue() == (1, 2), "after 5 seconds it was due again"
+    (taken,) = outbox.take_due({}, per_endpoint=1, for_seconds=60)
+    outbox.delivered(taken)
+    assert waiting_and_overdue() == (0, 0)
