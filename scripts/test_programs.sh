@@ -2,8 +2,8 @@
 # Install the programs that the tests run and this machine lacks, from Debian's packages. Does nothing when all are there.
 #
 # PostgreSQL (the job store on several machines), Prometheus with promtool (rules, dashboards), HAProxy (two replicas
-# behind one address), debootstrap (a clean root for the container's steps). kubectl comes from Kubernetes itself:
-# Debian 12's is too old for the manifests.
+# behind one address), debootstrap (a clean root for the container's steps), sqlite3 (the runbook's backup). kubectl comes
+# from Kubernetes itself: Debian 12's is too old for the manifests.
 set -eu
 
 fail() { echo "test_programs: $*" >&2; exit 1; }
@@ -15,6 +15,7 @@ if lacks promtool || lacks prometheus; then packages="$packages prometheus"; fi
 if lacks haproxy; then packages="$packages haproxy"; fi
 if lacks_postgres; then packages="$packages postgresql"; fi
 if lacks debootstrap; then packages="$packages debootstrap"; fi
+if lacks sqlite3; then packages="$packages sqlite3"; fi
 
 if [ -n "$packages" ]; then
     install="apt-get install --no-install-recommends$packages"
