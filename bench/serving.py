@@ -20,9 +20,10 @@ from pathlib import Path
 
 import aiohttp
 import grpc
+import psutil
 
 from bench.adapters import write_random_adapter
-from bench.load import Seen, drive, grpc_chat, http_chat, percentile
+from bench.load import Client, Seen, drive, grpc_chat, http_chat, percentile
 from registry import Artifact, BaseModel, Registry, locate_base_model
 
 CONCURRENCIES = (1, 8, 32)
@@ -50,6 +51,19 @@ class Server:
     start_seconds: float
     adapters: list[str]
     """Model names of the adapters."""
+    front_end: psutil.Process
+    """The process that speaks to clients; the engine is another one, on both sides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    seen: Seen
+    front_end_seconds: float
+    """CPU time of the front end."""
+
+    @property
+    def microseconds_per_token(self) -> float:
+        return 1e6 * self.front_end_seconds / self.seen.tokens
 
 
 def run(seconds: float) -> str:
@@ -59,7 +73,7 @@ def run(seconds: float) -> str:
         adapters = [
             write_random_adapter(Path(folder) / f"adapter{n}", base, rank=16, seed=n) for n in range(NUM_ADAPTERS)
         ]
-        results: dict[str, dict[tuple[str, int], Seen]] = {}
+        results: dict[str, dict[tuple[str, int], Measured]] = {}
         starts: dict[str, float] = {}
         for name, environment in _VLLM.items():
             with _vllm(name, environment, base, adapters) as server:
@@ -70,25 +84,32 @@ def run(seconds: float) -> str:
     return _report(results, starts, seconds)
 
 
-async def _measure(server: Server, seconds: float) -> dict[tuple[str, int], Seen]:
+async def _measure(server: Server, seconds: float) -> dict[tuple[str, int], Measured]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         client = http_chat(session, server.url)
         await drive(client, ["capo-tiny", *server.adapters], concurrency=4, seconds=min(2.0, seconds))  # warm up
         return {
-            (label, concurrency): await drive(client, models, concurrency=concurrency, seconds=seconds)
+            (label, concurrency): await _drive(server, client, models, concurrency, seconds)
             for label, models in _mixes(server).items()
             for concurrency in CONCURRENCIES
         }
 
 
-async def _measure_grpc(server: Server, seconds: float) -> dict[tuple[str, int], Seen]:
+async def _measure_grpc(server: Server, seconds: float) -> dict[tuple[str, int], Measured]:
     assert server.grpc_address is not None
     async with grpc.aio.insecure_channel(server.grpc_address) as channel:
         client = grpc_chat(channel)
         return {
-            ("base", concurrency): await drive(client, ["capo-tiny"], concurrency=concurrency, seconds=seconds)
+            ("base", concurrency): await _drive(server, client, ["capo-tiny"], concurrency, seconds)
             for concurrency in CONCURRENCIES
         }
+
+
+async def _drive(server: Server, client: Client, models: list[str], concurrency: int, seconds: float) -> Measured:
+    before = server.front_end.cpu_times()
+    seen = await drive(client, models, concurrency=concurrency, seconds=seconds)
+    after = server.front_end.cpu_times()
+    return Measured(seen, after.user + after.system - before.user - before.system)
 
 
 def _mixes(server: Server) -> dict[str, list[str]]:
@@ -109,9 +130,9 @@ def _vllm(name: str, threads: dict[str, str], base: BaseModel, adapters: list[Pa
         "--enable-lora", *_ENGINE_ARGUMENTS, "--lora-modules", *modules, "--disable-uvicorn-access-log",
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_PLUGINS": "none", "VLLM_LOGGING_LEVEL": "ERROR", **threads}
-    with _process(command, environment, f"http://127.0.0.1:{port}/health") as seconds:
+    with _process(command, environment, f"http://127.0.0.1:{port}/health") as (seconds, process):
         names = [f"adapter{number}" for number in range(len(adapters))]
-        yield Server(name, f"http://127.0.0.1:{port}", None, seconds, names)
+        yield Server(name, f"http://127.0.0.1:{port}", None, seconds, names, process)
 
 
 @contextlib.contextmanager
@@ -125,14 +146,14 @@ def _capo(folder: Path, base: BaseModel, adapters: list[Path]) -> Iterator[Serve
         sys.executable, "-m", "capo", "serve", "--port", str(port), "--grpc-port", str(grpc_port), "--workers", "0",
         "--data-dir", str(folder), "--", *_ENGINE_ARGUMENTS,
     ]  # fmt: skip
-    with _process(command, dict(os.environ), f"http://127.0.0.1:{port}/readyz") as seconds:
+    with _process(command, dict(os.environ), f"http://127.0.0.1:{port}/readyz") as (seconds, process):
         names = [artifact.revision for artifact in artifacts]
-        yield Server("Capo", f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", seconds, names)
+        yield Server("Capo", f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", seconds, names, process)
 
 
 @contextlib.contextmanager
-def _process(command: list[str], environment: dict[str, str], ready_url: str) -> Iterator[float]:
-    """Run a server in a process group of its own; yields the seconds until it was ready."""
+def _process(command: list[str], environment: dict[str, str], ready_url: str) -> Iterator[tuple[float, psutil.Process]]:
+    """Run a server in a process group of its own; yields the seconds until it was ready, and the process."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -144,7 +165,7 @@ def _process(command: list[str], environment: dict[str, str], ready_url: str) ->
                     log.seek(0)
                     raise RuntimeError(f"{command[2]} did not start:\n{log.read().decode()[-4000:]}")
                 time.sleep(0.1)
-            yield time.monotonic() - began
+            yield time.monotonic() - began, psutil.Process(process.pid)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -171,24 +192,26 @@ def _free_port() -> int:
 # -- report ------------------------------------------------------------------------------------------------------
 
 
-def _report(results: dict[str, dict[tuple[str, int], Seen]], starts: dict[str, float], seconds: float) -> str:
+def _report(results: dict[str, dict[tuple[str, int], Measured]], starts: dict[str, float], seconds: float) -> str:
     lines = [
         f"{os.cpu_count()} cores of {_processor()}, Python {platform.python_version()}, capo-tiny, rank-16 adapters on "
         f"all linear layers, about 60 prompt and 64 completion tokens, streamed chat, {seconds:g} s each.",
         "",
-        "| load | streams | server | tokens/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | against the faster bare vLLM |",
-        "|---|---|---|---|---|---|---|",
+        "| load | streams | server | tokens/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | front end, CPU us/token "
+        "| against the faster bare vLLM |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for label, concurrency in results["Capo"]:
         for server, seen_by in results.items():
             if (label, concurrency) not in seen_by:
                 continue
-            seen = seen_by[label, concurrency]
-            bare = max(results[name][label, concurrency].tokens_per_second for name in _VLLM)
+            measured = seen_by[label, concurrency]
+            seen = measured.seen
+            bare = max(results[name][label, concurrency].seen.tokens_per_second for name in _VLLM)
             lines.append(
                 f"| {label} | {concurrency} | {server} | {seen.tokens_per_second:,.0f} | "
                 f"{_milliseconds(seen.time_to_first_token)} | {_milliseconds(seen.inter_token)} | "
-                f"{seen.tokens_per_second / bare:.2f} |"
+                f"{measured.microseconds_per_token:,.0f} | {seen.tokens_per_second / bare:.2f} |"
             )
     lines += ["", "| server | start to ready |", "|---|---|"]
     lines += [f"| {server} | {start:.1f} s |" for server, start in starts.items()]
