@@ -110,7 +110,7 @@ def _train_with(trainer: str, root: Path) -> Trial:
     from registry import Registry
     from tune.preparation import prepare
     from tune.progress import SilentObserver
-    from tune.recipe import load_recipe
+    from tune.recipe_file import load_recipe
 
     prepared = prepare(load_recipe(root / "recipe.json"), Registry(root / "registry"), root, SilentObserver())
     if trainer == "capo":

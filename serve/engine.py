@@ -1,7 +1,7 @@
 """The vLLM engine behind :class:`serve.engine_api.Engine`.
 
-The only module that imports vLLM's engine and serving classes, so that a new vLLM is one file's work. Written
-against vLLM 0.32; importing it costs seconds and is left to the process that serves.
+With :mod:`serve.observed_llm` the only module that imports vLLM's engine and serving classes, so that a new vLLM is
+two files' work. Written against vLLM 0.32; importing it costs seconds and is left to the process that serves.
 
 vLLM's OpenAI serving classes do the wire format (chat template, tools, logprobs, streaming), so answers are vLLM's.
 They find an adapter by ``models.lora_requests[request.model]``; this engine keeps that mapping to exactly the loaded
@@ -14,21 +14,13 @@ import asyncio
 import contextlib
 import json
 import logging
-import multiprocessing
-import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pydantic
 import torch
-from prometheus_client import Gauge
 from starlette.datastructures import State
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -42,26 +34,20 @@ from vllm.envs import enable_envs_cache
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm.platforms import current_platform
 from vllm.renderers.inputs.preprocess import extract_prompt_len
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
-from serve.constraints import SLOWEST_STEP_SECONDS, ConstraintTrials
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, refused, wire_error
-from serve.lora_info import LORA_REQUESTS_INFO
-from serve.vllm_plugin.constraint_trial import serve_trials
+from serve.observed_llm import ObservedLLM, current_call
 
 logger = logging.getLogger(__name__)
 
@@ -73,68 +59,6 @@ _REQUEST_TYPES: Mapping[Endpoint, Any] = {
     Endpoint.DETOKENIZE: DetokenizeRequest,
 }
 
-_current_call: ContextVar[Call | None] = ContextVar("capo_current_call", default=None)
-
-
-class _ObservedAsyncLLM(AsyncLLM):
-    """AsyncLLM that writes down what happens to each call.
-
-    Every serving class goes through :meth:`generate`, so this is the one place that sees tokens, times, aborts and
-    the real exception before a wire format turns it into text.
-    """
-
-    trials: ConstraintTrials
-
-    async def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
-        call = _current_call.get()
-        if call is None:
-            async for output in super().generate(prompt, sampling_params, request_id, **options):
-                yield output
-            return
-        try:
-            await self.trials.check_all(_constraints(sampling_params.structured_outputs))
-        except Exception as error:
-            call.error = error
-            raise
-        outputs = super().generate(prompt, sampling_params, request_id, **options)
-        prompt_counted = False
-        try:
-            async for output in outputs:
-                if not prompt_counted and output.prompt_token_ids is not None:
-                    call.prompt_tokens += len(output.prompt_token_ids)
-                    prompt_counted = True
-                _observe(call, output)
-                if sampling_params.structured_outputs is not None and call.finish_reasons[-1:] == ["error"]:
-                    # The scheduler ends a request whose token its grammar rejects: no token was left to choose.
-                    raise errors.InvalidRequestError(
-                        "No token satisfies the constraint on the answer together with the rest of the request, "
-                        "such as allowed_token_ids, bad_words or min_tokens.",
-                        code="contradictory_constraints",
-                    )
-                yield output
-        except Exception as error:
-            call.error = error
-            raise
-        finally:
-            await outputs.aclose()
-
-    async def _add_request(self, request: EngineCoreRequest, *args: Any, **options: Any) -> None:
-        try:
-            await super()._add_request(request, *args, **options)
-        except BaseException:
-            # 0.32.0 keeps a request for ever that could not be sent to the engine; it would count as a standstill.
-            await self.abort(request.request_id, internal=True)
-            raise
-
-
-def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, Any]]:
-    """The constraint that binds an answer, as :class:`serve.constraints.ConstraintTrials` takes it."""
-    for kind in ("json", "json_object", "regex", "choice", "grammar", "structural_tag"):
-        if given is not None and getattr(given, kind) is not None:
-            yield kind, getattr(given, kind)
-
 
 def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The constraints that a client gave. vLLM looks into them on the event loop while it reads the request."""
@@ -142,58 +66,6 @@ def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     given = body.get("response_format") or (body.get("text") or {}).get("format") or {}
     if given.get("type") == "json_schema":
         yield "json", given.get("json_schema", given).get("schema")
-
-
-def _observe(call: Call, output: RequestOutput) -> None:
-    """Account one engine output. FINAL_ONLY requests come here once, streams once per step."""
-    new_tokens = 0
-    for completion in output.outputs:
-        new_tokens += len(completion.token_ids)
-        if completion.finish_reason is not None:
-            call.finish_reasons.append(completion.finish_reason)
-    if not new_tokens:
-        return
-    stats = output.metrics
-    now = asyncio.get_running_loop().time()
-    if call.first_token_at is None:
-        # A request that answers in one piece learns its first token's time from the engine's own clock, which is
-        # CLOCK_MONOTONIC like ours (vllm/v1/metrics/stats.py, RequestStateStats).
-        engine_first = getattr(stats, "first_token_ts", 0.0)
-        call.first_token_at = engine_first if 0.0 < engine_first <= now else now
-        queued, scheduled = getattr(stats, "queued_ts", 0.0), getattr(stats, "scheduled_ts", 0.0)
-        if queued > 0.0 and scheduled > 0.0:
-            call.queued_seconds = scheduled - queued
-    call.completion_tokens += new_tokens
-    if call.on_tokens is not None:
-        call.on_tokens(call, new_tokens)
-    call.last_token_at = now
-
-
-def _gauge(name: str, *args: Any, **kwargs: Any) -> Gauge:
-    """vLLM's gauges, with its ``lora_requests_info`` left out of the metrics page: serve/lora_info.py has that name."""
-    if name == LORA_REQUESTS_INFO:
-        kwargs["registry"] = None
-    return Gauge(name, *args, **kwargs)
-
-
-class _StatLogger(PrometheusStatLogger):
-    """vLLM's own Prometheus metrics without its ``lora_requests_info``.
-
-    That gauge joins the names of all running adapters into one label value: a new series for every combination,
-    none ever removed.
-    """
-
-    _gauge_cls = staticmethod(_gauge)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gauge_lora_info = None
-        self.last_step_at = 0.0
-
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        """Called on the event loop for every step's outputs; the heartbeat of the engine."""
-        self.last_step_at = time.monotonic()
-        super().record(*args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +99,7 @@ class VllmEngine(Engine):
                 "`vllm serve --help=all` lists what it takes.",
                 code="invalid_engine_arguments",
             ) from error
-        self._llm: _ObservedAsyncLLM | None = None
+        self._llm: ObservedLLM | None = None
         self._state = State()
         self._limits: EngineLimits | None = None
 
@@ -261,59 +133,31 @@ class VllmEngine(Engine):
         enable_envs_cache()
         freeze_gc_heap()
 
-    def _build(self) -> _ObservedAsyncLLM:
+    def _build(self) -> ObservedLLM:
         config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
         if current_platform.is_cpu() and config.lora_config is not None and self._args.lora_dtype == "auto":
             # A product of a few rows costs torch about 20 us in bfloat16 and 3 us in float32 (with AVX512_BF16):
             # bfloat16 goes through oneDNN, which pays off for large ones only. vLLM's own argument does not offer it.
             config.lora_config.lora_dtype = torch.float32
-        _use_fork_server()
-        llm = _ObservedAsyncLLM.from_vllm_config(
-            config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_StatLogger]
-        )
-        assert isinstance(llm, _ObservedAsyncLLM)
-        llm.trials = ConstraintTrials(partial(_start_trials, config))
-        return llm
+        return ObservedLLM.start(config)
 
     async def stop(self, timeout_seconds: float) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:
-            await self._shut_down(llm, timeout_seconds)
+            await llm.end(timeout_seconds)
 
     async def kill(self) -> None:
         llm, self._llm = self._llm, None
-        if llm is None:
-            return
-        processes = llm.engine_core.resources.engine_manager.processes
-        for process in processes:
-            process.kill()
-        await asyncio.to_thread(lambda: [process.join(5) for process in processes])
-        await self._shut_down(llm, 0)
-
-    async def _shut_down(self, llm: _ObservedAsyncLLM, timeout_seconds: float) -> None:
-        llm.trials.close()
-        await asyncio.to_thread(llm.shutdown, timeout_seconds)
-        # AsyncLLM.shutdown cancels the task that would tell waiters of the end, and nobody ever fails a pending
-        # add_lora or remove_lora (0.32.0): without this, whoever waits then waits for ever.
-        dead = VllmEngineDeadError()
-        for future in list(llm.engine_core.utility_results.values()):
-            if not future.done():
-                future.set_exception(dead)
-        llm.output_processor.propagate_error(dead)
+        if llm is not None:
+            await llm.kill()
 
     @property
     def has_work(self) -> bool:
-        llm = self._llm
-        return llm is not None and (
-            llm.output_processor.has_unfinished_requests() or bool(llm.engine_core.utility_results)
-        )
+        return self._llm is not None and self._llm.has_work
 
     @property
     def last_step_at(self) -> float:
-        manager = self._llm.logger_manager if self._llm is not None else None
-        if manager is None:
-            return 0.0
-        return max((x.last_step_at for x in manager.stat_loggers if isinstance(x, _StatLogger)), default=0.0)
+        return self._llm.last_step_at if self._llm is not None else 0.0
 
     @property
     def limits(self) -> EngineLimits:
@@ -372,36 +216,36 @@ class VllmEngine(Engine):
     # -- inference -------------------------------------------------------------------------------------------
 
     async def complete(self, call: Call) -> bytes:
-        token = _current_call.set(call)
+        token = current_call.set(call)
         try:
             answer = await self._create(call)
         except Exception as error:
             raise self._translate(error) from error
         finally:
-            _current_call.reset(token)
+            current_call.reset(token)
         if "abort" in call.finish_reasons:
             raise self._aborted(call)
         return bytes(answer.model_dump_json(by_alias=True), "utf-8")
 
     async def stream(self, call: Call) -> AsyncGenerator[str, None]:
         # The context variable must be set in whatever task iterates: async generators run in their consumer's context.
-        token = _current_call.set(call)
+        token = current_call.set(call)
         try:
             chunks = await self._create(call)
         except Exception as error:
             raise self._translate(error) from error
         finally:
-            _current_call.reset(token)
+            current_call.reset(token)
         held: list[str] = []
         try:
             while True:
-                token = _current_call.set(call)
+                token = current_call.set(call)
                 try:
                     chunk = await anext(chunks, None)
                 except Exception as error:
                     raise self._translate(error) from error
                 finally:
-                    _current_call.reset(token)
+                    current_call.reset(token)
                 if call.error is not None:
                     raise self._translate(call.error) from call.error
                 if chunk is None:
@@ -442,7 +286,7 @@ class VllmEngine(Engine):
     ) -> AsyncGenerator[Piece, None]:
         """The answers to one prompt; their indices go on where the previous prompt's ended, as OpenAI counts."""
         first_index = number * parameters.n
-        token = _current_call.set(call)
+        token = current_call.set(call)
         outputs = self._live().generate(
             prompt,
             parameters,
@@ -450,14 +294,14 @@ class VllmEngine(Engine):
             lora_request=lora,
             trace_headers=call.trace_headers or None,
         )
-        _current_call.reset(token)
+        current_call.reset(token)
         try:
             while True:
-                token = _current_call.set(call)
+                token = current_call.set(call)
                 try:
                     output = await anext(outputs, None)
                 finally:
-                    _current_call.reset(token)
+                    current_call.reset(token)
                 if output is None:
                     return
                 for completion in output.outputs:
@@ -599,7 +443,7 @@ class VllmEngine(Engine):
 
     # -- errors ----------------------------------------------------------------------------------------------
 
-    def _live(self) -> _ObservedAsyncLLM:
+    def _live(self) -> ObservedLLM:
         if self._llm is None or self._llm.errored:
             raise engine_dead()
         return self._llm
@@ -643,7 +487,7 @@ class VllmEngine(Engine):
 
 def _answer_model(lora_request: LoRARequest | None = None) -> str:
     """vLLM asks this for the ``model`` of an answer; the caller has already chosen it."""
-    call = _current_call.get()
+    call = current_call.get()
     assert call is not None, "vLLM formats an answer outside of a call"
     return call.answer_model
 
@@ -658,29 +502,6 @@ def _responses_event(event: Any) -> str:
 
 def _lora_request(adapter: EngineAdapter) -> LoRARequest:
     return LoRARequest(adapter.name, adapter.engine_id, str(adapter.path))
-
-
-def _start_trials(config: VllmConfig) -> tuple[BaseProcess, Connection]:
-    """The process of :mod:`serve.constraints`, from the fork server, where vLLM is already imported."""
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    process = context.Process(
-        target=serve_trials, args=(theirs, config, SLOWEST_STEP_SECONDS), name="constraint-trials", daemon=True
-    )
-    process.start()
-    theirs.close()  # so that our end notices when the process is gone
-    return process, ours
-
-
-def _use_fork_server() -> None:
-    """Have vLLM start its engine process from our preloaded fork server: 2 s instead of 14 s, at every restart.
-
-    vLLM offers fork and spawn; on the CPU its platform code even resets the environment variable to spawn, so the
-    function that picks the context is replaced where the engine's process manager looks it up.
-    """
-    import vllm.v1.engine.utils as engine_utils
-
-    engine_utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
 
 
 __all__ = ["VllmEngine"]

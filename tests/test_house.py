@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "capo": {"registry", "tune", "serve", "capo_proto"},
 }
 # Only these may import vLLM: the engine behind its seam, and the plugin that runs inside vLLM's own processes.
-VLLM_FILES = {"serve/engine.py", "serve/engine_preload.py"}
+VLLM_FILES = {"serve/engine.py", "serve/observed_llm.py", "serve/engine_preload.py"}
 
 
 def sources(room: str) -> Iterator[tuple[str, ast.Module]]:

@@ -33,7 +33,7 @@ def test_every_capo_command_that_is_named_has_help() -> None:
 
 
 def test_recipes_of_the_examples_are_valid() -> None:
-    from tune.recipe import load_recipe
+    from tune.recipe_file import load_recipe
 
     recipes = sorted((ROOT / "examples").rglob("*.yaml"))
     assert recipes

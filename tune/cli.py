@@ -24,7 +24,8 @@ from registry import Registry
 from registry.errors import CapoError
 from tune.observers import ProgressBar
 from tune.progress import SilentObserver, StopRequested, TrainingEvent
-from tune.recipe import Recipe, load_recipe, parse_recipe
+from tune.recipe import Recipe
+from tune.recipe_file import load_recipe, parse_recipe
 from tune.threads import prepare_environment
 
 if TYPE_CHECKING:

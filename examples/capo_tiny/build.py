@@ -66,7 +66,7 @@ def build(work_dir: Path, model_dir: Path) -> None:
     from examples.capo_tiny.blank_model import write_blank_model
     from registry import Registry
     from tune.observers import ProgressBar
-    from tune.recipe import load_recipe
+    from tune.recipe_file import load_recipe
     from tune.session import run
 
     write_data(work_dir)

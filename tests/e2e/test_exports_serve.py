@@ -34,7 +34,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from tune.exports.session import export, locate_source, rows_for
     from tune.exports.settings import GptqExport
-    from tune.recipe import parse_recipe
+    from tune.recipe_file import parse_recipe
     from tune.session import run
 
     data_dir = tmp_path_factory.mktemp("quantized")

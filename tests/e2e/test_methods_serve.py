@@ -21,7 +21,7 @@ from tests.e2e.service import running
 from tests.sizes import LONG, size
 from tune import publication
 from tune.probes import make_probes
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import run
 
 pytestmark = [pytest.mark.engine, pytest.mark.training]

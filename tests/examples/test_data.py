@@ -22,7 +22,7 @@ from examples.tasks import generate
 from tune.data.datafile import open_data
 from tune.data.faults import RowFault
 from tune.data.rows import check_chat_file
-from tune.recipe import load_recipe
+from tune.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"

@@ -18,7 +18,7 @@ from typing import Any
 
 from registry import Registry
 from tune.progress import SilentObserver
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import run
 
 

@@ -20,7 +20,7 @@ import torch.distributed.fsdp  # noqa: F401
 from registry import Registry
 from tests.tune.workshop import Recorder, StopAfter
 from tune.progress import StopRequested
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import run
 
 

@@ -16,7 +16,7 @@ import yaml
 from registry import Registry
 from tests.tune.samples import chat_rows, write_jsonl
 from tune.cli import main, print_schema
-from tune.recipe import load_recipe, parse_recipe
+from tune.recipe_file import load_recipe, parse_recipe
 
 RECIPE = """\
 name: colours

@@ -14,7 +14,7 @@ from tests.tune.planted import good_row, repeated
 from tests.tune.samples import chat_rows, message, text_rows, write_jsonl
 from tune.data.dataset import DatasetReader, ReadOptions
 from tune.model import BaseShape
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.stages import ReadyStage, prepare_stage
 
 

@@ -12,7 +12,7 @@ from registry import Registry
 from registry.errors import InvalidRequestError, ModelNotFoundError
 from tests.tune.samples import chat_rows, text_rows, write_jsonl
 from tune.progress import StepMetrics, TrainingEvent
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import run
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from registry.errors import InvalidRequestError
 from tune.evaluation.promotion import Promotion
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 
 BASE = {"loss": 2.0, "exact_match": 0.5, "general_loss": 1.0, "benchmarks.arc.acc": 0.4}
 TUNED = {"loss": 1.0, "exact_match": 0.56, "general_loss": 1.05, "benchmarks.arc.acc": 0.3}

@@ -17,7 +17,8 @@ from tests.tune.workshop import Workshop
 from tune.methods import DoraMethod, LoraMethod, Method, QloraMethod
 from tune.model import Trainable, load_trainable
 from tune.optimizers import make_optimizer, set_learning_rate
-from tune.recipe import Stage, parse_recipe
+from tune.recipe import Stage
+from tune.recipe_file import parse_recipe
 
 
 def load(base_dir: Path, method: Method) -> Trainable:

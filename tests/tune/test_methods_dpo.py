@@ -19,7 +19,8 @@ from tune.dpo import PreferenceObjective, Reference
 from tune.methods import LoraMethod
 from tune.model import Trainable
 from tune.progress import StopRequested
-from tune.recipe import Dpo, parse_recipe
+from tune.recipe import Dpo
+from tune.recipe_file import parse_recipe
 
 
 def preference_rows(number: int) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from examples.modes import generate
 from registry import Registry
 from tests.sizes import size
 from tests.tune.workshop import Recorder
-from tune.recipe import Recipe, load_recipe
+from tune.recipe import Recipe
+from tune.recipe_file import load_recipe
 from tune.session import run
 
 pytestmark = pytest.mark.training

@@ -17,7 +17,8 @@ from tune.choices import (
     choose_packing,
 )
 from tune.methods import FullMethod, LoraMethod
-from tune.recipe import Recipe, Stage, load_recipe, parse_recipe
+from tune.recipe import Recipe, Stage
+from tune.recipe_file import load_recipe, parse_recipe
 
 
 def recipe(**changes: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from registry.errors import InvalidRequestError
-from tune.recipe import Stage, parse_recipe
+from tune.recipe import Stage
+from tune.recipe_file import parse_recipe
 from tune.schedules import learning_rate_share, num_warmup_steps
 
 TOTAL, WARMUP = 100, 10

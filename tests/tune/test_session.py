@@ -20,7 +20,7 @@ from tests.tune.workshop import Recorder, StopAfter, Workshop, weights_of
 from tune import checkpoint, export
 from tune.checkpoint import CheckpointFolder
 from tune.progress import StepMetrics, StopRequested
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import TrainingResult, tensorboard_dir
 
 

@@ -17,7 +17,7 @@ from registry.errors import InvalidRequestError
 from tests.sizes import LONG
 from tests.tune.samples import chat_rows, write_jsonl
 from tests.tune.workshop import Workshop
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 
 
 def train_in_processes(root: Path, runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ from tests.tune.samples import chat_rows, write_jsonl
 from tests.tune.test_methods_dpo import preference_rows
 from tests.tune.workshop import Recorder, StopAfter, Workshop, weights_of
 from tune.progress import StopRequested
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import TrainingResult
 
 FIRST = "ft:tiny-base:acme::first"

@@ -9,7 +9,7 @@ from typing import Any
 
 from registry import Artifact, Registry
 from tune.progress import SilentObserver, StepMetrics, TrainingEvent
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.session import TrainingResult, run
 
 

@@ -15,7 +15,7 @@ from tune.data.faults import RowFault
 from tune.data.mask import ChatEncoder, Example, encode_text
 from tune.data.rows import ChatRow, TextRow
 from tune.model import base_shape
-from tune.recipe import parse_recipe
+from tune.recipe_file import parse_recipe
 from tune.stages import prepare_stage
 
 _LONGEST_TOKENS = 2048
