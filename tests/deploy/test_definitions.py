@@ -68,7 +68,7 @@ def faults(workshop: Path, items: list[Object]) -> dict[int, str]:
     lines = [*names.values(), "const values: (() => void)[] = [];", *"\n".join(checks).splitlines(), report]
     (workshop / "check.ts").write_text("\n".join(lines))
     compiler = [program("node"), "node_modules/typescript/bin/tsc", "check.ts", "--strict", "--skipLibCheck"]
-    compiler += ["--module", "nodenext", "--target", "es2022", "--types", ""]
+    compiler += ["--module", "nodenext", "--target", "es2022"]
     told = subprocess.run(compiler, cwd=workshop, capture_output=True, text=True, timeout=300, check=False).stdout
     found: dict[int, str] = {}
     for line in told.splitlines():
