@@ -6,8 +6,10 @@ import asyncio
 from pathlib import Path
 
 import httpx
+import pytest
 
-from registry import Registry
+from registry import Registry, errors
+from registry.principal import Principal, Scope, acting_as
 from serve.engine_api import Endpoint
 from serve.service import Origin
 from tests.serve.fake_engine import FakeEngine
@@ -70,6 +72,23 @@ async def test_a_request_that_kills_the_engine_twice_is_quarantined_and_others_a
         assert engine.starts == starts
         other = await client.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO})
         assert other.status_code == 200
+
+
+async def test_a_key_does_not_hide_a_request_that_kills_the_engine_from_the_quarantine(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    body = {"model": BASE, "messages": [{"role": "user", "content": "poison"}]}
+    async with running_service(engine, tmp_path) as (_, service):
+        with acting_as(Principal("acme", "key_1", frozenset({Scope.INFER}))):
+            for _ in range(2):
+                engine.fail_after_tokens = 1
+                with pytest.raises(errors.EngineDeadError):
+                    await service.complete(Endpoint.CHAT, body, Origin("http", "r"))
+                engine.fail_after_tokens = None
+                await eventually(lambda: service.not_ready_reason() is None, seconds=5)
+            with pytest.raises(errors.InvalidRequestError) as refusal:
+                await service.complete(Endpoint.CHAT, body, Origin("http", "r"))
+    assert refusal.value.code == "quarantined"
+    assert engine.starts == 3
 
 
 async def test_a_client_that_does_not_read_is_no_standstill_of_the_engine(tmp_path: Path) -> None:
