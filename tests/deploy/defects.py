@@ -440,6 +440,11 @@ DEFECTS: list[Defect] = [
         lambda r: environment(r, "capo-control", "CAPO_KUBERNETES_IMAGE", "registry.example.com/capo:old"),
     ),
     Defect(
+        "the_quota_leaves_room_for_jobs_that_have_ended",
+        "more Jobs and the same quota",
+        lambda r: setting(r, "CAPO_MAX_LAUNCHED_JOBS", "20"),
+    ),
+    Defect(
         "training_happens_in_one_way", "nobody trains", lambda r: drop(r, "Deployment", "capo-worker"), "postgresql"
     ),
     # scaling and watching

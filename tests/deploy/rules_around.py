@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import yaml
 
+from capo.settings import Settings
 from tests.deploy.render import Object, Render, selects
 from tests.deploy.rules import rule, serving
 from tests.deploy.rules_network import policies, ports_of, reaches
@@ -75,6 +76,18 @@ def training_happens_in_one_way(render: Render) -> Iterator[str]:
 def launched_jobs_have_a_bound(render: Render) -> Iterator[str]:
     if render.of("Role") and not render.of("ResourceQuota"):
         yield "no quota"
+
+
+@rule
+def the_quota_leaves_room_for_jobs_that_have_ended(render: Render) -> Iterator[str]:
+    """It counts them too; the launcher keeps as many as it may run. Beyond: those in deletion, and the first key's."""
+    for pod in render.pods():
+        if pod.environment("CAPO_LAUNCHER") == "kubernetes":
+            default = Settings.model_fields["max_launched_jobs"].default
+            needed = 2 * int(render.settings(pod).get("CAPO_MAX_LAUNCHED_JOBS", default)) + 4
+            for quota in render.of("ResourceQuota"):
+                if int(quota["spec"]["hard"]["count/jobs.batch"]) < needed:
+                    yield f"{quota['spec']['hard']} < {needed}"
 
 
 # -- autoscaling ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ _LONGEST_DELAY_SECONDS = 300.0
 _LEAVING_SECONDS = 60.0
 """A worker whose job has ended may take so long to end, too."""
 _KEPT_SECONDS = 3600.0
-"""What has ended stays in the cluster for so long, to be looked at."""
+"""What has ended stays in the cluster for so long, to be looked at; but no more than may be launched at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class _Delay:
 
 
 class ClusterLauncher:
-    """See the module. ``max_launched`` bounds the workers in the cluster at once.
+    """See the module. ``max_launched`` bounds the workers in the cluster at once, and likewise the ended ones that are
+    kept there: a quota counts both (deploy/kubernetes/components/job-launcher).
 
     Workers live on when the service stops: they hold their jobs by lease, and the next dispatcher finds them.
     """
@@ -63,7 +64,7 @@ class ClusterLauncher:
         self._told: dict[str, str] = {}
         """By job: what its events say of its launch, so that each thing is said once."""
         self._since: dict[str, float] = {}
-        """By launch: when it was first seen to be of no more use."""
+        """By launch: when it was first seen to be of no more use, the first one first."""
 
     def start(self) -> None:
         """Nothing: :meth:`watch` does it."""
@@ -90,7 +91,7 @@ class ClusterLauncher:
         live = {launch.job_id for launch in launches if launch.state != "ended"}
         for launch in launches:
             self._look_after(launch)
-        self._since = {launch.name: self._since[launch.name] for launch in launches if launch.name in self._since}
+        self._remove_old_ends(launches)
         for job in self._leases.abandoned(self._queue.running()):
             # Its worker is lost. The next one waits for the lease like any other, and takes it over.
             if job.id not in live and len(live) < self._max_launched and self._launch(job):
@@ -102,6 +103,14 @@ class ClusterLauncher:
             if waiting is None:
                 return
             (live if self._launch(waiting) else held_back).add(waiting.id)
+
+    def _remove_old_ends(self, launches: list[Launch]) -> None:
+        by_name = {launch.name: launch for launch in launches}
+        self._since = {name: since for name, since in self._since.items() if name in by_name}
+        ended = [by_name[name] for name in self._since if by_name[name].state == "ended"]
+        for place, launch in enumerate(reversed(ended)):
+            if place >= self._max_launched or self._seconds_since(launch) > _KEPT_SECONDS:
+                self._cluster.remove(launch)
 
     def _forget_what_is_over(self, live: set[str]) -> None:
         longest_ago = self._clock() - 2 * _LONGEST_DELAY_SECONDS
@@ -132,8 +141,8 @@ class ClusterLauncher:
                 self._cluster.remove(launch)  # its name is needed again
                 if not is_held_back:
                     self._delay(job, launch.reason or "its worker ended before it began")
-            elif self._seconds_since(launch) > _KEPT_SECONDS:
-                self._cluster.remove(launch)
+            else:
+                self._seconds_since(launch)
         elif job.status not in OPEN or is_held_back:
             # One that has not begun is ended at once; one that runs is about to end by itself.
             if launch.state == "waiting" or self._seconds_since(launch) > _LEAVING_SECONDS:

@@ -237,6 +237,23 @@ def test_what_has_ended_is_kept_for_an_hour_to_be_looked_at(scene: Scene) -> Non
     assert not scene.cluster.listed
 
 
+def test_no_more_that_have_ended_are_kept_than_may_be_launched_and_the_last_ones(place: Place) -> None:
+    """Kubernetes' quota counts them: twenty short jobs within the hour would let it refuse every further one."""
+    scene = Scene(place, max_launched=2)
+    names = []
+    for _ in range(5):
+        job = scene.queued()
+        scene.launcher.step()
+        names.append(launch_name(job.id, 0))
+        scene.queue.end_cancelled(scene.claimed(job))
+        scene.cluster.becomes(job.id, "ended")
+        scene.now += 1
+        scene.launcher.step()
+        assert len(scene.cluster.listed) <= 2
+    assert sorted(scene.cluster.listed) == sorted(names[-2:])
+    assert scene.cluster.removed == names[:3], "each once, the first one first"
+
+
 def test_launches_of_another_capo_in_the_same_cluster_are_left_alone(scene: Scene) -> None:
     scene.cluster.listed["capo-ftjob-other-0"] = Launch("capo-ftjob-other-0", "ftjob-other", "ended")
     scene.now = 10_000
