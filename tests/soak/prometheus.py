@@ -39,17 +39,20 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def running_prometheus(folder: Path, targets: Mapping[str, str]) -> Iterator[Prometheus]:
-    """``targets``: address by what is put into the label ``component``."""
+def running_prometheus(
+    folder: Path, targets: Mapping[str, str], *, credentials: str | None = None
+) -> Iterator[Prometheus]:
+    """``targets``: address by what is put into the label ``component``. ``credentials``: the key that scrapes show."""
     folder.mkdir(parents=True, exist_ok=True)
     static = [
         {"targets": [address], "labels": {"namespace": NAMESPACE, "component": component}}
         for component, address in targets.items()
     ]
+    authorization = {} if credentials is None else {"authorization": {"credentials": credentials}}
     configuration = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(PROMETHEUS / name) for name in ("slo.yaml", "recording.yaml", "alerts.yaml")],
-        "scrape_configs": [{"job_name": "capo", "static_configs": static}],
+        "scrape_configs": [{"job_name": "capo", "static_configs": static} | authorization],
     }
     path = folder / "prometheus.yaml"
     path.write_text(yaml.safe_dump(configuration))
