@@ -1,6 +1,6 @@
 """The one table of who may ask for what, for both faces. What does not stand here is refused.
 
-``tests/capo/test_access_rules.py`` walks the composed application and the gRPC server and fails for anything that is
+``tests/capo/test_access_matrix.py`` walks the composed application and the gRPC server and fails for anything that is
 served and not in the table.
 """
 

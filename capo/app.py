@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,11 +37,13 @@ def build_app(
     access: Access,
     only_this_machine: bool = False,
     serve_metrics: bool = True,
+    metrics: CollectorRegistry = REGISTRY,
     max_body_bytes: int = faces.MAX_REQUEST_BYTES,
 ) -> FastAPI:
     """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``.
 
     ``engine_schema``: what the engine takes, for the OpenAPI document (:func:`capo.openapi.add_document`).
+    ``metrics``: what ``/metrics`` shows, where ``serve_metrics`` says that it is here.
     ``access`` decides who may come in; ``only_this_machine``: see :class:`capo.http_door.HttpDoor`.
     """
     app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
@@ -49,7 +51,7 @@ def build_app(
         app.include_router(router)
     app.include_router(_operations_router(not_ready_reason))
     if serve_metrics:
-        app.include_router(_metrics_router())
+        app.include_router(_metrics_router(metrics))
     add_document(app, engine_schema)
     _add_manners(app, access, only_this_machine=only_this_machine, max_body_bytes=max_body_bytes)
     return app
@@ -58,7 +60,7 @@ def build_app(
 def build_metrics_app(access: Access) -> FastAPI:
     """``/metrics`` alone, for a port of its own."""
     app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(_metrics_router())
+    app.include_router(_metrics_router(REGISTRY))
     _add_manners(app, access)
     return app
 
@@ -102,13 +104,13 @@ def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
     return router
 
 
-def _metrics_router() -> APIRouter:
+def _metrics_router(registry: CollectorRegistry) -> APIRouter:
     router = APIRouter()
 
     @router.get("/metrics")
     async def metrics() -> Response:
         # Rendering a large page takes tens of milliseconds; the loop that streams tokens must not wait for it.
-        page = await asyncio.to_thread(generate_latest, REGISTRY)
+        page = await asyncio.to_thread(generate_latest, registry)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -90,16 +90,26 @@ class ControlSide:
 
     def routers(self) -> list[APIRouter]:
         self.tuning.sweep()  # what an upload left behind that was cut off by a crash
-        routers = self.tuning.routers()
-        if self.names is not None:
-            routers += [models_router(self.names.catalog), aliases_router(self.names.aliases, self.names.catalog)]
-        return routers
+        return control_routers(self.tuning, self.names)
 
     def grpc_services(self) -> list[ServiceEntry]:
-        return [ServiceEntry(SERVICE_NAME, TuningServicer(self.tuning.jobs).add_to)]
+        return control_grpc_services(self.tuning)
 
     def close(self) -> None:
         self.database.close()
+
+
+def control_routers(tuning: TuningApi, names: NamesService | None) -> list[APIRouter]:
+    """Every route of this half; those that tests compose too, so that none is left out there."""
+    routers = tuning.routers()
+    if names is not None:
+        routers += [models_router(names.catalog), aliases_router(names.aliases, names.catalog)]
+    return routers
+
+
+def control_grpc_services(tuning: TuningApi) -> list[ServiceEntry]:
+    """Likewise, of the gRPC server."""
+    return [ServiceEntry(SERVICE_NAME, TuningServicer(tuning.jobs).add_to)]
 
 
 def _file_storage(settings: Settings) -> FileStorage:

@@ -18,11 +18,14 @@ from prometheus_client import CollectorRegistry
 from capo.access import AccessMetrics, Door
 from capo.app import build_app
 from capo.audit import AuditLog
+from capo.control_side import control_grpc_services, control_routers
 from capo.http_protocol import BoundedHeadProtocol
+from capo.inference_side import inference_routers
 from capo.keys.records import NewKey
 from capo.keys.ring import KeyRing
 from capo.keys.secret import Secret
 from capo.keys.store import KeyStore
+from capo.settings import Settings
 from capo.tls import Tls
 from registry import Artifact, Registry
 from registry.principal import Principal, Scope
@@ -30,14 +33,11 @@ from serve.access import Access
 from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
 from serve.grpc import GrpcServer
-from serve.grpc.service_entry import ServiceEntry
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
-from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
 from serve.service import ServingService
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import BASE, NoGate, eventually, publish
-from tune.grpc import SERVICE_NAME, TuningServicer
 from tune.jobs.api import TuningApi
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.files import FileStorage
@@ -62,6 +62,7 @@ class Answer:
 class Guarded:
     directory: Path
     app: Any
+    door: Access
     service: ServingService
     engine: FakeEngine
     registry: Registry
@@ -140,7 +141,7 @@ async def guarded(
     ring.read()
     door = access or Door(ring, house=HOUSE, metrics=AccessMetrics(prometheus), audit=AuditLog(directory))
     registry = Registry(directory / "registry")
-    metrics = Metrics(prometheus)
+    metrics = Metrics(prometheus, max_adapters=Settings().max_metric_adapters)
     tuning = TuningApi(
         database, FileStorage(files_dir(directory)), registry, base_models={BASE: BASE}, max_lora_rank=16
     )
@@ -152,23 +153,23 @@ async def guarded(
     )
     pool = AdapterPool(engine, NoGate(), metrics)
     service = ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics)
-    routers = [
-        inference_router(service),
-        models_router(catalog),
-        adapters_router(service),
-        vllm_adapters_router(AdapterImports(service, None, None)),
-        *tuning.routers(),
-        *extra_routers,
-    ]
-    app = build_app(routers, service.not_ready_reason, engine.body_schema, access=door, only_this_machine=True)
+    imports = AdapterImports(service, None, None)
+    routers = [*inference_routers(service, imports), *control_routers(tuning, None), *extra_routers]
+    app = build_app(
+        routers,
+        service.not_ready_reason,
+        engine.body_schema,
+        access=door,
+        only_this_machine=True,
+        metrics=prometheus,
+    )
     options = {} if tls is None else tls.uvicorn_options()
     config = uvicorn.Config(
         app, port=0, log_config=None, lifespan="off", http=BoundedHeadProtocol, reset_contextvars=True, **options
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    others = [ServiceEntry(SERVICE_NAME, TuningServicer(tuning.jobs).add_to)]
-    grpc_server = GrpcServer(service, access=door, others=others)
+    grpc_server = GrpcServer(service, access=door, others=control_grpc_services(tuning))
     grpc_port = await grpc_server.start("127.0.0.1", 0, None if tls is None else tls.grpc_credentials())
     tasks = [asyncio.create_task(server.serve()), asyncio.create_task(ring.follow())]
     try:
@@ -182,6 +183,7 @@ async def guarded(
             yield Guarded(
                 directory=directory,
                 app=app,
+                door=door,
                 service=service,
                 engine=engine,
                 registry=registry,

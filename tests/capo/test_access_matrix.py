@@ -9,11 +9,15 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from capo.access_rules import GRPC_RULES, HTTP_RULES, RULES, Rule
+from capo.app import build_app
+from capo.control_side import control_routers
 from capo.keys.records import NewKey
 from capo.keys.secret import new_secret
 from capo.keys.store import KeyStore
 from registry.principal import Scope
+from serve.names_service import NamesService
 from tests.capo.guarded import EVERY_SCOPE, Answer, Guarded, bearer, guarded, within
+from tests.serve.running import NoGate
 from tune.jobs.database import Database, sqlite_url
 
 GUARDED = {operation: rule for operation, rule in RULES.items() if not rule.is_public}
@@ -126,6 +130,15 @@ async def test_what_is_served_is_in_the_table_and_what_is_in_the_table_is_served
         rpcs = await reflected(service)
     assert http == set(HTTP_RULES) | {"HEAD /openapi.json"} & http
     assert rpcs == set(GRPC_RULES)
+
+
+async def test_what_a_process_without_an_engine_serves_is_in_the_table(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        names = NamesService(service.service.catalog, NoGate(), service.engine.limits)
+        app = build_app(control_routers(service.tuning, names), names.not_ready_reason, access=service.door)
+        http = {f"{method} {route.path}" for route in app.routes for method in getattr(route, "methods", None) or ()}
+    assert http - set(HTTP_RULES) <= {"HEAD /openapi.json"}
+    assert {"PUT /v1/aliases/{alias:path}", "POST /v1/fine_tuning/jobs"} <= http
 
 
 async def test_a_route_that_is_not_in_the_table_is_refused_even_with_every_right(tmp_path: Path) -> None:
