@@ -25,7 +25,8 @@ MAX_FIELD_BYTES = 4096
 MAX_PARTS = 8
 FORM_OVERHEAD_BYTES = 64 * 1024
 """Allowed for boundaries, part headers and the small fields, on top of the file."""
-_WRITE_BYTES = 1024 * 1024
+_WRITE_BYTES = 256 * 1024
+"""Gathered before they go to the disk; a hundred uploads at once hold a hundred of these."""
 
 
 @dataclass(slots=True)
