@@ -85,6 +85,13 @@ class Settings(BaseSettings):
         le=65535,
         description="/metrics on a port of its own and no longer on the HTTP port, which it is on if this is not set.",
     )
+    health_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="/livez, /readyz and /startupz on a port of their own as well, which is plain text also where the "
+        "others speak TLS: a kubelet has no certificate to show, and Docker's health check trusts none.",
+    )
     tls_certificate: Path | None = Field(
         default=None, description="Certificate chain in PEM; with it HTTP and gRPC speak TLS only. Not set: plain text."
     )
@@ -119,8 +126,8 @@ class Settings(BaseSettings):
         default=None,
         ge=0,
         le=64,
-        description="GPUs that a worker offers; it leaves jobs alone that ask for more (capo.gpus). Not set: those it "
-        "sees.",
+        description="GPUs of a worker, its own; it leaves jobs alone that ask for more (capo.gpus). Not set: those it "
+        "sees, divided among the workers here. 0: workers share all, and take no job that asks for any.",
     )
     kubernetes_image: str | None = Field(default=None, description="Image of launched workers; its entrypoint is capo.")
     kubernetes_volume_claim: str | None = Field(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from capo.roles import LauncherKind
 from capo.settings import Settings
 from tune.jobs.database import Database
-from tune.jobs.gpus import visible_gpus
+from tune.jobs.gpus import VISIBLE, divide_devices, visible_devices
 from tune.jobs.launchers import Launcher
 from tune.jobs.launchers.cluster import Cluster
 from tune.jobs.launchers.dispatch import ClusterLauncher
@@ -34,9 +34,7 @@ def make_launcher(settings: Settings, environment: dict[str, str], database: Dat
         InvalidRequestError: the launcher cannot work here.
     """
     if database is None or settings.launcher is LauncherKind.LOCAL:
-        return LocalLauncher(
-            _local_command(settings), _local_environment(settings, environment), number=settings.num_workers
-        )
+        return LocalLauncher(_local_command(settings), _local_environments(settings, environment))
     return ClusterLauncher(
         _CLUSTERS[settings.launcher](settings),
         WorkQueue(
@@ -55,7 +53,13 @@ def max_gpus(settings: Settings) -> int | None:
         return settings.worker_gpus
     if settings.launcher is not LauncherKind.LOCAL:
         return _MOST_GPUS
-    return visible_gpus() if settings.num_workers else None
+    if not settings.num_workers:
+        return None
+    return max(map(len, (share or () for share in _device_shares(settings))))
+
+
+def _device_shares(settings: Settings) -> list[tuple[str, ...] | None]:
+    return divide_devices(visible_devices(), workers=settings.num_workers, gpus=settings.worker_gpus)
 
 
 def _kubernetes(settings: Settings) -> Cluster:
@@ -120,6 +124,13 @@ def _local_command(settings: Settings) -> list[str]:
     if settings.worker_gpus is not None:
         command += ["--gpus", str(settings.worker_gpus)]
     return command
+
+
+def _local_environments(settings: Settings, environment: dict[str, str]) -> list[dict[str, str]]:
+    """Of each worker, with the GPUs that are its own."""
+    given = _local_environment(settings, environment)
+    shares = _device_shares(settings)
+    return [given if share is None else given | {VISIBLE: ",".join(share)} for share in shares]
 
 
 def _local_environment(settings: Settings, environment: dict[str, str]) -> dict[str, str]:

@@ -47,6 +47,19 @@ def test_workers_are_local_processes_unless_told_otherwise(settings: Settings, d
     assert isinstance(make_launcher(settings, {}, None), LocalLauncher), "a replica without jobs launches nothing"
 
 
+def test_local_workers_are_started_with_different_gpus(
+    tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    started: list[str] = []
+    monkeypatch.setattr(
+        "tune.jobs.launchers.local.subprocess.Popen",
+        lambda command, env, stdin: started.append(env["CUDA_VISIBLE_DEVICES"]),
+    )
+    make_launcher(read_settings(data_dir=tmp_path, workers=2), {"CUDA_VISIBLE_DEVICES": "0,1"}, database).start()
+    assert started == ["0", "1"]
+
+
 @pytest.mark.parametrize("missing", ["kubernetes_image", "kubernetes_volume_claim", "database_url"])
 def test_a_launcher_says_what_it_needs(missing: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"needs {missing}.*CAPO_{missing.upper()}"):
@@ -117,6 +130,7 @@ class TestGpus:
     def test_jobs_may_ask_for_what_the_largest_worker_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         assert max_gpus(read_settings()) == 2
+        assert max_gpus(read_settings(workers=2)) == 1, "each has one of them"
         assert max_gpus(read_settings(worker_gpus=1)) == 1
         assert max_gpus(read_settings(workers=0)) is None, "workers elsewhere are not known here"
         assert max_gpus(read_settings(launcher="ray", ray_address="http://ray:8265")) == 64

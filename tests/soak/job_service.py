@@ -172,7 +172,7 @@ async def _serve(directory: Path, port: int, workers: int) -> None:
     api.sweep()
     app = build_app(api.routers(), lambda: None, access=OneTenant(Principal.local(TENANT)))
     command = [sys.executable, "-m", "tests.soak.job_service", "work", str(directory), str(os.getpid())]
-    launcher = LocalLauncher(command, os.environ, number=workers)
+    launcher = LocalLauncher(command, [os.environ] * workers)
     launcher.start()
     watcher = asyncio.create_task(launcher.watch())
     tasks = asyncio.create_task(api.run())

@@ -113,7 +113,7 @@ class CapoBody(Body):
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Of waiting jobs the highest goes first."""
     gpus: Annotated[int, Field(ge=0, le=64)] = 0
-    """The job waits for a worker that offers as many; 0 = any worker takes it."""
+    """The job waits for a worker that offers as many, and trains in a process for each; 0 = any worker takes it."""
     alias: str | None = None
     """Name that points to the result as soon as it is published."""
     validation_share: Annotated[float, Field(ge=0.0, le=0.5)] | None = None

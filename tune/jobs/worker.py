@@ -22,9 +22,11 @@ from registry import tracing
 from registry.errors import ConflictError, NotFoundError, StorageError, UnavailableError
 from tune.jobs.database import Database
 from tune.jobs.file_store import FileStore
+from tune.jobs.gpus import take_devices
 from tune.jobs.lease import LeaseWatch, end_training, this_owner
 from tune.jobs.process import describe_exit, die_with_parent, name_process
 from tune.jobs.queue import LEASE_LOST, WorkQueue
+from tune.jobs.ranks import InRanks
 from tune.jobs.records import OPEN, JobRecord
 from tune.jobs.settings import WorkerSettings
 from tune.jobs.store import JobStore
@@ -289,7 +291,10 @@ def _child_main(
     name_process(job.id)
     # Ctrl-C reaches the whole process group; the worker passes it on as SIGTERM, once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    take_devices(job.gpus)
     database = Database(settings.database_url)
+    if job.gpus > 1:
+        train = InRanks(train, job.gpus, before_fork=database.close)
     run = JobRun(
         settings,
         job=job,

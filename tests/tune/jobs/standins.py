@@ -5,12 +5,14 @@ They are module-level functions because a worker process gets them by name.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from registry import Artifact, BaseModelIdentity, LoraShape, ManifestDraft, Registry
 from registry.durable import Filesystem
@@ -196,6 +198,28 @@ def holds_its_directory(
 def finds_its_directory_busy(recipe: Recipe, *, registry: Registry, job_id: str | None, **_: object) -> Trained:
     _note(registry, job_id)
     raise UnavailableError("another run works here", code="work_dir_busy")
+
+
+def trains_in_ranks(recipe: Recipe, *, registry: Registry, work_dir: Path, job_id: str | None, **rest: Any) -> Trained:
+    """Each process leaves its part of the environment; the first one waits for all, the others for their end."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    told = {name: os.environ.get(name) for name in names} | {"pid": os.getpid()}
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    (registry.root.parent / f"rank-{rank}.part").write_text(json.dumps(told))
+    (registry.root.parent / f"rank-{rank}.part").rename(registry.root.parent / f"rank-{rank}.json")
+    while rank > 0:
+        time.sleep(60)
+    while len(list(registry.root.parent.glob("rank-*.json"))) < size:
+        time.sleep(0.01)
+    return trains_well(recipe, registry=registry, work_dir=work_dir, job_id=job_id, **rest)
+
+
+def loses_a_rank(recipe: Recipe, **_: object) -> Trained:
+    """The second process ends in the middle of a step, for which the first would wait for ever."""
+    if os.environ["RANK"] == "1":
+        os._exit(3)
+    time.sleep(60)
+    raise AssertionError("the first process was not ended")
 
 
 def attempts(directory: Path) -> list[str]:

@@ -27,7 +27,7 @@ from tune.jobs.worker import run_worker
 def real_worker(place: Place) -> Iterator[None]:
     """Without a stand-in: it imports the training stack."""
     process = multiprocessing.get_context("spawn").Process(
-        target=run_worker, args=(settings_for(place, num_threads=1, lease_seconds=30.0),)
+        target=run_worker, args=(settings_for(place, num_threads=1, lease_seconds=30.0, gpus=2),)
     )
     process.start()
     try:
@@ -57,6 +57,7 @@ async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(clien
                 hyperparameters={"n_epochs": 3, "batch_size": 8},
                 extra_body={
                     "capo": {
+                        "gpus": 2,
                         "lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
                         "stages": [{"kind": "cpt", "data": [{"path": texts}], "max_steps": 2}, {}],
                     }
@@ -94,6 +95,7 @@ async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(clien
     assert first.trained_tokens == own.metrics["processed_tokens"] > own.metrics["trained_tokens"] > 0
     said = " ".join(event.message for event in place.store.events_since(first.id, 0))
     assert str(place.directory) not in said
+    assert "2 processes, each with its share of every step" in said, "one for each of its GPUs"
     base = locate_base_model(BASE)
     for checkpoint in (result, second, third):
         artifact = place.registry.resolve(checkpoint.fine_tuned_model_checkpoint)

@@ -119,7 +119,7 @@ def test_a_job_that_needs_more_gpus_than_it_has_is_left_alone(place: Place, trai
     with one_job_worker(place, job.id, standins.trains_well, gpus=1, lease_seconds=0.3) as process:
         assert ended(process) == 0
     assert place.store.job(job.id).status == "queued"
-    with one_job_worker(place, job.id, standins.trains_well, gpus=2) as process:
+    with one_job_worker(place, job.id, standins.trains_in_ranks, gpus=2) as process:
         assert ended(process) == 0
     assert place.store.job(job.id).status == "succeeded"
 

@@ -15,19 +15,18 @@ _RESTART_PAUSE_SECONDS = 2.0
 
 
 class LocalLauncher:
-    """Runs ``command`` in ``number`` processes and starts one again when it dies.
+    """Runs ``command`` in one process for each of ``environments`` and starts one again when it dies.
 
-    ``environment`` is the whole one of the workers: what vLLM adds to this process's must not reach training.
+    Each is the whole environment of its worker: what vLLM adds to this process's must not reach training.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, number: int) -> None:
+    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         self._command = list(command)
-        self._environment = dict(environment)
-        self._number = number
+        self._environments = [dict(environment) for environment in environments]
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        self._processes = [self._spawn() for _ in range(self._number)]
+        self._processes = [self._spawn(index) for index in range(len(self._environments))]
 
     async def watch(self) -> None:
         """Replace workers that end by themselves. Their jobs go back to the queue by lease."""
@@ -36,7 +35,7 @@ class LocalLauncher:
             for index, process in enumerate(self._processes):
                 if (code := process.poll()) is not None:
                     logger.warning("training worker %d ended with code %d; starting another", process.pid, code)
-                    self._processes[index] = self._spawn()
+                    self._processes[index] = self._spawn(index)
 
     async def stop(self) -> None:
         """SIGTERM (a running job goes back to the queue), then SIGKILL after 15 s."""
@@ -53,5 +52,5 @@ class LocalLauncher:
             if process.poll() is None:
                 process.kill()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self._command, env=self._environment, stdin=subprocess.DEVNULL)
+    def _spawn(self, index: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, env=self._environments[index], stdin=subprocess.DEVNULL)
