@@ -43,8 +43,9 @@ format: setup    ## Rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: setup     ## Measure serving on this machine
-	@$(BIN)/python -m bench
+bench: setup     ## Measure on this machine: serving against bare vLLM, training against TRL (ten minutes)
+	@$(BIN)/python -m bench serving
+	@$(BIN)/python -m bench training
 
 proto: setup     ## Generate the gRPC stubs from proto/
 	@scripts/proto.sh
