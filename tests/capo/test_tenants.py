@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from capo.access_rules import RULES
+from capo.access_rules import HTTP_RULES, RULES
 from capo_proto.v1 import adapters_pb2, inference_pb2, tuning_pb2
 from registry.errors import ConflictError, PermissionDeniedError
 from registry.principal import Scope
@@ -60,6 +60,15 @@ BODIES: dict[str, Any] = {
     "POST /v1/uploads/{upload_id}/complete": COMPLETE,
     "POST /v1/fine_tuning/checkpoints/{model:path}/permissions": {"project_ids": ["umbrella"]},
 }
+
+INFERENCE: dict[str, dict[str, Any]] = {
+    "POST /v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
+    "POST /v1/completions": {"prompt": "hello"},
+    "POST /v1/responses": {"input": "hello"},
+    "POST /tokenize": {"prompt": "hello"},
+    "POST /detokenize": {"tokens": [104, 105]},
+}
+"""What each route of inference answers, but for the model."""
 
 
 async def furnish(service: Guarded, tenant: str, key: str) -> Belongings:
@@ -200,20 +209,19 @@ async def test_lists_show_a_tenants_own_things_and_what_all_share(tmp_path: Path
 
 
 async def test_inference_reaches_own_models_and_shared_ones_and_no_others(tmp_path: Path) -> None:
+    asked = {operation for operation, rule in HTTP_RULES.items() if rule.scopes == {Scope.INFER}}
+    assert asked == set(INFERENCE), "a new route needs a body"
     async with guarded(tmp_path) as service:
         acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))
         theirs = await furnish(service, "acme", acme)
         service.publish("common", None, alias="common")
         await service.service.catalog.refresh()
-        for operation in ("POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize"):
-            body = {"prompt": "hello"} if operation != "POST /v1/chat/completions" else {
-                "messages": [{"role": "user", "content": "hello"}]
-            }  # fmt: skip
+        for operation, body in INFERENCE.items():
             for name in (theirs.alias, theirs.model, theirs.revision):
                 own = await service.ask(operation, acme, json=body | {"model": name})
                 foreign = await service.ask(operation, umbrella, json=body | {"model": name})
                 missing = await service.ask(operation, umbrella, json=body | {"model": "nobodys"})
-                assert own.status == 200, own
+                assert own.status == 200, (operation, own)
                 assert (foreign.status, foreign.code) == (missing.status, missing.code) == (404, "model_not_found")
                 assert foreign.body["error"]["message"].replace(name, "nobodys") == missing.body["error"]["message"]
             assert (await service.ask(operation, umbrella, json=body | {"model": "common"})).status == 200
