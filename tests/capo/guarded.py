@@ -33,6 +33,7 @@ from serve.access import Access
 from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
 from serve.grpc import GrpcServer
+from serve.import_folder import ImportFolder
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.service import ServingService
@@ -153,7 +154,8 @@ async def guarded(
     )
     pool = AdapterPool(engine, NoGate(), metrics)
     service = ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics)
-    imports = AdapterImports(service, None, None)
+    (directory / "imports").mkdir(exist_ok=True)
+    imports = AdapterImports(service, None, ImportFolder(directory / "imports"))
     routers = [*inference_routers(service, imports), *control_routers(tuning, None), *extra_routers]
     app = build_app(
         routers,

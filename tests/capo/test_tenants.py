@@ -284,6 +284,42 @@ async def test_a_job_of_one_tenant_trains_on_no_file_and_from_no_model_of_anothe
     assert told[:4] == told[4:]
 
 
+async def test_an_adapter_of_another_tenant_is_not_unloaded_by_its_name(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))
+        theirs = await furnish(service, "acme", acme)
+        told = []
+        for belongings in (theirs, MISSING):
+            answer = await service.ask("POST /v1/unload_lora_adapter", umbrella, json={"lora_name": belongings.alias})
+            told.append((answer.status, answer.code, without(answer.body, belongings)))
+        still = await service.ask("GET /v1/aliases/{alias:path}", acme, path=f"/v1/aliases/{theirs.alias}")
+    assert told[0] == told[1]
+    assert told[0][:2] == (404, "not_found")
+    assert still.body["revision"] == theirs.revision
+
+
+NAME_NOTHING_OF_ANYBODYS = {
+    "GET /openapi.json",
+    "GET /metrics",
+    "POST /v1/files",
+    "POST /v1/uploads",
+    "POST /v1/fine_tuning/alpha/graders/run",
+    "POST /v1/fine_tuning/alpha/graders/validate",
+    "POST /v1/load_lora_adapter",
+    "POST /v1/webhook_endpoints",
+}
+NAME_THINGS_IN_THEIR_BODIES = {"POST /v1/fine_tuning/jobs", "POST /v1/unload_lora_adapter"}
+
+
+def test_every_route_meets_another_tenant_or_names_nothing_that_anybody_has() -> None:
+    """Those with a name in their path are asked above, all of them; the lists too."""
+    lists = {operation for operation in HTTP_RULES if operation.startswith("GET /v1/")}
+    in_paths = {operation for operation in HTTP_RULES if "{" in operation}
+    public = {operation for operation, rule in HTTP_RULES.items() if rule.is_public}
+    met = lists | in_paths | set(INFERENCE) | NAME_THINGS_IN_THEIR_BODIES
+    assert set(HTTP_RULES) - public - met == NAME_NOTHING_OF_ANYBODYS
+
+
 async def test_a_jobs_name_carries_its_tenant(tmp_path: Path) -> None:
     async with guarded(tmp_path) as service:
         key = bearer(service.key("umbrella"))
