@@ -94,9 +94,14 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | str
     """Names, or one regular expression (or ``all-linear``) that is never evaluated here."""
     layers_to_transform: tuple[int, ...] | None
-    has_exclusions: bool
+    exclude_modules: tuple[str, ...] | str
+    """As ``target_modules``, what is left out of them; empty: nothing is."""
     base_model_name: str | None
     peft_version: str | None
+
+    @property
+    def has_exclusions(self) -> bool:
+        return bool(self.exclude_modules)
 
     def rank_of(self, module: str) -> int:
         return next((rank for key, rank in self.rank_pattern.items() if _matches(key, module)), self.rank)
@@ -128,7 +133,7 @@ def read_adapter_config(directory: Path, *, max_rank: int = MAX_RANK) -> Adapter
         alpha_pattern={key: _alpha(value, key) for key, value in _pattern(raw, "alpha_pattern").items()},
         target_modules=_target_modules(raw.get("target_modules")),
         layers_to_transform=_layers(raw.get("layers_to_transform")),
-        has_exclusions=bool(raw.get("exclude_modules")),
+        exclude_modules=_exclude_modules(raw.get("exclude_modules")),
         base_model_name=_optional_text(raw, "base_model_name_or_path"),
         peft_version=_optional_text(raw, "peft_version"),
     )
@@ -265,6 +270,16 @@ def _target_modules(value: object) -> tuple[str, ...] | str:
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise _invalid("has target_modules that is neither a text nor a list of names")
+
+
+def _exclude_modules(value: object) -> tuple[str, ...] | str:
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise _invalid("has exclude_modules that is neither a text nor a list of names")
 
 
 def _layers(value: object) -> tuple[int, ...] | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.adapter_config import MAX_RANK, AdapterConfig, check_scaling, read_adapter_config
-from registry.adapter_shapes import BaseShapes, read_base_shapes
+from registry.adapter_fit import check_fit
+from registry.adapter_shapes import ModuleShape, read_base_shapes
 from registry.base_model import BaseModel
 from registry.errors import InvalidArtifactError, InvalidNameError
 from registry.files import regular_files
@@ -28,7 +29,6 @@ _LORA_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))",
     re.ASCII,
 )
-_LAYER = re.compile(r"\.layers\.([0-9]+)\.", re.ASCII)
 # Narrowest first; integers and 8-bit floats turn into NaN or garbage in the engine.
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -91,7 +91,8 @@ def check_adapter(directory: Path, *, base_model: BaseModel | None = None, max_r
     if base_model is None:
         notes.append("No base model was given, so the shapes were not compared with one.")
     else:
-        notes += _check_against_base(pairs, config, read_base_shapes(base_model.path))
+        modules = {pair.module: ModuleShape(pair.a.shape[1], pair.b.shape[0]) for pair in pairs}
+        notes += check_fit(modules, config, read_base_shapes(base_model.path))
     _check_finite(directory / WEIGHTS_NAME, header)
     used = {tensor.dtype for tensor in header.tensors.values()}
     return AdapterReport(
@@ -171,50 +172,6 @@ def _check_pair(pair: _Pair, config: AdapterConfig) -> None:
     check_scaling(config, pair.module)
 
 
-def _check_against_base(pairs: list[_Pair], config: AdapterConfig, base: BaseShapes) -> list[str]:
-    unknown: list[str] = []
-    for pair in pairs:
-        shape = base.modules.get(pair.module)
-        if shape is None:
-            unknown.append(pair.module)
-        elif (pair.a.shape[1], pair.b.shape[0]) != (shape.in_features, shape.out_features):
-            raise _base_mismatch(
-                f"its module {shown(pair.module)} goes from {pair.a.shape[1]} to {pair.b.shape[0]} features, "
-                "the base "
-                f"model's from {shape.in_features} to {shape.out_features}"
-            )
-    if unknown and base.is_complete:
-        raise _base_mismatch(f"the base model has no module {shown(unknown[0])}")
-    notes: list[str] = []
-    if unknown:
-        notes.append(
-            f"{len(unknown)} of {len(pairs)} modules were not compared with the base model, because its "
-            f"{base.model_type!r} weights have no such names."
-        )
-    if base.is_complete and not config.has_exclusions and isinstance(config.target_modules, tuple):
-        _check_none_missing({pair.module for pair in pairs}, config, base)
-    else:
-        notes.append("Whether modules are missing was not checked.")
-    return notes
-
-
-def _check_none_missing(present: set[str], config: AdapterConfig, base: BaseShapes) -> None:
-    """PEFT takes a name in target_modules as the end of a module's name (tuners_utils.py: "
-    "check_target_module_exists)."""
-    for module in base.modules:
-        layer = _LAYER.search(module)
-        is_target = any(module == target or module.endswith(f".{target}") for target in config.target_modules)
-        if config.layers_to_transform is not None:
-            is_target = is_target and layer is not None and int(layer.group(1)) in config.layers_to_transform
-        if is_target and module not in present:
-            raise InvalidArtifactError(
-                f"The adapter has no weights for {shown(module)}, which its target_modules name. The file is "
-                "cut or "
-                "belongs to a smaller model; save the adapter again.",
-                code="missing_modules",
-            )
-
-
 def _check_finite(path: Path, header: SafetensorsHeader) -> None:
     tensor = first_not_finite(path, header)
     if tensor is not None:
@@ -243,11 +200,4 @@ def _unexpected_tensor(name: str) -> InvalidArtifactError:
     return InvalidArtifactError(
         f"The tensor {shown(name)} is no LoRA matrix (base_model.model.<module>.lora_A.weight or lora_B). {advice}",
         code="unexpected_tensor",
-    )
-
-
-def _base_mismatch(what: str) -> InvalidArtifactError:
-    return InvalidArtifactError(
-        f"The adapter does not belong to this base model: {what}. Name the base model it was trained on.",
-        code="base_mismatch",
     )

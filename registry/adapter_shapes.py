@@ -1,7 +1,7 @@
 """Which LoRA shapes fit a base model, read from its files without loading it.
 
-For Llama-shaped models the configuration says everything, also for quantised weights. For others the shapes
-of the weights themselves are compared, where a module of that name exists.
+For Llama-shaped models the configuration says everything, also for quantised weights. For others the headers of the
+weights themselves say which modules there are, and the shapes of those that are not packed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from registry.strict_json import parse_strict_json
 
 # Models whose transformers implementation has exactly the modules that _llama_modules lists.
 _LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
+# What holds the numbers of a quantised linear layer: bitsandbytes, GPTQ and AWQ, compressed-tensors.
+_PACKED_KINDS = frozenset({"weight", "qweight", "weight_packed"})
 # Large mixture-of-experts models need more than an adapter's 10 MB; the safetensors library allows 100 MB.
 _MAX_BASE_HEADER_BYTES = 100_000_000
 
@@ -31,8 +34,11 @@ class ModuleShape:
 class BaseShapes:
     modules: dict[str, ModuleShape]
     """By module name without ``.weight``, as in ``model.layers.0.self_attn.q_proj``."""
+    packed: frozenset[str]
+    """Modules that the weights name, but whose shape they do not show: they are quantised."""
     is_complete: bool
-    """Whether a module that is not listed does not exist."""
+    """Whether ``modules`` are those of the model itself, each by its exact name. Else they are those of its weights:
+    the model may name the outer parts of them otherwise, and use some only in part."""
     model_type: str
 
 
@@ -48,8 +54,8 @@ def read_base_shapes(directory: Path) -> BaseShapes:
     if not isinstance(model_type, str):
         raise _bad_config("model_type", model_type)
     if model_type in _LLAMA_SHAPED:
-        return BaseShapes(_llama_modules(config), is_complete=True, model_type=model_type)
-    return BaseShapes(_modules_of_weights(directory), is_complete=False, model_type=model_type)
+        return BaseShapes(_llama_modules(config), frozenset(), is_complete=True, model_type=model_type)
+    return _shapes_of_weights(directory, model_type)
 
 
 def _llama_modules(config: dict[str, object]) -> dict[str, ModuleShape]:
@@ -79,20 +85,27 @@ def _llama_modules(config: dict[str, object]) -> dict[str, ModuleShape]:
     return modules
 
 
-def _modules_of_weights(directory: Path) -> dict[str, ModuleShape]:
-    """Every two-dimensional ``<module>.weight``: torch stores a linear's as (out, in), an embedding's as "
-    "(vocab, width)."""
+def _shapes_of_weights(directory: Path, model_type: str) -> BaseShapes:
+    """Every two-dimensional ``<module>.weight``: torch stores a linear's as (out, in), an embedding's as (vocab,
+    width)."""
     modules: dict[str, ModuleShape] = {}
+    packed: set[str] = set()
     for path in sorted(directory.glob("*.safetensors")):
         # A downloaded model's files are links into a cache.
         header = read_header(path.resolve(), max_header_bytes=_MAX_BASE_HEADER_BYTES)
         for tensor in header.tensors.values():
             module, _, kind = tensor.name.rpartition(".")
-            if kind == "weight" and len(tensor.shape) == 2:
+            if kind == "weight" and len(tensor.shape) == 2 and tensor.dtype in _FLOATS:
                 rows, columns = tensor.shape
                 is_embedding = module.endswith("embed_tokens")
                 modules[module] = ModuleShape(rows, columns) if is_embedding else ModuleShape(columns, rows)
-    return modules
+            elif kind in _PACKED_KINDS and tensor.dtype not in _FLOATS:
+                packed.add(module)
+    for name, shape in list(modules.items()):
+        if name.endswith("embed_tokens") and not any(module.endswith("lm_head") for module in modules):
+            # The head's weights are those of the embedding, and are stored once.
+            modules["lm_head"] = ModuleShape(shape.out_features, shape.in_features)
+    return BaseShapes(modules, frozenset(packed), is_complete=False, model_type=model_type)
 
 
 def _read_config(directory: Path) -> dict[str, object]:

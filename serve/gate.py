@@ -30,6 +30,7 @@ class Gate:
         self._base_model = base_model
         self._passed: dict[str, _FileStates] = {}
         """By revision: the files as they were when they passed."""
+        self._notes: dict[str, tuple[str, ...]] = {}
 
     async def check(self, artifact: Artifact, limits: EngineLimits) -> None:
         """Refuse what this engine cannot or must not serve. Reads every byte in a thread: once per revision, and again
@@ -41,15 +42,21 @@ class Gate:
         states = _file_states(artifact)
         if states is not None and self._passed.get(artifact.revision) == states:
             return
-        await asyncio.to_thread(self._check, artifact, limits)
+        self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)
         if states is not None:
             self._passed[artifact.revision] = states
+
+    def notes(self, revision: str) -> tuple[str, ...]:
+        """What could not be checked of an adapter that passed, one sentence each."""
+        return self._notes.get(revision, ())
 
     def forget(self, revision: str) -> None:
         """The registry no longer has ``revision``."""
         self._passed.pop(revision, None)
+        self._notes.pop(revision, None)
 
-    def _check(self, artifact: Artifact, limits: EngineLimits) -> None:
+    def _check(self, artifact: Artifact, limits: EngineLimits) -> tuple[str, ...]:
+        """The checks; returns the notes."""
         manifest = artifact.manifest
         if manifest.kind != "lora" or manifest.lora is None:
             raise errors.InvalidArtifactError(
@@ -85,6 +92,7 @@ class Gate:
                 code="manifest_mismatch",
             )
         _check_probes(artifact, limits)
+        return report.notes
 
     async def probe(self, artifact: Artifact, engine: Engine, adapter: EngineAdapter) -> float | None:
         """Replay the manifest's probes on the loaded adapter; returns the share of their tokens that agree.

@@ -359,15 +359,15 @@ class AdapterPool:
     # -- looking ---------------------------------------------------------------------------------------------
 
     def status(self, revision: str) -> AdapterStatus:
-        is_pinned = revision in self._pinned
+        is_pinned, notes = revision in self._pinned, self._gate.notes(revision)
         if (refusal := self._refusals.get(revision)) is not None:
             return AdapterStatus(AdapterState.REFUSED, refusal, is_pinned=is_pinned)
         if (resident := self._residents.get(revision)) is not None:
-            return AdapterStatus(resident.state, resident=resident, is_pinned=is_pinned)
+            return AdapterStatus(resident.state, resident=resident, is_pinned=is_pinned, notes=notes)
         for resident in self._leaving:
             if resident.artifact.revision == revision:
-                return AdapterStatus(AdapterState.DRAINING, resident=resident, is_pinned=is_pinned)
-        return AdapterStatus(AdapterState.AVAILABLE, is_pinned=is_pinned)
+                return AdapterStatus(AdapterState.DRAINING, resident=resident, is_pinned=is_pinned, notes=notes)
+        return AdapterStatus(AdapterState.AVAILABLE, is_pinned=is_pinned, notes=notes)
 
     def residents(self) -> Iterator[Resident]:
         yield from self._residents.values()

@@ -51,3 +51,5 @@ class AdapterStatus:
     reason: errors.CapoError | None = None
     resident: Resident | None = None
     is_pinned: bool = False
+    notes: tuple[str, ...] = ()
+    """What the gate could not check; empty also before it has looked."""

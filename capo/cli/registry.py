@@ -76,10 +76,13 @@ def import_adapter(
     registry: RegistryOption = None,
 ) -> None:
     """Take in a PEFT adapter directory made by any other tool, after checking it."""
-    from registry import locate_base_model
+    from registry import check_adapter, locate_base_model
 
     opened = _open(registry)
-    artifact = opened.import_adapter(directory, name=name, base_model=locate_base_model(base_model, opened))
+    base = locate_base_model(base_model, opened)
+    artifact = opened.import_adapter(directory, name=name, base_model=base)
+    for note in check_adapter(artifact.path, base_model=base).notes:
+        typer.echo(f"note: {note}", err=True)
     if alias:
         opened.set_alias(name, artifact.revision)
     typer.echo(artifact.revision)

@@ -101,6 +101,7 @@ def _adapter(view: AdapterView) -> dict[str, Any]:
         "digest": artifact.digest,
         "state": status.state.value,
         "reason": _reason(status.reason),
+        "notes": list(status.notes),
         "pinned": status.is_pinned,
         "aliases": view.aliases,
         "canary_of": view.canary_of,

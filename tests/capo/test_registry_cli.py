@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from capo.cli import registry as registry_cli
 from capo.cli.serve import read_settings
 from registry import Registry, errors
+from tests.registry.samples import write_adapter, write_base
 from tests.serve.running import publish
 
 
@@ -47,6 +48,14 @@ def test_a_wrong_alias_command_changes_nothing(tmp_path: Path, arguments: list[s
     given = [{"ONE": one, "TWO": two}.get(argument, argument) for argument in arguments]
     assert isinstance(run(tmp_path, "alias", "prod", two if "--expected" in given else one, *given).exception, error)
     assert (registry.alias("prod").revision, registry.alias("prod").canary) == (one, None)
+
+
+def test_an_import_says_what_could_not_be_checked(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", model_type="something-new")
+    adapter, root = write_adapter(tmp_path / "adapter"), tmp_path / "registry"
+    done = run(root, "import", str(adapter), "--name", "support", "--base-model", str(base))
+    assert done.stderr.startswith("note: Whether modules are missing was not checked")
+    assert done.stdout.strip() == Registry(root).resolve("support").revision
 
 
 @pytest.mark.parametrize("command", ["rollback", "unalias"])

@@ -37,6 +37,9 @@ class NoGate:
 
     async def probe(self, artifact: Any, engine: Any, adapter: Any) -> float | None: ...
 
+    def notes(self, revision: str) -> tuple[str, ...]:
+        return ()
+
     def forget(self, revision: str) -> None: ...
 
 

@@ -61,6 +61,20 @@ async def test_a_sound_adapter_passes(registry: Registry, base: BaseModel, tmp_p
     await Gate(registry, base).check(artifact, LIMITS)
 
 
+async def test_what_could_not_be_checked_is_noted_until_the_artifact_is_gone(
+    registry: Registry, base: BaseModel, tmp_path: Path
+) -> None:
+    gate = Gate(registry, base)
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a", target_modules=r".*\.(q|v)_proj"), base)
+    assert gate.notes(artifact.revision) == ()
+    for _ in range(2):
+        await gate.check(artifact, LIMITS)
+        (note,) = gate.notes(artifact.revision)
+        assert "regular expression" in note
+    gate.forget(artifact.revision)
+    assert gate.notes(artifact.revision) == ()
+
+
 async def test_an_adapter_whose_base_is_not_known_is_judged_by_its_shapes(
     registry: Registry, base: BaseModel, tmp_path: Path
 ) -> None:

@@ -47,6 +47,9 @@ class OpenGate:
             raise errors.InvalidArtifactError("answers differ", code="probe_mismatch")
         return None
 
+    def notes(self, revision: str) -> tuple[str, ...]:
+        return ()
+
     def forget(self, revision: str) -> None: ...
 
 
