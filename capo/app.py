@@ -65,6 +65,14 @@ def build_metrics_app(access: Access) -> FastAPI:
     return app
 
 
+def build_health_app(not_ready_reason: Callable[[], str | None], access: Access) -> FastAPI:
+    """The three probes alone, for a port of their own."""
+    app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(_operations_router(not_ready_reason))
+    _add_manners(app, access)
+    return app
+
+
 def _add_manners(
     app: FastAPI, access: Access, *, only_this_machine: bool = False, max_body_bytes: int = faces.MAX_REQUEST_BYTES
 ) -> None:

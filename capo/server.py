@@ -25,7 +25,7 @@ from prometheus_client import REGISTRY
 
 from capo.access import is_loopback
 from capo.access_side import AccessSide
-from capo.app import build_app, build_metrics_app
+from capo.app import build_app, build_health_app, build_metrics_app
 from capo.caches import refuse_shared_caches
 from capo.control_side import ControlSide
 from capo.disk_metrics import DiskMetrics
@@ -177,10 +177,13 @@ class CapoServer:
         )
         self._access.start()
         listener = _listen(settings.host, settings.port)
-        servers = [(self._http_server(app), listener)]
+        servers = [(self._http_server(app, self._tls), listener)]
         if settings.metrics_port is not None:
             metrics_app = build_metrics_app(self._access.door)
-            servers.append((self._http_server(metrics_app), _listen(settings.host, settings.metrics_port)))
+            servers.append((self._http_server(metrics_app, self._tls), _listen(settings.host, settings.metrics_port)))
+        if settings.health_port is not None:
+            health_app = build_health_app(self._not_ready_reason, self._access.door)
+            servers.append((self._http_server(health_app, None), _listen(settings.host, settings.health_port)))
         grpc_server = GrpcServer(
             None if inference is None else inference.serving,
             access=self._access.door,
@@ -200,7 +203,7 @@ class CapoServer:
                 server.should_exit = True
             await asyncio.gather(*serving)
 
-    def _http_server(self, app: FastAPI) -> _Server:
+    def _http_server(self, app: FastAPI, tls: Tls | None) -> _Server:
         config = uvicorn.Config(
             app,
             http=BoundedHeadProtocol,
@@ -212,7 +215,7 @@ class CapoServer:
             lifespan="off",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=_CLOSE_SECONDS,
-            **({} if self._tls is None else self._tls.uvicorn_options()),
+            **({} if tls is None else tls.uvicorn_options()),
         )
         return _Server(config)
 

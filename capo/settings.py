@@ -92,6 +92,13 @@ class Settings(BaseSettings):
         description="/livez, /readyz and /startupz on a port of their own as well, which is plain text also where the "
         "others speak TLS: a kubelet has no certificate to show, and Docker's health check trusts none.",
     )
+    health_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="/livez, /readyz and /startupz on a port of their own as well, which is plain text also where the "
+        "others speak TLS: a kubelet has no certificate to show, and Docker's health check trusts none.",
+    )
     tls_certificate: Path | None = Field(
         default=None, description="Certificate chain in PEM; with it HTTP and gRPC speak TLS only. Not set: plain text."
     )

@@ -88,6 +88,32 @@ async def test_with_a_client_authority_only_clients_with_its_certificates_come_i
             assert await grpc_code(service, authority, shown) == "UNAVAILABLE"
 
 
+def test_health_is_asked_without_a_certificate_also_where_clients_must_show_one(tmp_path: Path) -> None:
+    """As a kubelet and the image's own health check ask."""
+    authority = Authority(tmp_path)
+    server = authority.pair("server")
+    tls = {"tls_certificate": server.certificate, "tls_key": server.key, "tls_client_ca": authority.path}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        health_port = str(taken.getsockname()[1])
+    settings = {name: str(value) for name, value in tls.items()}
+    health_check = Path(__file__).parents[2] / "deploy/container/healthcheck.py"
+
+    def health_check_ends(port: str) -> int:
+        environment = os.environ | {"CAPO_HEALTH_PORT": port}
+        return subprocess.run([sys.executable, health_check], env=environment, stderr=subprocess.DEVNULL).returncode
+
+    with control_process(tmp_path, health_port=health_port, **settings) as (url, process):
+        probes = f"http://127.0.0.1:{health_port}"
+        ready(probes, process)
+        answers = {path: httpx.get(probes + path, trust_env=False) for path in ("/startupz", "/livez", "/readyz")}
+        assert {answer.status_code for answer in answers.values()} == {200}
+        assert httpx.get(f"{probes}/v1/models", trust_env=False).status_code == 404
+        assert httpx.get(f"{probes}/metrics", trust_env=False).status_code == 404
+        assert health_check_ends(health_port) == 0
+        port = url.rpartition(":")[2]
+        assert health_check_ends(port) == 1, "the API itself lets nobody in without a certificate"
+
+
 def test_tls_files_that_are_no_pair_are_refused_at_the_start(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     one, other = authority.pair("one"), authority.pair("other")

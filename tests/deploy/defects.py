@@ -264,6 +264,11 @@ DEFECTS: list[Defect] = [
         "one for all",
         lambda r: container(r)["livenessProbe"]["httpGet"].update(path="/readyz"),
     ),
+    Defect(
+        "the_three_probes_have_three_handlers",
+        "of the port that may ask for a certificate",
+        lambda r: container(r)["livenessProbe"]["httpGet"].update(port="http"),
+    ),
     Defect("the_three_probes_have_three_handlers", "no start", lambda r: container(r).pop("startupProbe")),
     Defect(
         "a_large_model_has_time_to_load", "a minute", lambda r: container(r)["startupProbe"].update(failureThreshold=6)

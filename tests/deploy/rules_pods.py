@@ -174,7 +174,7 @@ def settings_listen_on_the_ports_that_are_declared(render: Render) -> Iterator[s
     for pod in serving(render):
         settings = render.settings(pod)
         ports = {port["name"]: str(port["containerPort"]) for port in pod.container["ports"]}
-        wanted = {name: settings.get(f"CAPO_{name.upper()}_PORT") for name in ("grpc", "metrics")}
+        wanted = {name: settings.get(f"CAPO_{name.upper()}_PORT") for name in ("grpc", "metrics", "health")}
         if ports != {"http": settings.get("CAPO_PORT"), **wanted}:
             yield pod.name
 
