@@ -20,6 +20,7 @@ class JobObserver:
 
     The first step is written at once, so that a watcher sees the job move. So is every ``checkpoint_every_steps``-th,
     before its checkpoint is: a job that is killed after it goes on behind that step, and nobody would tell of it again.
+    Steps that an attempt repeats were told of by the one before and are not told again: they have the same figures.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class JobObserver:
         self._job = job
         self._checkpoint_every_steps = checkpoint_every_steps
         self._clock = clock
+        self._last_told_step = queue.last_told_step(job)
         self._pending: list[NewEvent] = []
         self._estimated_finish: int | None = None
         self._flushed_at = -math.inf
@@ -44,7 +46,8 @@ class JobObserver:
         self._flush()
 
     def on_step(self, metrics: StepMetrics) -> None:
-        self._pending.append(_metrics_event(metrics))
+        if metrics.run_step > self._last_told_step:
+            self._pending.append(_metrics_event(metrics))
         self._estimated_finish = int(time.time() + max(0.0, metrics.seconds_left))
         every = self._checkpoint_every_steps
         is_kept = metrics.run_step == metrics.run_total_steps or (every is not None and metrics.step % every == 0)

@@ -19,7 +19,7 @@ from registry.errors import ConflictError
 from tune.jobs.database import Database
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
 from tune.jobs.rows import append_events, job_record, load_job
-from tune.jobs.schema import files, jobs
+from tune.jobs.schema import events, files, jobs
 from tune.jobs.webhooks.outbox import announce
 
 LEASE_LOST = "lease_lost"
@@ -184,6 +184,18 @@ class WorkQueue:
         with self._database.write() as connection:
             self._change(connection, job, estimated_finish=estimated_finish)
             append_events(connection, job.id, new, now=int(self._clock()))
+
+    def last_told_step(self, job: JobRecord) -> int:
+        """The last step whose metrics stand in the job's events, whoever wrote them; 0 = none."""
+        query = (
+            select(events.c.data)
+            .where(events.c.job_id == job.id, events.c.kind == "metrics")
+            .order_by(events.c.sequence.desc())
+            .limit(1)
+        )
+        with self._database.read() as connection:
+            data = connection.execute(query).scalar_one_or_none()
+        return 0 if data is None else int(data["step"])
 
     def succeed(self, job: JobRecord, outcome: Outcome) -> None:
         """The artifact is published; make the job say so. The result file becomes visible with it."""

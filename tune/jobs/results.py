@@ -53,7 +53,7 @@ def store_metrics_table(store: JobStore, storage: FileStorage, job: JobRecord) -
 
 
 def _metrics(store: JobStore, job_id: str) -> list[dict[str, Any]]:
-    """One row per step; of a step that was repeated after a crash the last counts."""
+    """One row per step. Older Capos told of a step again when it was repeated after a crash: there the last counts."""
     by_step: dict[int, dict[str, Any]] = {}
     sequence = 0
     while events := store.events_since(job_id, sequence):

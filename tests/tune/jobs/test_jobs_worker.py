@@ -185,6 +185,8 @@ class TestFailure:
         assert done.status == "succeeded"
         assert done.attempts == 2
         assert any("SIGKILL" in message for message in messages(place, job.id))
+        told = [event.data for event in place.store.events_since(job.id, 0) if event.kind == "metrics"]
+        assert [data["step"] for data in told if data] == [1, 2, 3], "the second attempt repeats the first step"
         lines = place.files.content_path(done.result_files[0]).read_text().splitlines()
         assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
 
