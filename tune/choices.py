@@ -11,6 +11,7 @@ from typing import Generic, Literal, TypeVar
 
 from tune.methods import FreezeMethod, FullMethod, Method
 from tune.recipe import Stage
+from tune.sources import Validation
 
 Value = TypeVar("Value")
 
@@ -128,6 +129,20 @@ def choose_batch(stage: Stage, num_sequences: int, epochs: float | None) -> Choi
         accumulation = max(1, batch // micro)
     reason = f"{num_sequences} sequences an epoch; the largest batch up to 16 that still leaves 250 steps"
     return Choice(BatchShape(micro, accumulation), reason)
+
+
+def choose_validation(stage: Stage) -> Choice[Validation | None]:
+    """How the validation file is read: as the data are, where the recipe does not say otherwise."""
+    given = stage.validation
+    if given is None or given.path is None:
+        return Choice(given, "given in the recipe")
+    shared = {source.system_prompt for source in stage.data}
+    ignored = tuple(dict.fromkeys(key for source in stage.data for key in source.ignored_keys))
+    chosen = {
+        "system_prompt": (shared.pop() or "") if given.system_prompt is None else given.system_prompt,
+        "ignored_keys": ignored if given.ignored_keys is None else given.ignored_keys,
+    }
+    return Choice(given.model_copy(update=chosen), "read as the data are, where the recipe does not say otherwise")
 
 
 def choose_final_weights(stage: Stage) -> Choice[Literal["last", "best"]]:

@@ -14,7 +14,6 @@ returns the value together with the reason. Importing this module pulls in neith
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -25,63 +24,7 @@ from tune.evaluation.settings import Evaluation
 from tune.exports.settings import Export
 from tune.methods import FreezeMethod, FullMethod, LoraMethod, Method, QloraMethod
 from tune.record import Record
-
-
-class DataSource(Record):
-    """One file or folder of training rows: JSONL, a JSON array, CSV, Parquet, or a Hugging Face dataset folder."""
-
-    path: Path = Field(description="Relative paths start at the recipe file's directory.")
-    format: Literal["chat", "prompt-completion", "alpaca", "sharegpt", "preference", "text"] | None = Field(
-        None, description="Of the rows. None = found out from the keys of the first row, and said."
-    )
-    system_prompt: str | None = Field(
-        None,
-        min_length=1,
-        description="Put before every chat that has no system message of its own. None = rows stay as they are.",
-    )
-    ignored_keys: tuple[str, ...] = Field(
-        (),
-        description="Top-level keys of a row that are left out, for files that hold more columns than training reads.",
-    )
-    weight: float = Field(
-        1.0,
-        gt=0.0,
-        le=100.0,
-        description="How often an epoch visits each row: 1 = once, 2 = twice, 0.25 = a newly drawn quarter of them.",
-    )
-
-
-class Clean(Record):
-    """What happens to rows before training, beyond the checks that every row must pass. Nothing unless asked for."""
-
-    duplicates: Literal["keep", "drop_exact", "drop_near"] = Field(
-        "keep",
-        description="Over all sources of the stage; the first of its kind stays. Near: four fifths of the three-word "
-        "sequences are shared (MinHash).",
-    )
-    personal_data: Literal["keep", "redact", "drop"] = Field(
-        "keep",
-        description="E-mail addresses, phone, card, bank account and social security numbers, IP addresses: replaced "
-        "by their kind, or the row is dropped.",
-    )
-
-
-class Validation(Record):
-    """Held-out rows: a file of their own, or a share of the training files (exactly one of the two)."""
-
-    path: Path | None = Field(None, description="Relative paths start at the recipe file's directory.")
-    share: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="Equal rows always land on the same side, so none leaks into training.",
-    )
-
-    @model_validator(mode="after")
-    def _exactly_one_source(self) -> Validation:
-        if (self.path is None) == (self.share is None):
-            raise ValueError(f"give either path or share, got path={self.path} and share={self.share}")
-        return self
+from tune.sources import Clean, DataSource, Validation
 
 
 class EarlyStopping(Record):
@@ -291,12 +234,29 @@ class Stage(Record):
                     f"data[{index}]: a stage of kind {self.kind} reads {', '.join(_FORMATS_OF_KIND[self.kind])}, not "
                     f"format={source.format}"
                 )
+        if self.validation is not None and self.validation.path is not None:
+            self._check_validation_file(self.validation)
         if self.evaluate_every_steps is not None and self.validation is None:
             raise ValueError(
                 f"evaluate_every_steps={self.evaluate_every_steps} needs rows to evaluate on, but validation is not "
                 "set; add validation: {share: 0.1} or validation: {path: FILE}"
             )
         return self
+
+    def _check_validation_file(self, validation: Validation) -> None:
+        if self.kind == "cpt" and validation.system_prompt:
+            raise ValueError("validation.system_prompt stands before chats, and a cpt stage reads texts")
+        if validation.format is not None and validation.format not in _FORMATS_OF_KIND[self.kind]:
+            raise ValueError(
+                f"validation: a stage of kind {self.kind} reads {', '.join(_FORMATS_OF_KIND[self.kind])}, not "
+                f"format={validation.format}"
+            )
+        prompts = {source.system_prompt for source in self.data}
+        if validation.system_prompt is None and len(prompts) > 1:
+            raise ValueError(
+                f"validation.path={validation.path} takes the system prompt of the data, and the data have "
+                f"{len(prompts)} different ones; say which with validation.system_prompt ('' = none)"
+            )
 
 
 class Wandb(Record):

@@ -23,6 +23,7 @@ from tune.choices import (
     choose_learning_rate,
     choose_max_length,
     choose_packing,
+    choose_validation,
 )
 from tune.data.batches import EpochPlan, StagePlan, plan_epoch
 from tune.data.clean import duplicates_to_drop
@@ -35,7 +36,8 @@ from tune.dpo import PreferenceObjective, Reference
 from tune.model import BaseShape
 from tune.objectives import LanguageModelling
 from tune.progress import TrainingEvent
-from tune.recipe import Clean, DataSource, Dpo, Recipe, Stage
+from tune.recipe import Dpo, Recipe, Stage
+from tune.sources import Clean, DataSource, Validation
 from tune.train import StageData
 
 
@@ -86,6 +88,8 @@ def prepare_stage(
     rate = choose_learning_rate(recipe.method, stage, base_shape.hidden_size)
     packing = choose_packing(stage)
     max_length = choose_max_length(stage, base_shape.context_tokens)
+    validation_file = choose_validation(stage)
+    stage = stage.model_copy(update={"validation": validation_file.value})
     read = _read_rows(
         recipe,
         stage,
@@ -154,6 +158,11 @@ def prepare_stage(
         ("final_weights", final_weights.value, final_weights.reason),
     ):
         notes.append(TrainingEvent("info", f"stage {label}: {name} = {value} ({reason})"))
+    if stage.validation is not None and read.validation is not None:
+        ignored = list(stage.validation.ignored_keys or ())
+        how = f"system_prompt={stage.validation.system_prompt!r}, ignored_keys={ignored}"
+        text = f"stage {label}: {stage.validation.path} has {how} ({validation_file.reason})"
+        notes.append(TrainingEvent("info", text))
     validation = _validation_examples(read)
     reference = Reference() if stage.kind == "dpo" else None
     return ReadyStage(
@@ -194,7 +203,7 @@ def _read_rows(
     if stage.validation is None:
         return _Rows(sources, held_out, None, accounts)
     if stage.validation.path is not None:
-        rows, account = _read_file(reader, DataSource(path=stage.validation.path), Clean(), recipe_dir, {})
+        rows, account = _read_file(reader, _validation_source(stage.validation), stage.clean, recipe_dir, {})
         return _Rows(sources, held_out, rows, [*accounts, account])
     assert stage.validation.share is not None, stage.validation
     held_out = held_out_mask(chain.from_iterable(sources), stage.validation.share, recipe.seed)
@@ -215,6 +224,16 @@ def _duplicates(reader: DatasetReader, stage: Stage, recipe_dir: Path) -> list[d
 
 def _options(source: DataSource, clean: Clean) -> ReadOptions:
     return ReadOptions(source.format, source.system_prompt, source.ignored_keys, clean.personal_data)
+
+
+def _validation_source(validation: Validation) -> DataSource:
+    assert validation.path is not None, validation
+    return DataSource(
+        path=validation.path,
+        format=validation.format,
+        system_prompt=validation.system_prompt or None,
+        ignored_keys=validation.ignored_keys or (),
+    )
 
 
 def _read_file(

@@ -207,3 +207,43 @@ def test_texts_are_cleaned_and_packed_too(tokenizer: Any, tmp_path: Path) -> Non
 def test_data_options_that_do_not_fit_are_refused(tmp_path: Path, stage: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRequestError, match=reason):
         prepared(None, tmp_path, **stage)
+
+
+class TestValidationFiles:
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        plain = [{"messages": [message("user", "hi"), message("assistant", f"write to a{n}@b.org")]} for n in range(5)]
+        write_jsonl(tmp_path / "train.jsonl", [row | {"id": number} for number, row in enumerate(plain)])
+        write_jsonl(tmp_path / "valid.jsonl", [row | {"id": number, "by": "x"} for number, row in enumerate(plain[:2])])
+        return tmp_path
+
+    def test_their_rows_look_like_training_rows(self, tokenizer: Any, directory: Path) -> None:
+        ready = prepared(
+            tokenizer,
+            directory,
+            data=[{"path": "train.jsonl", "system_prompt": "Be brief.", "ignored_keys": ["id", "by"]}],
+            clean={"personal_data": "redact"},
+            validation={"path": "valid.jsonl"},
+        )
+        trained, held = texts(tokenizer, ready.data.examples), texts(tokenizer, ready.data.validation)
+        assert held == trained[:2], "the same rows, from another file"
+        assert "Be brief." in held[0]
+        assert "a0@b.org" not in held[0]
+        assert ready.accounts[-1].rows_redacted == 2
+        assert any("valid.jsonl has system_prompt='Be brief.'" in note.message for note in ready.notes)
+        assert ready.stage.validation is not None
+        assert ready.stage.validation.ignored_keys == ("id", "by"), "which the manifest then holds"
+
+    def test_the_recipe_may_say_otherwise(self, tokenizer: Any, directory: Path) -> None:
+        data = [{"path": "train.jsonl", "system_prompt": "Be brief.", "ignored_keys": ["id"]}]
+        own = {"path": "valid.jsonl", "system_prompt": "", "ignored_keys": ["id", "by"], "format": "chat"}
+        held = texts(tokenizer, prepared(tokenizer, directory, data=data, validation=own).data.validation)
+        assert len(held) == 2
+        assert "Be brief." not in held[0]
+
+    def test_of_two_system_prompts_none_is_guessed(self, tokenizer: Any, directory: Path) -> None:
+        data = [{"path": "train.jsonl", "system_prompt": "Be brief."}, {"path": "train.jsonl"}]
+        with pytest.raises(InvalidRequestError, match=r"the data have 2 different ones.*validation\.system_prompt"):
+            prepared(tokenizer, directory, data=data, validation={"path": "valid.jsonl"})
+        with pytest.raises(InvalidRequestError, match="says how path is read"):
+            prepared(tokenizer, directory, data=data, validation={"share": 0.1, "system_prompt": "x"})

@@ -18,8 +18,9 @@ from tune.jobs.requests import CapoBody, DpoHyperparametersBody, Hyperparameters
 from tune.jobs.stages import all_stages
 from tune.jobs.starting_model import base_of
 from tune.methods import LoraMethod, publishes_adapter
-from tune.recipe import DataSource, Dpo, Recipe, Stage, Validation
+from tune.recipe import Dpo, Recipe, Stage
 from tune.recipe_file import parse_recipe
+from tune.sources import DataSource, Validation
 
 HELD_OUT_SHARE = 0.1
 FEWEST_ROWS_TO_HOLD_OUT = 50
