@@ -518,4 +518,22 @@ DEFECTS: list[Defect] = [
         lambda r: environment(r, "capo-control", "CAPO_RAY_ADDRESS", "http://ray:8265"),
         "ray",
     ),
+    Defect(
+        "ray_nodes_run_the_image_that_has_ray",
+        "the one without",
+        lambda r: container(r, "ray trainers").update(image=container(r, "capo-control")["image"]),
+        "ray",
+    ),
+    Defect(
+        "ray_nodes_run_the_image_that_has_ray",
+        "a newer version",
+        lambda r: r.get("RayCluster", "capo-ray")["spec"].update(rayVersion="2.61.0"),
+        "ray",
+    ),
+    Defect(
+        "ray_nodes_are_asked_by_what_the_image_has",
+        "left to the operator",
+        lambda r: container(r, "ray head").pop("livenessProbe"),
+        "ray",
+    ),
 ]

@@ -15,6 +15,7 @@ from tests.programs import program
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
+CONTAINER = ROOT / "deploy/container"
 OVERLAYS = ("cpu-demo", "gpu", "postgresql", "ray", "replicas", "replicas-hpa")
 
 Object = dict[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import yaml
 
 from capo.settings import Settings
-from tests.deploy.render import Object, Render, selects
+from tests.deploy.render import CONTAINER, Object, Render, selects
 from tests.deploy.rules import rule, serving
 from tests.deploy.rules_network import policies, ports_of, reaches
 
@@ -242,3 +242,26 @@ def a_ray_heads_service_is_the_one_that_is_asked(render: Render) -> Iterator[str
         wanted = f"http://{cluster['metadata']['name']}-head-svc:{ports_of(render.pod('ray head'))['dashboard']}"
         if render.pod("capo-control").environment("CAPO_RAY_ADDRESS") != wanted:
             yield wanted
+
+
+@rule
+def ray_nodes_run_the_image_that_has_ray(render: Render) -> Iterator[str]:
+    """The Dockerfile's target ray, and no other; tests/deploy/test_container.py tells what is in it."""
+    for cluster in render.of("RayCluster"):
+        if f"ray=={cluster['spec'].get('rayVersion')}" not in (CONTAINER / "requirements-ray.lock").read_text().split():
+            yield f"another Ray than {cluster['spec'].get('rayVersion')}"
+    for pod in render.pods():
+        name = pod.container["image"].partition("@")[0].rpartition("/")[2]
+        if (name == "capo-ray") is not (pod.kind == "RayCluster"):
+            yield f"{pod.name}: {name}"
+
+
+@rule
+def ray_nodes_are_asked_by_what_the_image_has(render: Render) -> Iterator[str]:
+    """KubeRay adds probes where there are none, which call wget."""
+    for pod in render.pods():
+        if pod.kind == "RayCluster":
+            for name in ("livenessProbe", "readinessProbe"):
+                command = pod.container.get(name, {}).get("exec", {}).get("command", [])
+                if command[:2] != ["/opt/capo/bin/python", "/opt/healthcheck.py"]:
+                    yield f"{pod.name}: {name}"
