@@ -399,6 +399,10 @@ class VllmEngine(Engine):
             case _:
                 answer = await state.openai_serving_responses.create_responses(request, raw_request)
         if isinstance(answer, ErrorResponse):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                # vLLM 0.32.0 catches the cancellation when a client leaves and answers it with a 400, which would count
+                # as a fault of the request.
+                raise asyncio.CancelledError
             if call.error is not None:
                 raise call.error
             raise wire_error(answer.error.model_dump())
