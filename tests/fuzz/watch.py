@@ -64,12 +64,11 @@ def check_http(response: httpx.Response) -> str:
         if response.headers["content-type"].startswith("text/event-stream"):
             _check_stream(response.text)
         return str(response.status_code)
-    assert response.status_code < 500 or response.status_code == 503, f"{response.status_code}: {response.text}"
+    # No 503 either: one request at a time fills no queue, so it would say that something was harmed.
+    assert response.status_code < 500, f"{response.status_code}: {response.text}"
     error: dict[str, Any] = response.json()["error"]
     assert {"message", "type", "param", "code"} <= error.keys()
     assert error["message"]
-    if response.status_code == 503:
-        assert "retry-after" in response.headers
     return f"{response.status_code} {error['code']}"
 
 
