@@ -1,7 +1,7 @@
 """Logging of every Capo process: one line each on standard error, quiet libraries, the request and trace it belongs to.
 
-A line never holds a prompt, a key or a body. Exceptions keep their traceback, but the text of those that quote what
-they were given is left out.
+A line never holds a prompt, a key or a body. Exceptions keep their traceback, but while a request is served only Capo's
+own errors keep their text: any other one may quote what was sent.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 from opentelemetry.trace import get_current_span
 from pydantic import ValidationError
 
 from capo.log_format import LogFormat
+from registry import errors
 from serve import faces
 
 _ROOMS = ("capo", "serve", "tune", "registry")
-_VLLM_JSON = Path(__file__).parent / "vllm_logging.json"
+_VLLM_LOGGING = {
+    LogFormat.TEXT: Path(__file__).parent / "vllm_logging_text.json",
+    LogFormat.JSON: Path(__file__).parent / "vllm_logging.json",
+}
 # The service ends without taking vLLM apart (capo/cli/serve.py), and Python's tracker then counts what vLLM did not
 # hand back to it; the tracker removes that itself.
 _NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
@@ -49,28 +52,19 @@ def library_environment(level: str, log_format: LogFormat, given: Mapping[str, s
         chosen["VLLM_LOGGING_LEVEL"] = "INFO"
     else:
         chosen["PYTHONWARNINGS"] = _NO_LEAK_WARNING
-    if log_format is LogFormat.JSON:
-        chosen["VLLM_LOGGING_CONFIG_PATH"] = str(_VLLM_JSON)
+    # vLLM's own formatter tells the text of every exception, and prompts may stand in some.
+    chosen["VLLM_LOGGING_CONFIG_PATH"] = str(_VLLM_LOGGING[log_format])
     return {name: value for name, value in chosen.items() if name not in given}
 
 
 class TextLines(logging.Formatter):
     """For people. What the line belongs to stands at its end, unless the message says it."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
     def format(self, record: logging.LogRecord) -> str:
-        record.exc_text = None  # another handler's words on the exception, which would be taken over
-        return super().format(record)
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record).rstrip("\n")
+        head = f"{self.formatTime(record)} {record.levelname} {record.name}"
+        line = f"{head}: {_message(record)}".rstrip("\n")
         told = [f"{name}={value}" for name, value in _belongs_to().items() if value not in line]
-        return f"{line} [{' '.join(told)}]" if told else line
-
-    def formatException(self, ei: ExceptionInfo) -> str:
-        return "" if ei[1] is None else _told_exception(ei[1])
+        return "\n".join(filter(None, (f"{line} [{' '.join(told)}]" if told else line, _told_exception(record))))
 
 
 class JsonLines(logging.Formatter):
@@ -81,15 +75,12 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _message(record),
             **_belongs_to(),
         }
-        if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = _told_exception(record.exc_info[1])
+        if exception := _told_exception(record):
+            line["exception"] = exception
         return json.dumps(line)
-
-
-ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
 def _belongs_to() -> dict[str, str]:
@@ -102,20 +93,41 @@ def _belongs_to() -> dict[str, str]:
     return told
 
 
-def _told_exception(error: BaseException) -> str:
-    if _quotes_its_input(error):
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        return (
-            f"Traceback (most recent call last):\n{frames}{type(error).__name__}: left out, it quotes what it was given"
-        )
-    return "".join(traceback.format_exception(error)).rstrip("\n")
+def _message(record: logging.LogRecord) -> str:
+    """asyncio tells of a task that failed with its exception's text in the lines below the first."""
+    message = record.getMessage()
+    return message.partition("\n")[0] if record.name == "asyncio" and record.exc_info else message
 
 
-def _quotes_its_input(error: BaseException) -> bool:
-    """Whether a parser's or validator's words on a body are in it, or in what led to it."""
+def _told_exception(record: logging.LogRecord) -> str:
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return ""
+    if not _may_quote(record, error):
+        return "".join(traceback.format_exception(error)).rstrip("\n")
+    return "\n\nwhich led to\n\n".join(map(_told_without_quotes, reversed(list(_chain(error)))))
+
+
+def _may_quote(record: logging.LogRecord, error: BaseException) -> bool:
+    """Whether the text may hold what a client sent: a prompt may stand in any exception that is raised under one.
+
+    What nobody waits for any more is told by asyncio, which does not know to which request it belonged.
+    """
+    is_of_a_request = faces.current_request_id.get(None) is not None or record.name == "asyncio"
+    return is_of_a_request or any(isinstance(link, ValidationError | UnicodeError) for link in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that led to it, the last one first."""
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, ValidationError | UnicodeError):
-            return True
+        yield link
         link = link.__cause__ or link.__context__
-    return False
+
+
+def _told_without_quotes(error: BaseException) -> str:
+    """Frames, kind, and the text of Capo's own errors about itself; what they say of a request may quote it."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    is_of_ours = isinstance(error, errors.CapoError) and errors.wire_kind(error).http_status >= 500
+    words = str(error) if is_of_ours else "its text is left out, it may quote what was sent"
+    return f"Traceback (most recent call last):\n{frames}{type(error).__module__}.{type(error).__qualname__}: {words}"

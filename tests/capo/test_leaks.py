@@ -14,10 +14,12 @@ import pytest
 from prometheus_client import generate_latest
 
 from capo.keys.secret import new_secret
+from capo.logs import JsonLines, TextLines
 from capo_proto.v1 import inference_pb2
 from registry.principal import Scope
 from serve.engine_api import Call, Piece
 from tests.capo.guarded import Guarded, bearer, guarded
+from tests.capo.log_capture import logged
 from tests.serve.running import BASE
 
 INSIDES = "/root/models/secret-adapter at 0x7f3a9c0b1d20, password=hunter2"
@@ -160,7 +162,7 @@ async def push_everywhere(service: Guarded, key: str) -> list[str]:
     file = await service.ask("POST /v1/files", key, files={"file": ("rows.jsonl", rows(PROMPT))}, data=FORM)
     await service.ask("POST /v1/fine_tuning/jobs", key, json={"model": BASE, "training_file": file.body["id"]})
     for after in (0, 1):
-        break_engine(service, lambda: RuntimeError("inside"), after=after)
+        break_engine(service, lambda: RuntimeError(f"no room for {PROMPT}"), after=after)
         for is_stream in (True, False):
             answer = await service.ask("POST /v1/chat/completions", key, json=ASKED | {"stream": is_stream})
             said.append(f"{answer.body} {answer.headers}")
@@ -169,13 +171,22 @@ async def push_everywhere(service: Guarded, key: str) -> list[str]:
     return said
 
 
+@pytest.mark.parametrize("formatter", [JsonLines(), TextLines()])
 async def test_no_secret_and_no_prompt_is_found_in_logs_metrics_errors_or_the_audit_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, formatter: logging.Formatter
 ) -> None:
-    """At debug level, with every logger on."""
-    caplog.set_level(logging.DEBUG)
+    """At debug level, with every logger on, and with the prompt in the text of the exceptions inside."""
     asyncio.get_running_loop().set_debug(True)
-    async with guarded(tmp_path) as service:
+    with logged(formatter, logging.DEBUG) as log:
+        places, canaries = await life_with_crashes(tmp_path)
+    places["logs"] = log.getvalue()
+    assert "RuntimeError" in places["logs"]
+    assert [(place, canary) for place, text in places.items() for canary in canaries if canary in text] == []
+
+
+async def life_with_crashes(directory: Path) -> tuple[dict[str, str], set[str]]:
+    """What is found in each place afterwards, and what must not be found in any."""
+    async with guarded(directory) as service:
         good, narrow, revoked = service.key(), service.key(scopes=frozenset({Scope.METRICS})), service.key()
         service.keys.revoke(revoked.key_id)
         service.ring.read()
@@ -192,16 +203,14 @@ async def test_no_secret_and_no_prompt_is_found_in_logs_metrics_errors_or_the_au
         page = generate_latest(service.metrics).decode() + str((await service.ask("GET /metrics", bearer(good))).body)
     places = {
         "errors": "\n".join(said),
-        "logs": caplog.text + "\n".join(record.getMessage() for record in caplog.records),
         "metrics": page,
-        "audit": (tmp_path / "audit.jsonl").read_text(),
-        "job store": b"".join(path.read_bytes() for path in tmp_path.glob("jobs.sqlite*")).decode("latin-1"),
+        "audit": (directory / "audit.jsonl").read_text(),
+        "job store": b"".join(path.read_bytes() for path in directory.glob("jobs.sqlite*")).decode("latin-1"),
     }
     assert good.key_id in places["metrics"], "the places are those where it could be"
     assert good.key_id in places["job store"]
     assert "SetAlias" in places["audit"]
-    assert "RuntimeError" in places["logs"]
     canaries = {PROMPT}
     for secret in (good, narrow, revoked, strange):
         canaries |= {secret.text, secret.text.split("_", 2)[2]}
-    assert [(place, canary) for place, text in places.items() for canary in canaries if canary in text] == []
+    return places, canaries

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
+import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pydantic
@@ -16,7 +17,10 @@ import pytest
 
 from capo.log_format import LogFormat
 from capo.logs import JsonLines, TextLines, library_environment
+from registry import errors
+from serve import faces
 from tests.capo.guarded import guarded
+from tests.capo.log_capture import logged
 from tests.capo.test_leaks import CHAT, HELLO, break_engine
 
 SECRET = "canaryprompt7f3a"
@@ -24,24 +28,11 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACED = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01", "x-request-id": "mine-1"}
 
 
-@contextmanager
-def logged(formatter: logging.Formatter, level: int = logging.INFO) -> Iterator[io.StringIO]:
-    """What Capo's rooms say, in this form."""
-    kept = io.StringIO()
-    handler = logging.StreamHandler(kept)
-    handler.setFormatter(formatter)
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(level)
-    try:
-        yield kept
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(before)
+@pytest.fixture(params=[JsonLines(), TextLines()])
+def formatter(request: pytest.FixtureRequest) -> logging.Formatter:
+    return request.param  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("formatter", [JsonLines(), TextLines()])
 async def test_every_line_of_a_request_says_which_and_of_which_trace(
     tmp_path: Path, formatter: logging.Formatter
 ) -> None:
@@ -77,7 +68,13 @@ async def test_a_request_that_succeeds_says_nothing(tmp_path: Path) -> None:
     assert [line for line in lines if line["logger"].partition(".")[0] in ("capo", "serve", "tune", "registry")] == []
 
 
-@pytest.mark.parametrize("formatter", [JsonLines(), TextLines()])
+@pytest.fixture
+def in_a_request() -> Iterator[None]:
+    token = faces.current_request_id.set("mine-1")
+    yield
+    faces.current_request_id.reset(token)
+
+
 def test_an_exception_that_quotes_what_it_was_given_is_told_without_its_words(formatter: logging.Formatter) -> None:
     with logged(formatter) as kept:
         try:
@@ -90,6 +87,61 @@ def test_an_exception_that_quotes_what_it_was_given_is_told_without_its_words(fo
     assert SECRET not in kept.getvalue()
     assert "ValueError" in kept.getvalue()
     assert "a body was not liked" in kept.getvalue()
+
+
+@pytest.mark.usefixtures("in_a_request")
+def test_in_a_request_the_kinds_and_frames_of_all_exceptions_are_told_and_the_words_of_our_own(
+    formatter: logging.Formatter,
+) -> None:
+    with logged(formatter) as kept:
+        try:
+            try:
+                raise KeyError(SECRET)
+            except KeyError as error:
+                raise errors.UnavailableError("the store is away") from error
+        except errors.UnavailableError:
+            logging.getLogger("serve.test").exception("it failed")
+    told = kept.getvalue()
+    assert SECRET not in told
+    assert "builtins.KeyError: its text is left out" in told
+    assert "UnavailableError: the store is away" in told
+    assert told.index("KeyError:") < told.index("the store is away")
+    assert told.count("test_logs.py") == 2
+
+
+@pytest.mark.usefixtures("in_a_request")
+def test_what_our_own_errors_say_of_a_request_is_left_out_too(formatter: logging.Formatter) -> None:
+    with logged(formatter) as kept:
+        try:
+            raise errors.InvalidRequestError(f"model is {SECRET}")
+        except errors.InvalidRequestError:
+            logging.getLogger("serve.test").exception("it failed")
+    assert SECRET not in kept.getvalue()
+
+
+def test_outside_of_requests_an_exception_keeps_its_words(formatter: logging.Formatter) -> None:
+    with logged(formatter) as kept:
+        try:
+            raise OSError("the disk is full")
+        except OSError:
+            logging.getLogger("serve.test").exception("it failed")
+    assert "OSError: the disk is full" in kept.getvalue()
+
+
+async def test_a_task_that_fails_and_that_nobody_waits_for_is_told_without_its_words(
+    formatter: logging.Formatter,
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError(SECRET)
+
+    with logged(formatter) as kept:
+        task = asyncio.create_task(fail())
+        await asyncio.wait((task,))
+        del task
+        gc.collect()
+    assert "Task exception was never retrieved" in kept.getvalue()
+    assert "RuntimeError" in kept.getvalue()
+    assert SECRET not in kept.getvalue()
 
 
 def test_a_line_of_json_is_one_line_whatever_is_in_it() -> None:
@@ -113,21 +165,36 @@ def test_warnings_and_foreign_loggers_are_json_too() -> None:
 
 class TestLibraries:
     def test_are_quiet_about_a_start_that_goes_well_unless_everything_is_asked_for(self) -> None:
-        quiet = library_environment("info", LogFormat.TEXT, {})
-        assert quiet == {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
-        assert library_environment("debug", LogFormat.TEXT, {}) == {"VLLM_LOGGING_LEVEL": "INFO"}
+        assert (
+            library_environment("info", LogFormat.TEXT, {})["PYTHONWARNINGS"] == "ignore:resource_tracker:UserWarning"
+        )
+        assert "VLLM_LOGGING_LEVEL" not in library_environment("info", LogFormat.TEXT, {})
+        assert library_environment("debug", LogFormat.TEXT, {})["VLLM_LOGGING_LEVEL"] == "INFO"
 
     def test_what_the_operator_set_stays(self) -> None:
-        given = {"PYTHONWARNINGS": "error", "VLLM_LOGGING_LEVEL": "DEBUG"}
+        given = {"PYTHONWARNINGS": "error", "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_LOGGING_CONFIG_PATH": "mine.json"}
         assert library_environment("info", LogFormat.TEXT, given) == {}
         assert library_environment("debug", LogFormat.TEXT, given) == {}
 
-    def test_vllm_speaks_json_in_all_its_processes(self) -> None:
-        path = library_environment("info", LogFormat.JSON, {})["VLLM_LOGGING_CONFIG_PATH"]
+    @pytest.mark.parametrize("log_format", LogFormat)
+    def test_vllm_speaks_like_capo_in_all_its_processes(self, log_format: LogFormat) -> None:
+        path = library_environment("info", log_format, {})["VLLM_LOGGING_CONFIG_PATH"]
         script = (
             "import json, logging.config, sys; logging.config.dictConfig(json.load(open(sys.argv[1])))\n"
-            "logging.getLogger('vllm.engine').error('it died'); logging.getLogger('vllm.engine').info('chatter')"
+            "from serve import faces; faces.current_request_id.set('mine-1')\n"
+            "vllm = logging.getLogger('vllm.engine'); vllm.info('chatter')\n"
+            f"try: raise ValueError({SECRET!r})\nexcept ValueError: vllm.exception('it died')"
         )
-        done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
-        (line,) = done.stderr.splitlines()
-        assert json.loads(line)["message"] == "it died"
+
+        def said(**environment: str) -> str:
+            command = [sys.executable, "-c", script, path]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
+            ).stderr
+
+        first, *_ = said().splitlines()
+        told = json.loads(first)["message"] if log_format is LogFormat.JSON else first
+        assert "it died" in told
+        assert SECRET not in said()
+        assert "chatter" not in said()
+        assert "chatter" in said(VLLM_LOGGING_LEVEL="INFO")
