@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from tune.methods import FreezeMethod, FullMethod, Method
+from tune.methods import FreezeMethod, FullMethod, LowRankMethod, Method
 from tune.recipe import Stage
 from tune.sources import Validation
 
@@ -60,6 +60,12 @@ _FEWEST_STEPS = 250
 _LARGEST_BATCH = 16
 _SMALLEST_BATCH = 2
 _LARGEST_MICRO_BATCH = 8
+_WARMUP_SHARE = 0.05
+"""3 to 5 % are usual: QLoRA's 3 (https://arxiv.org/abs/2305.14314), ms-swift's 5. The stages that are chosen here may
+have but 250 steps, of which 3 % would be eight."""
+_FEWEST_CYCLES = 2
+_DECAY_SHARE = 0.1
+"""MiniCPM's (https://arxiv.org/abs/2404.06395, section 4.3)."""
 
 
 def choose_learning_rate(method: Method, stage: Stage, hidden_size: int | None = None) -> Choice[float]:
@@ -143,6 +149,38 @@ def choose_validation(stage: Stage) -> Choice[Validation | None]:
         "ignored_keys": ignored if given.ignored_keys is None else given.ignored_keys,
     }
     return Choice(given.model_copy(update=chosen), "read as the data are, where the recipe does not say otherwise")
+
+
+def choose_alpha(method: Method) -> Choice[int | None]:
+    if not isinstance(method, LowRankMethod):
+        return Choice(None, f"method {method.kind} has none")
+    if method.alpha is not None:
+        return Choice(method.alpha, "given in the recipe")
+    return Choice(method.scaled_alpha, f"twice the rank {method.rank}, as TRL and Axolotl have it")
+
+
+def choose_warmup_share(stage: Stage) -> Choice[float | None]:
+    if stage.warmup_steps is not None:
+        return Choice(None, f"warmup_steps={stage.warmup_steps} decides")
+    if stage.warmup_share is not None:
+        return Choice(stage.warmup_share, "given in the recipe")
+    return Choice(_WARMUP_SHARE, "3 to 5 % of the steps are usual, and short stages want the longer warm-up")
+
+
+def choose_num_cycles(stage: Stage) -> Choice[int | None]:
+    if stage.scheduler != "cosine_with_restarts":
+        return Choice(None, f"scheduler {stage.scheduler} has none")
+    if stage.num_cycles is not None:
+        return Choice(stage.num_cycles, "given in the recipe")
+    return Choice(_FEWEST_CYCLES, "the fewest that restart")
+
+
+def choose_decay_share(stage: Stage) -> Choice[float | None]:
+    if stage.scheduler != "wsd":
+        return Choice(None, f"scheduler {stage.scheduler} has none")
+    if stage.decay_share is not None:
+        return Choice(stage.decay_share, "given in the recipe")
+    return Choice(_DECAY_SHARE, "the last tenth of the steps, as in MiniCPM")
 
 
 def choose_final_weights(stage: Stage) -> Choice[Literal["last", "best"]]:

@@ -53,7 +53,7 @@ class LowRankMethod(Record):
         None,
         ge=1,
         description="The update is scaled by alpha / rank. None = 2 * rank, the setting of TRL, Axolotl and "
-        "PEFT's method comparison.",
+        "PEFT's method comparison; a start_from brings its own.",
     )
     dropout: float = Field(
         0.0,

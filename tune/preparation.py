@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from registry import Artifact, BaseModel, Registry, locate_base_model
+from tune.choices import choose_alpha
 from tune.data.pairs import PreferenceExample
 from tune.export import choose_save_dtype
 from tune.methods import LoraMethod, QloraMethod
@@ -66,6 +67,10 @@ def prepare(
         recipe = recipe.model_copy(update={"method": method, "start_from": start.revision})
         text = f"start_from = {start.revision} (goes on with its rank {method.rank} and its targets)"
         watcher.on_event(TrainingEvent("info", text, {"revision": start.revision}))
+    alpha = choose_alpha(recipe.method)
+    if alpha.value is not None:
+        recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"alpha": alpha.value})})
+        watcher.on_event(TrainingEvent("info", f"method.alpha = {alpha.value} ({alpha.reason})"))
     for name, value, reason in (
         ("base_model", base.id, f"fingerprint {str(base.identity.fingerprint)[:16]}"),
         ("device", device.type, "the GPU if there is one"),

@@ -109,13 +109,13 @@ class Stage(Record):
         "falls linearly in the last decay_share of the steps (https://arxiv.org/abs/2404.06395).",
     )
     num_cycles: int | None = Field(
-        None, ge=1, le=1000, description="Of cosine_with_restarts, and of it only. None = 2, the fewest that restart."
+        None, ge=1, le=1000, description="Of cosine_with_restarts, and of it only. None = chosen."
     )
     decay_share: float | None = Field(
         None,
         gt=0.0,
         le=1.0,
-        description="Of wsd, and of it only: share of all steps in which the rate falls. None = 0.1, MiniCPM's value.",
+        description="Of wsd, and of it only: share of all steps in which the rate falls. None = chosen.",
     )
     final_learning_rate_share: float = Field(
         0.1,
@@ -128,8 +128,7 @@ class Stage(Record):
         None,
         ge=0.0,
         lt=1.0,
-        description="Share of the steps in which the rate rises from 0. None = 0.05, unless warmup_steps is given; "
-        "3 to 10 % are usual.",
+        description="Share of the steps in which the rate rises from 0. None = chosen, unless warmup_steps is given.",
     )
     warmup_steps: int | None = Field(None, ge=0, description="Instead of warmup_share.")
     weight_decay: float = Field(

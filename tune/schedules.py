@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 
+from tune.choices import choose_decay_share, choose_num_cycles, choose_warmup_share
 from tune.recipe import Stage
-
-_WARMUP_SHARE = 0.05
-_NUM_CYCLES = 2
-_DECAY_SHARE = 0.1
 
 
 def num_warmup_steps(stage: Stage, total_steps: int) -> int:
     if stage.warmup_steps is not None:
         return min(stage.warmup_steps, total_steps)
-    share = _WARMUP_SHARE if stage.warmup_share is None else stage.warmup_share
-    return round(share * total_steps)
+    return round((choose_warmup_share(stage).value or 0.0) * total_steps)
 
 
 def learning_rate_share(stage: Stage, step: int, total_steps: int) -> float:
@@ -38,11 +34,13 @@ def _curve(stage: Stage, step: int, steps: int, total_steps: int) -> float:
         case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
         case "cosine_with_restarts":
-            cycles = _NUM_CYCLES if stage.num_cycles is None else stage.num_cycles
+            cycles = choose_num_cycles(stage).value
+            assert cycles is not None, stage
             if step == steps:
                 return 0.0  # the end of the last cycle, not the start of one more
             return 0.5 * (1.0 + math.cos(math.pi * (progress * cycles % 1.0)))
         case "wsd":
-            share = _DECAY_SHARE if stage.decay_share is None else stage.decay_share
+            share = choose_decay_share(stage).value
+            assert share is not None, stage
             decay_steps = min(steps, max(1, round(share * total_steps)))
             return min(1.0, (steps - step) / decay_steps)

@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 
 from registry.errors import InvalidDataError
 from tune.choices import (
+    Choice,
     choose_batch,
+    choose_decay_share,
     choose_epochs,
     choose_final_weights,
     choose_learning_rate,
     choose_max_length,
+    choose_num_cycles,
     choose_packing,
     choose_validation,
+    choose_warmup_share,
 )
 from tune.data.batches import EpochPlan, StagePlan, plan_epoch
 from tune.data.clean import duplicates_to_drop
@@ -130,6 +134,11 @@ def prepare_stage(
     if not first_epoch:
         raise InvalidDataError(f"stage {label}: data weights are so small that an epoch visits no row; raise them")
     final_weights = choose_final_weights(stage)
+    schedule: dict[str, Choice[float | None] | Choice[int | None]] = {
+        "warmup_share": choose_warmup_share(stage),
+        "num_cycles": choose_num_cycles(stage),
+        "decay_share": choose_decay_share(stage),
+    }
     batch = choose_batch(stage, len(first_epoch), epochs.value)
     resolved = stage.model_copy(
         update={
@@ -141,6 +150,7 @@ def prepare_stage(
             "micro_batch_size": batch.value.micro_batch_size,
             "gradient_accumulation_steps": batch.value.gradient_accumulation_steps,
             "final_weights": final_weights.value,
+            **{name: choice.value for name, choice in schedule.items()},
         }
     )
     grouped = batch.value.sequences_per_step if stage.group_by_length and not packing.value else None
@@ -156,6 +166,7 @@ def prepare_stage(
             batch.reason,
         ),
         ("final_weights", final_weights.value, final_weights.reason),
+        *((name, choice.value, choice.reason) for name, choice in schedule.items() if choice.value is not None),
     ):
         notes.append(TrainingEvent("info", f"stage {label}: {name} = {value} ({reason})"))
     if stage.validation is not None and read.validation is not None:

@@ -16,6 +16,7 @@ import yaml
 from registry import Registry
 from tests.tune.samples import chat_rows, write_jsonl
 from tune.cli import main, print_schema
+from tune.methods import LoraMethod
 from tune.recipe_file import load_recipe, parse_recipe
 
 RECIPE = """\
@@ -96,6 +97,7 @@ def test_a_wrong_recipe_ends_with_a_reason_and_status_2(
 def test_explain_prints_a_recipe_that_runs_as_it_is_with_a_reason_for_every_choice(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    recipe.write_text(f"{recipe.read_text()}    scheduler: wsd\n")
     assert main([str(recipe), "--registry", str(recipe.parent / "reg"), "--explain"]) == 0
     printed = capsys.readouterr().out
     assert "# stage 1-sft: learning_rate = 0.01 (given in the recipe)" in printed
@@ -104,6 +106,11 @@ def test_explain_prints_a_recipe_that_runs_as_it_is_with_a_reason_for_every_choi
     explained = parse_recipe(yaml.safe_load(printed))
     assert explained.stages[0].max_length == 256, "the base's context length"
     assert explained.stages[0].final_weights == "last"
+    assert (explained.stages[0].warmup_share, explained.stages[0].decay_share) == (0.05, 0.1)
+    assert "# stage 1-sft: decay_share = 0.1 (the last tenth of the steps, as in MiniCPM)" in printed
+    assert isinstance(explained.method, LoraMethod)
+    assert explained.method.alpha == 2 * explained.method.rank
+    assert "# method.alpha = " in printed
     assert not (recipe.parent / "work").exists()
 
 

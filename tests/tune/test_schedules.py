@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from registry.errors import InvalidRequestError
+from tune.choices import choose_decay_share, choose_num_cycles, choose_warmup_share
 from tune.recipe import Stage
 from tune.recipe_file import parse_recipe
 from tune.schedules import learning_rate_share, num_warmup_steps
@@ -64,6 +65,16 @@ def test_a_schedule_equals_that_of_transformers(given: dict[str, Any], stock: Ca
 def test_a_constant_rate_stays_at_its_peak_after_the_warm_up() -> None:
     stage = stage_of(scheduler="constant")
     assert [learning_rate_share(stage, step, TOTAL) for step in (5, 10, 11, 100)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_what_a_scheduler_does_not_have_is_not_chosen_for_it() -> None:
+    """A recipe with every choice filled in must be one that may be given."""
+    assert choose_num_cycles(stage_of(scheduler="cosine_with_restarts")).value == 2
+    assert choose_decay_share(stage_of(scheduler="wsd")).value == 0.1
+    for scheduler in ("cosine", "linear", "constant"):
+        stage = stage_of(scheduler=scheduler)
+        assert (choose_num_cycles(stage).value, choose_decay_share(stage).value) == (None, None)
+    assert choose_warmup_share(stage_of()).value is None, "warmup_steps decides"
 
 
 def test_every_schedule_but_the_constant_one_ends_at_the_final_share() -> None:
