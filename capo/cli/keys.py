@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from registry.principal import Scope
 if TYPE_CHECKING:
     from capo.audit import AuditLog
     from capo.keys.records import KeyRecord
+    from capo.keys.secret import Secret
     from capo.keys.store import KeyStore
 
 app = typer.Typer(help="Create, list, revoke and rotate API keys.", no_args_is_help=True)
@@ -42,6 +44,10 @@ def create(
         int | None, typer.Option(min=1, help="Prompt and completion tokens; then 429; default no limit.")
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once; then 429.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write the key to this new file, for its owner's eyes only, where what is printed is kept."),
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
     """Make a key and print it, this once. As soon as there is one, a running service asks everybody for a key."""
@@ -55,10 +61,10 @@ def create(
         limits=KeyLimits(requests_per_minute, tokens_per_minute, concurrency),
         expires_at=None if expires is None else int(time.time()) + _seconds("expires", expires),
     )
-    with _opened(data_dir) as (store, audit):
+    with _opened(data_dir) as (store, audit), _shown(output) as show:
         secret = store.create(new)
         _note(audit, "keys create", secret.key_id, tenant=new.tenant, scopes=",".join(sorted(new.scopes)))
-    typer.echo(secret.text)
+        show(secret)
 
 
 @app.command("list")
@@ -120,6 +126,33 @@ def _opened(data_dir: Path | None) -> Iterator[tuple[KeyStore, AuditLog]]:
         yield KeyStore(database), AuditLog(settings.data_dir)
     finally:
         database.close()
+
+
+@contextmanager
+def _shown(output: Path | None) -> Iterator[Callable[[Secret], None]]:
+    """Prints a secret, or writes it to a file, which is made first: else a key might be left that nobody can show."""
+    if output is None:
+        yield lambda secret: typer.echo(secret.text)
+        return
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise errors.InvalidRequestError(
+            f"--output {output} cannot be made: {error.strerror}. Name a new file in a directory of yours; "
+            "no key was made.",
+            param="output",
+        ) from error
+    try:
+        with os.fdopen(descriptor, "w") as file:
+
+            def write(secret: Secret) -> None:
+                file.write(f"{secret.text}\n")
+                typer.echo(f"{secret.key_id} is in {output}")
+
+            yield write
+    except Exception:
+        output.unlink()
+        raise
 
 
 def _note(audit: AuditLog, operation: str, key_id: str, **notes: str) -> None:

@@ -328,6 +328,22 @@ def test_the_commands_make_list_rotate_and_revoke_and_every_act_is_in_the_audit_
         assert rotated.text not in text
 
 
+def test_a_key_may_go_into_a_file_for_its_owner_alone_and_is_then_shown_nowhere(tmp_path: Path) -> None:
+    output = tmp_path / "first-key"
+    command = ("keys", "create", "--scope", "admin", "--data-dir", str(tmp_path), "--output", str(output))
+    made = capo(*command)
+    secret = read_secret(output.read_text().strip())
+    assert secret is not None, made.stderr
+    assert output.stat().st_mode & 0o777 == 0o600
+    assert secret.key_id in made.stdout
+    assert secret.text not in made.stdout + made.stderr
+    again = capo(*command)
+    assert again.returncode != 0
+    assert "no key was made" in " ".join(again.stderr.split())
+    assert read_secret(output.read_text().strip()) == secret, "what is there is not written over"
+    assert capo("keys", "list", "--data-dir", str(tmp_path)).stdout.count("admin") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -85,6 +86,18 @@ def test_a_seeded_defect_is_caught_by_its_rule(defect: Defect) -> None:
 
 def test_there_are_defects_enough() -> None:
     assert len(DEFECTS) >= 40
+
+
+def test_the_first_key_goes_to_the_data_volume_and_not_into_a_log() -> None:
+    (job,) = Render(list(yaml.safe_load_all(rendered_text(KUBERNETES / "first-key")))).pods()
+    arguments = job.container["args"]
+    place = Path(arguments[arguments.index("--output") + 1])
+    mount = job.mounts()[str(place.parent)]
+    control = render("replicas").pod("capo-control")
+    for pod in (job, control):
+        assert pod.volume(mount["name"])["persistentVolumeClaim"]["claimName"] == "capo-data"
+    users = {pod.spec["securityContext"]["runAsUser"] for pod in (job, control)}
+    assert len(users) == 1, "who fetches the key from a file for its owner alone"
 
 
 def test_the_operators_rules_are_those_of_prometheus() -> None:
