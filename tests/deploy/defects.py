@@ -17,6 +17,8 @@ class Defect:
     what: str
     damage: Damage
     overlay: str = "replicas"
+    components: tuple[str, ...] = ()
+    """Beside the overlay's own."""
 
     @property
     def name(self) -> str:
@@ -387,6 +389,30 @@ DEFECTS: list[Defect] = [
         "inner_addresses_are_out_of_reach_from_outside_traffic",
         "cloud metadata",
         lambda r: policy(r, "allow-webhooks")["egress"][0]["to"][0]["ipBlock"]["except"].remove("169.254.0.0/16"),
+    ),
+    Defect(
+        "who_sends_webhooks_reaches_the_world_outside",
+        "no policy",
+        lambda r: drop(r, "NetworkPolicy", "allow-webhooks"),
+        "cpu-demo",
+    ),
+    Defect(
+        "spans_reach_their_collector",
+        "told of it, and not let through",
+        lambda r: drop(r, "NetworkPolicy", "reach-collector"),
+        components=("tracing",),
+    ),
+    Defect(
+        "spans_reach_their_collector",
+        "another port",
+        lambda r: setting(r, "CAPO_OTLP_ENDPOINT", "http://otel-collector.observability.svc:4317"),
+        components=("tracing",),
+    ),
+    Defect(
+        "spans_reach_their_collector",
+        "launched jobs are not",
+        lambda r: policy(r, "reach-collector")["podSelector"]["matchExpressions"][0]["values"].remove("training"),
+        components=("tracing",),
     ),
     Defect(
         "who_needs_the_job_store_reaches_it",

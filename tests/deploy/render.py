@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,9 +30,22 @@ def rendered_text(folder: Path) -> str:
     return done.stdout
 
 
-def render(overlay: str) -> Render:
-    """A fresh copy each time, so that a test may damage it."""
-    return Render(list(yaml.load_all(rendered_text(KUBERNETES / "overlays" / overlay), _Loader)))
+def render(overlay: str, *components: str) -> Render:
+    """A fresh copy each time, so that a test may damage it. ``components`` are put into the overlay beside its own."""
+    text = _rendered_with(overlay, components) if components else rendered_text(KUBERNETES / "overlays" / overlay)
+    return Render(list(yaml.load_all(text, _Loader)))
+
+
+@cache
+def _rendered_with(overlay: str, components: tuple[str, ...]) -> str:
+    """As after `kustomize edit add component`."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "deploy", Path(folder) / "deploy")
+        path = Path(folder) / "deploy/kubernetes/overlays" / overlay / "kustomization.yaml"
+        described = yaml.safe_load(path.read_text())
+        described["components"] += [f"../../components/{name}" for name in components]
+        path.write_text(yaml.safe_dump(described))
+        return rendered_text(path.parent)
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

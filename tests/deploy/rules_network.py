@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from tests.deploy.render import Object, Pod, Render, selects
 from tests.deploy.rules import rule, serving
 
+PUBLIC = "198.51.100.7"
 PRIVATE = ("10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1")
+
+LAUNCHED = Pod(
+    "a launched job",
+    "Job",
+    {"app.kubernetes.io/name": "capo", "app.kubernetes.io/component": "training"},
+    {"containers": [{}]},
+    {},
+)
+"""What a launcher makes of one (tune/jobs/launchers/kubernetes_job.py), as policies see it."""
 
 
 def ports_of(pod: Pod) -> dict[str, int]:
@@ -208,6 +219,31 @@ def inner_addresses_are_out_of_reach_from_outside_traffic(render: Render) -> Ite
 
 
 @rule
+def who_sends_webhooks_reaches_the_world_outside(render: Render) -> Iterator[str]:
+    for pod in serving(render):
+        if pod.environment("CAPO_ROLE") != "infer" and not any(
+            "ipBlock" in peer and block_allows(peer, PUBLIC) and {"protocol": "TCP", "port": 443} in entry["ports"]
+            for entry in policies(render, pod, "egress")
+            for peer in entry.get("to") or []
+        ):
+            yield pod.name
+
+
+@rule
+def spans_reach_their_collector(render: Render) -> Iterator[str]:
+    address = render.settings(render.pod("capo-serve")).get("CAPO_OTLP_ENDPOINT")
+    if address is None:
+        return
+    collector = urlsplit(address)
+    namespace = {"kubernetes.io/metadata.name": str(collector.hostname).split(".")[1]}
+    wanted = ({"namespaceSelector": {"matchLabels": namespace}}, {"protocol": "TCP", "port": collector.port})
+    for pod in [*render.capo_pods(), LAUNCHED]:
+        given = [(entry.get("to", []), entry["ports"]) for entry in policies(render, pod, "egress") if "ports" in entry]
+        if not any(wanted[0] in peers and wanted[1] in ports for peers, ports in given):
+            yield pod.name
+
+
+@rule
 def who_needs_the_job_store_reaches_it(render: Render) -> Iterator[str]:
     if render.has("StatefulSet", "capo-postgresql"):
         store = render.pod("capo-postgresql")
@@ -216,11 +252,9 @@ def who_needs_the_job_store_reaches_it(render: Render) -> Iterator[str]:
 
 @rule
 def launched_jobs_reach_the_job_store(render: Render) -> Iterator[str]:
-    if any(pod.environment("CAPO_LAUNCHER") == "kubernetes" for pod in render.pods()):
-        labels = {"app.kubernetes.io/name": "capo", "app.kubernetes.io/component": "training"}
-        launched = Pod("launched", "Job", labels, {"containers": [{}]}, {})
-        if not reaches(render, launched, render.pod("capo-postgresql"), "postgresql"):
-            yield "a launched job"
+    launches = any(pod.environment("CAPO_LAUNCHER") == "kubernetes" for pod in render.pods())
+    if launches and not reaches(render, LAUNCHED, render.pod("capo-postgresql"), "postgresql"):
+        yield "a launched job"
 
 
 @rule

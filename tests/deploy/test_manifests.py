@@ -25,9 +25,10 @@ def test_every_overlay_is_rendered_and_tested() -> None:
     assert sorted(path.name for path in (KUBERNETES / "overlays").iterdir()) == sorted(OVERLAYS)
 
 
+@pytest.mark.parametrize("components", [(), ("tracing",)], ids=" ".join)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_rule_holds(overlay: str) -> None:
-    rendered = render(overlay)
+def test_every_rule_holds(overlay: str, components: tuple[str, ...]) -> None:
+    rendered = render(overlay, *components)
     broken = {check.__name__: found for check in RULES if (found := list(check(rendered)))}
     assert broken == {}
 
@@ -39,6 +40,7 @@ def test_there_are_rules_enough_and_each_has_a_name_of_its_own() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_is_valid_strictly(version: str) -> None:
     objects = [item for overlay in OVERLAYS for item in render(overlay).objects]
+    objects += render("replicas", "tracing").objects
     objects += yaml.safe_load_all(rendered_text(KUBERNETES / "first-key"))
     different = {json.dumps(item, sort_keys=True): item for item in objects}
     wrong = {
@@ -78,10 +80,16 @@ def test_a_mistyped_field_is_found(kind: str, path: str, wrong: object) -> None:
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
 def test_a_seeded_defect_is_caught_by_its_rule(defect: Defect) -> None:
-    damaged: Render = render(defect.overlay)
+    damaged: Render = render(defect.overlay, *defect.components)
     defect.damage(damaged)
     (check,) = [check for check in RULES if check.__name__ == defect.rule]
     assert list(check(damaged)) != []
+
+
+def test_every_component_is_in_an_overlay_or_tested_beside_one() -> None:
+    named = "".join(path.read_text() for path in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
+    alone = {path.name for path in (KUBERNETES / "components").iterdir() if f"components/{path.name}" not in named}
+    assert alone == {"tracing"}
 
 
 def test_there_are_defects_enough() -> None:
