@@ -562,4 +562,10 @@ DEFECTS: list[Defect] = [
         lambda r: container(r, "ray head").pop("livenessProbe"),
         "ray",
     ),
+    Defect(
+        "ray_nodes_take_as_many_jobs_as_they_request_cores",
+        "as many as the machine has",
+        lambda r: r.get("RayCluster", "capo-ray")["spec"]["workerGroupSpecs"][0]["rayStartParams"].pop("num-cpus"),
+        "ray",
+    ),
 ]

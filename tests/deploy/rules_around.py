@@ -265,3 +265,15 @@ def ray_nodes_are_asked_by_what_the_image_has(render: Render) -> Iterator[str]:
                 command = pod.container.get(name, {}).get("exec", {}).get("command", [])
                 if command[:2] != ["/opt/capo/bin/python", "/opt/healthcheck.py"]:
                     yield f"{pod.name}: {name}"
+
+
+@rule
+def ray_nodes_take_as_many_jobs_as_they_request_cores(render: Render) -> Iterator[str]:
+    """A job asks for one core (tune/jobs/launchers/ray.py). Without a limit Ray counts the cores of the machine."""
+    for cluster in render.of("RayCluster"):
+        if cluster["spec"]["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
+            yield "the head works"
+        for group in cluster["spec"]["workerGroupSpecs"]:
+            requested = group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
+            if group["rayStartParams"].get("num-cpus") != requested:
+                yield group["groupName"]
