@@ -19,6 +19,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -38,15 +39,22 @@ _REMEMBERED = 1024
 Start = Callable[[], tuple[BaseProcess, Connection]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    reason: str
+    code: str
+
+
 class ConstraintTrials:
     """Owns the trial process: started on first use, and again after each kill. All methods run on one event loop."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, slowest_seconds: float = SLOWEST_TRIAL_SECONDS) -> None:
         self._start = start
+        self._slowest_seconds = slowest_seconds
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._one_at_a_time = asyncio.Lock()
-        self._outcomes: OrderedDict[bytes, str | None] = OrderedDict()
+        self._outcomes: OrderedDict[bytes, _Refusal | None] = OrderedDict()
 
     async def check_all(self, constraints: Iterable[tuple[str, Any]]) -> None:
         """:meth:`check` for each."""
@@ -67,8 +75,8 @@ class ConstraintTrials:
         self._outcomes.move_to_end(key)
         if len(self._outcomes) > _REMEMBERED:
             self._outcomes.popitem(last=False)
-        if (reason := self._outcomes[key]) is not None:
-            raise errors.InvalidRequestError(reason, code="invalid_constraint")
+        if (refusal := self._outcomes[key]) is not None:
+            raise errors.InvalidRequestError(refusal.reason, code=refusal.code)
 
     def close(self) -> None:
         process, connection = self._process, self._connection
@@ -79,16 +87,16 @@ class ConstraintTrials:
             process.kill()
             process.join(5)
 
-    async def _try(self, kind: str, specification: Any) -> str | None:
+    async def _try(self, kind: str, specification: Any) -> _Refusal | None:
         """Why the constraint is refused; ``None``: it is fine."""
         connection = self._connection
         if connection is None or self._process is None or not self._process.is_alive():
             connection = await self._started()
         try:
             connection.send((kind, specification))
-            if not await asyncio.to_thread(connection.poll, SLOWEST_TRIAL_SECONDS):
+            if not await asyncio.to_thread(connection.poll, self._slowest_seconds):
                 self.close()
-                return _too_costly(kind, f"more than {SLOWEST_TRIAL_SECONDS:g} s to prepare")
+                return _too_costly(kind, f"more than {self._slowest_seconds:g} s to prepare")
             answer = connection.recv()
         except (EOFError, OSError):
             self.close()
@@ -101,7 +109,7 @@ class ConstraintTrials:
         name, text = answer
         if name in ("TimeoutError", "MemoryError"):
             return _too_costly(kind, text or "too much memory")
-        return f"The {_NAMES.get(kind, kind)} is not usable: {engine_reason(text)}"
+        return _Refusal(f"The {_NAMES.get(kind, kind)} is not usable: {engine_reason(text)}", "invalid_constraint")
 
     async def _started(self) -> Connection:
         self.close()
@@ -120,8 +128,9 @@ class ConstraintTrials:
 _NAMES = {"json": "JSON schema", "regex": "regular expression", "choice": "list of choices"}
 
 
-def _too_costly(kind: str, what: str) -> str:
-    return (
+def _too_costly(kind: str, what: str) -> _Refusal:
+    reason = (
         f"The {_NAMES.get(kind, kind)} costs too much: {what}. Use fewer and smaller bounds (maxLength, maxItems, "
         "{m,n}), fewer patterns, and no repetition within a repetition."
     )
+    return _Refusal(reason, "constraint_too_slow")

@@ -45,6 +45,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from registry import errors
+from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, refused, wire_error
 from serve.observed_llm import ObservedLLM, current_call
@@ -86,8 +87,16 @@ class VllmEngine(Engine):
     ``vllm_arguments`` is a command line of ``vllm serve`` without the model, e.g. ``["--max-loras", "8"]``.
     """
 
-    def __init__(self, model_path: str, served_model_name: str, vllm_arguments: list[str]) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        served_model_name: str,
+        vllm_arguments: list[str],
+        *,
+        slowest_trial_seconds: float = SLOWEST_TRIAL_SECONDS,
+    ) -> None:
         self._base_model = served_model_name
+        self._slowest_trial_seconds = slowest_trial_seconds
         parser = make_arg_parser(FlexibleArgumentParser())
         argv = ["--model", model_path, "--served-model-name", served_model_name, *vllm_arguments]
         try:
@@ -139,7 +148,7 @@ class VllmEngine(Engine):
             # A product of a few rows costs torch about 20 us in bfloat16 and 3 us in float32 (with AVX512_BF16):
             # bfloat16 goes through oneDNN, which pays off for large ones only. vLLM's own argument does not offer it.
             config.lora_config.lora_dtype = torch.float32
-        return ObservedLLM.start(config)
+        return ObservedLLM.start(config, slowest_trial_seconds=self._slowest_trial_seconds)
 
     async def stop(self, timeout_seconds: float) -> None:
         llm, self._llm = self._llm, None

@@ -28,6 +28,9 @@ class Limits:
     max_logprobs: int = request_policy.MAX_LOGPROBS
     """Of each token, and of each prompt token."""
     max_stop_strings: int = request_policy.MAX_STOP_STRINGS
+    max_prompts: int = request_policy.MAX_PROMPTS
+    max_messages: int = request_policy.MAX_MESSAGES
+    """Or items of the input of /v1/responses."""
     max_constraint_bytes: int = request_shapes.MAX_SCHEMA_BYTES
     """Of the JSON of a schema, regex, grammar or list of choices."""
 
@@ -35,22 +38,37 @@ class Limits:
         """Whether a request that the policy allows is within this service's own bounds.
 
         Raises:
-            InvalidRequestError: it is not; ``param`` is the field.
+            InvalidRequestError: it is not; ``param`` is the field, ``code`` the policy's for the same bound.
         """
-        stop = body.get("stop")
-        num_stops = len(stop) if isinstance(stop, list) else 0
-        asked: dict[str, tuple[Any, int]] = {
-            "n": (body.get("n"), self.max_n),
-            "stop": (num_stops, self.max_stop_strings),
-        }
-        asked |= {name: (body.get(name), self.max_logprobs) for name in ("logprobs", "top_logprobs", "prompt_logprobs")}
-        asked |= {
-            name: (len(json.dumps(body[name])) if body.get(name) is not None else 0, self.max_constraint_bytes)
-            for name in ("response_format", "structured_outputs", "text")
-        }
-        for name, (value, limit) in asked.items():
+        stop, prompt = body.get("stop"), body.get("prompt")
+        is_one_prompt = not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int)
+        asked = [
+            ("n", body.get("n"), self.max_n, "n_too_large"),
+            ("stop", len(stop) if isinstance(stop, list) else 0, self.max_stop_strings, "stop_too_large"),
+            ("prompt", 1 if is_one_prompt else len(prompt or ()), self.max_prompts, "prompts_too_large"),
+        ]
+        asked += [
+            (name, len(body[name]), self.max_messages, "messages_too_large")
+            for name in ("messages", "input")
+            if isinstance(body.get(name), list)
+        ]
+        asked += [
+            (name, body.get(name), self.max_logprobs, "logprobs_too_large")
+            for name in ("logprobs", "top_logprobs", "prompt_logprobs")
+        ]
+        for name, value, limit, code in asked:
             if isinstance(value, int) and not isinstance(value, bool) and value > limit:
-                unit = " bytes" if limit == self.max_constraint_bytes else ""
                 raise errors.InvalidRequestError(
-                    f"{name} asks for {value}{unit}; this service allows {limit}{unit}. Ask for less.", param=name
+                    f"{name} asks for {value}; this service allows {limit}. Ask for less.", param=name, code=code
+                )
+        self._check_constraints(body)
+
+    def _check_constraints(self, body: Mapping[str, Any]) -> None:
+        for name in ("response_format", "structured_outputs", "text"):
+            size = len(json.dumps(body[name])) if body.get(name) is not None else 0
+            if size > self.max_constraint_bytes:
+                raise errors.InvalidRequestError(
+                    f"{name} is {size} bytes of JSON; this service allows {self.max_constraint_bytes}. Send less.",
+                    param=name,
+                    code="constraint_too_large",
                 )

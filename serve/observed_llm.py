@@ -45,12 +45,12 @@ class ObservedLLM(AsyncLLM):
     trials: ConstraintTrials
 
     @classmethod
-    def start(cls, config: VllmConfig) -> ObservedLLM:
+    def start(cls, config: VllmConfig, *, slowest_trial_seconds: float) -> ObservedLLM:
         """With its engine process; blocks for seconds."""
         _use_fork_server()
         llm = cls.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_StatLogger])
         assert isinstance(llm, ObservedLLM)
-        llm.trials = ConstraintTrials(partial(_start_trials, config))
+        llm.trials = ConstraintTrials(partial(_start_trials, config), slowest_trial_seconds)
         return llm
 
     async def end(self, timeout_seconds: float) -> None:

@@ -17,7 +17,8 @@ from serve import request_shapes
 from serve.engine_api import Endpoint
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED
 
-# Bounds on what one request may ask for; OpenAI's own where it has one.
+# Bounds on what one request may ask for; OpenAI's own where it has one. What is beyond one of them is refused with a
+# code of its own, which ends in too_large and is counted (capo_request_errors_total).
 MAX_N = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -127,29 +128,28 @@ def _check_model(body: Mapping[str, Any]) -> None:
 
 
 def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
-    _at_most(body, "n", MAX_N)
-    _at_most(body, "top_logprobs", MAX_LOGPROBS)
-    _at_most(body, "prompt_logprobs", MAX_LOGPROBS)
-    if endpoint is not Endpoint.CHAT:
-        _at_most(body, "logprobs", MAX_LOGPROBS)
+    _at_most(body, "n", MAX_N, code="n_too_large")
+    for field in ("top_logprobs", "prompt_logprobs", *(() if endpoint is Endpoint.CHAT else ("logprobs",))):
+        _at_most(body, field, MAX_LOGPROBS, code="logprobs_too_large")
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop
     if isinstance(stops, list):
-        _length_at_most("stop", stops, MAX_STOP_STRINGS)
+        _length_at_most("stop", stops, MAX_STOP_STRINGS, code="stop_too_large")
         for text in stops:
             if isinstance(text, str):
-                _length_at_most("stop", text, MAX_STOP_CHARACTERS)
+                _length_at_most("stop", text, MAX_STOP_CHARACTERS, code="stop_too_large")
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        _length_at_most("prompt", prompt, MAX_PROMPTS)
-    for field, limit in (
-        ("tools", MAX_TOOLS),
-        ("logit_bias", MAX_LOGIT_BIAS),
-        ("bad_words", MAX_BAD_WORDS),
-        ("messages", MAX_MESSAGES),
+        _length_at_most("prompt", prompt, MAX_PROMPTS, code="prompts_too_large")
+    for field, limit, code in (
+        ("tools", MAX_TOOLS, "tools_too_large"),
+        ("logit_bias", MAX_LOGIT_BIAS, "logit_bias_too_large"),
+        ("bad_words", MAX_BAD_WORDS, "bad_words_too_large"),
+        ("messages", MAX_MESSAGES, "messages_too_large"),
+        ("input", MAX_MESSAGES, "messages_too_large"),
     ):
         if isinstance(body.get(field), list | dict):
-            _length_at_most(field, body[field], limit)
+            _length_at_most(field, body[field], limit, code=code)
 
 
 def _check_combinations(body: Mapping[str, Any]) -> None:
@@ -178,18 +178,22 @@ def _check_what_is_tokenized(body: Mapping[str, Any]) -> None:
             raise errors.InvalidRequestError(f"{name} goes with messages, and not with prompt.", param=name)
 
 
-def _at_most(body: Mapping[str, Any], name: str, limit: int) -> None:
+def _at_most(body: Mapping[str, Any], name: str, limit: int, *, code: str) -> None:
     value = body.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise errors.InvalidRequestError(f"{name} must be an integer, got {_shown(value)}.", param=name)
     if value is not None and value > limit:
-        raise errors.InvalidRequestError(f"{name} is {_shown(value)}; at most {limit} is allowed.", param=name)
+        raise errors.InvalidRequestError(
+            f"{name} is {_shown(value)}; at most {limit} is allowed.", param=name, code=code
+        )
 
 
-def _length_at_most(name: str, value: list[Any] | dict[str, Any] | str, limit: int) -> None:
+def _length_at_most(name: str, value: list[Any] | dict[str, Any] | str, limit: int, *, code: str) -> None:
     if len(value) > limit:
         unit = "characters" if isinstance(value, str) else "entries"
-        raise errors.InvalidRequestError(f"{name} has {len(value)} {unit}; at most {limit} are allowed.", param=name)
+        raise errors.InvalidRequestError(
+            f"{name} has {len(value)} {unit}; at most {limit} are allowed.", param=name, code=code
+        )
 
 
 def _shown(value: Any) -> str:

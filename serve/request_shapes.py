@@ -181,7 +181,9 @@ def _check_structured_outputs(given: Any) -> None:
     limits = {"regex": MAX_REGEX_CHARACTERS, "grammar": MAX_GRAMMAR_CHARACTERS, "choice": MAX_CHOICES}
     if kind in limits and isinstance(value, str | list) and len(value) > limits[kind]:
         raise errors.InvalidRequestError(
-            f"{place}.{kind} has a length of {len(value)}; at most {limits[kind]} is allowed.", param=place
+            f"{place}.{kind} has a length of {len(value)}; at most {limits[kind]} is allowed.",
+            param=place,
+            code=f"{kind}_too_large",
         )
 
 
@@ -213,7 +215,9 @@ def _check_schema(place: str, schema: Any) -> None:
     size = len(json.dumps(schema))
     if size > MAX_SCHEMA_BYTES:
         raise errors.InvalidRequestError(
-            f"{place} is {size} bytes of JSON; at most {MAX_SCHEMA_BYTES} are allowed.", param=place
+            f"{place} is {size} bytes of JSON; at most {MAX_SCHEMA_BYTES} are allowed.",
+            param=place,
+            code="schema_too_large",
         )
     depth, level = 0, [schema]
     while level := [child for node in level for child in _children(node)]:
@@ -222,6 +226,7 @@ def _check_schema(place: str, schema: Any) -> None:
             raise errors.InvalidRequestError(
                 f"{place} is nested deeper than {MAX_SCHEMA_DEPTH} levels. Name parts in $defs, and refer to them.",
                 param=place,
+                code="schema_too_large",
             )
 
 

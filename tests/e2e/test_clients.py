@@ -302,7 +302,7 @@ def test_a_costly_constraint_is_refused_and_holds_up_nobody(service: Service, cl
         for constraint in COSTLY:
             with pytest.raises(openai.BadRequestError, match="costs too much") as caught:
                 ask(client, extra_body={"structured_outputs": constraint})
-            assert caught.value.code == "invalid_constraint"
+            assert caught.value.code == "constraint_too_slow"
     finally:
         stop.set()
         others.join()
