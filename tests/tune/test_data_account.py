@@ -24,6 +24,7 @@ from tune.data.tokenizer import load_tokenizer
 
 CAPO_TINY = Path(__file__).resolve().parents[2] / "registry" / "models" / "capo-tiny"
 ROWS = size(5_000, 100_000)
+MANY_ROWS = size(1_500, 1_000_000)
 SECONDS = 60.0
 BYTES = 1_000_000_000
 
@@ -111,6 +112,26 @@ def test_checking_stays_within_a_minute_and_a_gigabyte(checked: tuple[Account, f
     _, seconds, peak_bytes = checked
     assert seconds < SECONDS
     assert peak_bytes < BYTES
+
+
+@pytest.mark.timeout(3600)
+def test_many_rows_are_checked_in_the_memory_of_an_index(tmp_path: Path) -> None:
+    path, validation = tmp_path / "many.jsonl", tmp_path / "validation.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(MANY_ROWS):
+            question, answer = f"What is {number} plus one, and what comes after it?", f"It is {number + 1}, dear."
+            file.write(json.dumps(chats(("user", question), ("assistant", answer))) + "\n")
+    last = path.read_text("utf-8").splitlines(keepends=True)[-10:]
+    validation.write_text("".join(last), "utf-8")
+    peak = PeakMemory()
+    before = psutil.Process().memory_full_info().pss
+    with peak.measured():
+        account = check_data([path], validation=validation)
+    assert [file.rows for file in account.files] == [MANY_ROWS, 10]
+    assert [(Path(found.file).name, found.line, found.reason.rsplit(" ", 1)[1]) for found in account.warnings] == [
+        ("validation.jsonl", line, str(MANY_ROWS - 10 + line)) for line in range(1, 11)
+    ]
+    assert peak.bytes - before < 200_000_000 + 250 * MANY_ROWS, "an index, beside what the processes hold"
 
 
 def chats(*turns: tuple[str, str]) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 from itertools import combinations
 
 import pytest
 
+from tests.sizes import size
 from tests.tune.planted import WORDS, good_row, repeated
 from tests.tune.samples import message
 from tune.data.clean import duplicates_to_drop
@@ -136,3 +138,21 @@ def test_duplicates_are_dropped_over_all_files_and_the_first_stays(drop: str, dr
 def test_a_faulty_row_stops_the_search_for_duplicates() -> None:
     with pytest.raises(RowFault, match="line 3: broken"):
         duplicates_to_drop([[(3, row_fault(3, "broken", "broken_json"))]], "exact")
+
+
+def peak_bytes_of_a_search(rows: int) -> int:
+    """What Python and numpy held at once, while prints of ``rows`` different rows were added and searched."""
+    tracemalloc.start()
+    with Fingerprints() as prints:
+        for number in range(rows):
+            prints.add_print(number, number.to_bytes(4, "little") * 128)
+        assert prints.exact_duplicates() == {} == prints.near_duplicates()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_row_more_costs_an_index_of_it_and_no_more() -> None:
+    few, many = size(55_000, 200_000), size(110_000, 1_000_000)
+    grown = peak_bytes_of_a_search(many) - peak_bytes_of_a_search(few)
+    assert grown / (many - few) < 150

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 import tempfile
 import zlib
@@ -36,6 +37,7 @@ _FEWEST_SHINGLES = 6
 """Of shorter rows near duplicates are not looked for: a changed word changes most of what they say."""
 _WORD = re.compile(r"\w+")
 _PAIRS_AT_A_TIME = 50_000
+_ROWS_AT_A_TIME = 50_000
 
 _random = np.random.default_rng(20_210_406)
 _FACTORS = (_random.integers(0, 2**31, _HASHES, dtype=np.uint64) << np.uint64(1)) | np.uint64(1)
@@ -86,16 +88,29 @@ class Fingerprints:
         if not len(signed):
             return {}
         self._signatures.flush()
-        signatures = np.memmap(self._signatures, dtype=np.uint32, mode="r", shape=(len(signed), _HASHES))
-        unique = np.array([i for i, row in enumerate(signed) if int(row) not in exact], dtype=np.int64)
+        signatures = _Signatures(self._signatures.fileno())
+        unique = np.flatnonzero(~np.isin(signed, np.fromiter(exact, dtype=np.int64, count=len(exact))))
         earliest: dict[int, int] = {}
         for later, earlier in _candidates(signatures, unique):
             for start in range(0, len(later), _PAIRS_AT_A_TIME):
                 a, b = later[start : start + _PAIRS_AT_A_TIME], earlier[start : start + _PAIRS_AT_A_TIME]
-                same = (signatures[a] == signatures[b]).mean(axis=1) >= SIMILAR_AT_LEAST
+                same = (signatures.of(a) == signatures.of(b)).mean(axis=1) >= SIMILAR_AT_LEAST
                 for row, other in zip(signed[a[same]].tolist(), signed[b[same]].tolist(), strict=True):
                     earliest[row] = min(other, earliest.get(row, other))
         return earliest
+
+
+class _Signatures:
+    """Those in a file, 128 hashes a row. What was read of it is given back at once and stays in the file."""
+
+    def __init__(self, file_number: int) -> None:
+        self._mapped = mmap.mmap(file_number, 0, access=mmap.ACCESS_READ)
+        self._hashes = np.frombuffer(self._mapped, dtype=np.uint32).reshape(-1, _HASHES)
+
+    def of(self, rows: NDArray[np.int64], columns: slice = slice(None)) -> NDArray[np.uint32]:
+        copied: NDArray[np.uint32] = self._hashes[rows, columns]
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+        return copied
 
 
 def exact_print(row: AnyRow) -> int:
@@ -135,17 +150,25 @@ def _prose(row: AnyRow) -> Iterator[str]:
 
 
 def _candidates(
-    signatures: NDArray[np.uint32], unique: NDArray[np.int64]
+    signatures: _Signatures, unique: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Pairs (later, earlier) that share a band. In a large group each row meets the first one and its neighbour."""
-    width = _HASHES // _BANDS
     for band in range(_BANDS):
-        part = np.ascontiguousarray(signatures[unique, band * width : (band + 1) * width])
-        _, group = np.unique(part.view(np.dtype((np.void, 4 * width))).ravel(), return_inverse=True)
+        _, group = np.unique(_band_prints(signatures, unique, band), return_inverse=True)
         order = np.argsort(group, kind="stable")
         is_same = group[order[1:]] == group[order[:-1]]
         starts = np.flatnonzero(np.concatenate(([True], ~is_same)))
-        first_of = order[np.repeat(starts, np.diff([*starts, len(order)]))]
+        first_of = order[np.repeat(starts, np.diff(starts, append=len(order)))]
         later = order[1:][is_same]
         yield unique[later], unique[first_of[1:][is_same]]
         yield unique[later], unique[order[:-1][is_same]]
+
+
+def _band_prints(signatures: _Signatures, rows: NDArray[np.int64], band: int) -> NDArray[np.uint64]:
+    """64 bits of each row's band: two that differ and share them become a candidate, which is looked at in full."""
+    width = _HASHES // _BANDS
+    prints = np.empty(len(rows), dtype=np.uint64)
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        part = signatures.of(rows[start : start + _ROWS_AT_A_TIME], slice(band * width, (band + 1) * width))
+        prints[start : start + _ROWS_AT_A_TIME] = (part.astype(np.uint64) * _FACTORS[:width]).sum(axis=1)
+    return prints
