@@ -18,7 +18,7 @@ Importing this package costs the standard library and pydantic: no torch, numpy,
 from registry.adapter_config import MAX_RANK, AdapterConfig
 from registry.adapter_files import AdapterReport, check_adapter
 from registry.aliases import Alias, Canary, CanaryRequest, HistoryEntry
-from registry.artifacts import Artifact
+from registry.artifacts import Artifact, DamagedArtifact
 from registry.base_model import EMBEDDED_MODEL_ID, BaseModel, fingerprint, identify, locate_base_model
 from registry.durable import Filesystem
 from registry.garbage import GcReport
@@ -57,6 +57,7 @@ __all__ = [
     "BaseModelIdentity",
     "Canary",
     "CanaryRequest",
+    "DamagedArtifact",
     "DataRecord",
     "FileRecord",
     "Filesystem",

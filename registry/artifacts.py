@@ -1,14 +1,17 @@
 """The immutable half of a registry: artifact directories, found, read, verified, added and taken away.
 
 A directory counts as an artifact only if it is named by the sha256 of its manifest, and the manifest names
-the directory above it. Everything else under ``artifacts/`` is ignored by readers.
+the directory above it. One that is named by any digest and is no artifact is damaged; it is listed as such and means
+nothing. Everything else under ``artifacts/`` is ignored by readers.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +41,20 @@ class Artifact:
     digest: str
     path: Path = field(compare=False)
     manifest: Manifest = field(compare=False, repr=False)
+
+    @property
+    def revision(self) -> str:
+        return revision_of(self.name, self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedArtifact:
+    """A directory that is named as an artifact is, and is none."""
+
+    name: str
+    digest: str
+    """What the directory is named by; nothing vouches for it."""
+    error: InvalidArtifactError = field(compare=False)
 
     @property
     def revision(self) -> str:
@@ -100,7 +117,8 @@ class ArtifactStore:
         """
         found = [
             artifact
-            for artifact in self._valid(reference.name, reference.digest_prefix)
+            for artifact in self._read(reference.name, reference.digest_prefix)
+            if isinstance(artifact, Artifact)
             if self._principal is None or self._principal.sees(artifact.manifest.tenant)
         ]
         if not found:
@@ -139,11 +157,22 @@ class ArtifactStore:
         Raises:
             OSError: the disk cannot be read. An empty answer always means "nothing published".
         """
+        return self.survey(name)[0]
+
+    def survey(self, name: str | None = None) -> tuple[list[Artifact], list[DamagedArtifact]]:
+        """As :meth:`all`, and what is damaged, by name and digest."""
         names = self.names() if name is None else [name]
-        found = [artifact for each in names for artifact in self._valid(each, "")]
+        found: list[Artifact] = []
+        damaged: list[DamagedArtifact] = []
+        for each in names:
+            for entry in self._read(each, ""):
+                if isinstance(entry, Artifact):
+                    found.append(entry)
+                else:
+                    damaged.append(entry)
         if name is None:
             self._forget_all_but({artifact.path for artifact in found})
-        return sorted(found, key=lambda a: (a.name, a.manifest.created_at, a.digest))
+        return sorted(found, key=lambda a: (a.name, a.manifest.created_at, a.digest)), damaged
 
     def names(self) -> list[str]:
         with os.scandir(self._layout.artifacts) as entries:
@@ -240,13 +269,28 @@ class ArtifactStore:
                 "Publish under another name."
             )
 
-    def _valid(self, name: str, digest_prefix: str) -> list[Artifact]:
-        found: list[Artifact] = []
+    def _read(self, name: str, digest_prefix: str) -> Iterator[Artifact | DamagedArtifact]:
         for digest in self.directories(name, digest_prefix):
             # One bad directory must not hide the others; any other OSError is about the disk and does.
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError, InvalidArtifactError):
-                found.append(self.load(name, digest))
-        return found
+            try:
+                yield self.load(name, digest)
+            except InvalidArtifactError as error:
+                # A copy: a raised instance holds on to the frames that it came through.
+                yield DamagedArtifact(name, digest, copy.copy(error))
+            except PermissionError:
+                yield DamagedArtifact(
+                    name,
+                    digest,
+                    InvalidArtifactError(
+                        f"{MANIFEST_NAME} may not be read by this user. Give it back its owner and mode.",
+                        code="unreadable",
+                    ),
+                )
+            except (FileNotFoundError, NotADirectoryError):
+                # If the directory itself is gone, somebody removed it meanwhile.
+                if self._layout.artifact(name, digest).is_dir():
+                    missing = f"{MANIFEST_NAME} is missing. Restore the directory from a copy, or remove it."
+                    yield DamagedArtifact(name, digest, InvalidArtifactError(missing, code="no_manifest"))
 
     def _forget_all_but(self, paths: set[Path]) -> None:
         for path in set(self._cache) - paths:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from registry.adapter_files import check_adapter, draft_for_adapter
 from registry.aliases import Alias, AliasStore, CanaryRequest
-from registry.artifacts import Artifact, ArtifactStore, revision_of
+from registry.artifacts import Artifact, ArtifactStore, DamagedArtifact, revision_of
 from registry.base_model import BaseModel
 from registry.changes import Changes
 from registry.durable import Filesystem, storage_errors
@@ -196,10 +196,19 @@ class Registry:
 
     def artifacts(self, name: str | None = None) -> list[Artifact]:
         """All artifacts (of one name), by name, then oldest first. What has no valid manifest is left out."""
+        return self.survey(name)[0]
+
+    def survey(self, name: str | None = None) -> tuple[list[Artifact], list[DamagedArtifact]]:
+        """As :meth:`artifacts`, and the directories that should be such and are not, each with its fault.
+
+        Whose those are, nothing says; so only who may change what belongs to no tenant sees them.
+        """
         if name is not None:
             check_name(name)
         with storage_errors("list the artifacts"):
-            return [artifact for artifact in self._artifacts.all(name) if self._sees(artifact.manifest.tenant)]
+            found, damaged = self._artifacts.survey(name)
+        sees_damaged = self._principal is None or self._principal.owns_shared
+        return [each for each in found if self._sees(each.manifest.tenant)], damaged if sees_damaged else []
 
     def alias(self, alias: str) -> Alias:
         """One alias or ``ft:`` name with its history.

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from registry import Alias, Artifact, Registry, errors, parse_reference
+from registry import Alias, Artifact, DamagedArtifact, Registry, errors, parse_reference
 from registry.names import MIN_DIGEST_PREFIX
 from registry.principal import Principal
 from serve.canary import Arm, choose
@@ -46,15 +46,24 @@ class Snapshot:
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     by_prefix: Mapping[str, Sequence[Artifact]] = field(default_factory=dict)
     """By name and the shortest prefix of a digest that may be asked for."""
+    damaged: Mapping[str, DamagedArtifact] = field(default_factory=dict)
+    """What should be an artifact and is not, by revision. No name means it."""
 
     @classmethod
-    def of(cls, artifacts: Iterable[Artifact], aliases: Iterable[Alias]) -> Snapshot:
+    def of(
+        cls, artifacts: Iterable[Artifact], aliases: Iterable[Alias], damaged: Iterable[DamagedArtifact] = ()
+    ) -> Snapshot:
         by_revision: dict[str, Artifact] = {}
         by_prefix: defaultdict[str, list[Artifact]] = defaultdict(list)
         for artifact in artifacts:
             by_revision[artifact.revision] = artifact
             by_prefix[f"{artifact.name}@{artifact.digest[:MIN_DIGEST_PREFIX]}"].append(artifact)
-        return cls(by_revision, {alias.alias: alias for alias in aliases}, dict(by_prefix))
+        return cls(
+            by_revision,
+            {alias.alias: alias for alias in aliases},
+            dict(by_prefix),
+            {each.revision: each for each in damaged},
+        )
 
     def artifact(self, revision: str) -> Artifact | None:
         """The artifact of ``name@`` and any unique prefix of its digest."""
@@ -199,7 +208,10 @@ class Catalog:
             self._reads_begun += 1
             this_read = self._reads_begun
             look = await asyncio.to_thread(self._look, self._seen)
-            snapshot = None if look.is_same(self._seen) else await asyncio.to_thread(self._read)
+            # What is damaged may be mended in place, which no look at the entries shows.
+            may_be_mended = bool(self._snapshot.damaged) and look.scanned_at != self._seen.scanned_at
+            is_same = look.is_same(self._seen) and not may_be_mended
+            snapshot = None if is_same else await asyncio.to_thread(self._read)
             self._seen = look
             if snapshot is not None:
                 self._publish(snapshot)
@@ -237,7 +249,8 @@ class Catalog:
         return _Look(token, self._registry.change_token(thorough=True), time.monotonic())
 
     def _read(self) -> Snapshot:
-        return Snapshot.of(self._registry.artifacts(), self._registry.aliases())
+        artifacts, damaged = self._registry.survey()
+        return Snapshot.of(artifacts, self._registry.aliases(), damaged)
 
     def _publish(self, snapshot: Snapshot) -> None:
         old, self._snapshot = self._snapshot, snapshot

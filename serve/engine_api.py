@@ -70,6 +70,8 @@ class Call:
     """Called on the event loop for each engine output with the number of new tokens in it."""
 
     created_at: float = field(default_factory=time.monotonic)
+    adapter_at: float | None = None
+    """When the adapter was there to be used; set with it."""
     first_token_at: float | None = None
     last_token_at: float | None = None
     queued_seconds: float | None = None

@@ -50,6 +50,10 @@ class Metrics:
         )
         # Of both protocols alike: it is one queue.
         self.queue_wait = histogram("capo_request_queue_seconds", "Waiting in the engine's queue.")
+        self.adapter_wait = histogram(
+            "capo_adapter_wait_seconds",
+            "Waiting for the adapter to be in the engine: gate, slot and load. Next to nothing where it is.",
+        )
         # Outcomes are counted apart: as a label of the histogram they would be most of the page.
         self.outcomes = counter(
             "capo_adapter_requests_total", "Requests that ran, by how they ended.", "adapter", "outcome"
@@ -96,6 +100,7 @@ class Metrics:
             self.e2e_latency,
             self.outcomes,
             self.queue_wait,
+            self.adapter_wait,
             self.prompt_tokens,
             self.completion_tokens,
             self.in_flight,

@@ -95,14 +95,22 @@ class AdapterPool:
                 elif self._tickets or self._leaving:
                     self._wake.set()
 
-    async def preload(self, artifact: Artifact) -> None:
-        """Load ``artifact`` if a slot is free; never at the cost of another adapter. Refusals are kept, not raised."""
-        occupied = len(self._residents) + len(self._leaving)
-        if artifact.revision in self._residents or occupied >= self._engine.limits.max_loras:
-            return
+    async def preload(self, artifact: Artifact) -> bool:
+        """Load ``artifact`` if a slot is free; never at the cost of another adapter. False: none was, and nothing was
+        done. Refusals are kept, not raised."""
+        if artifact.revision in self._residents:
+            return True
+        if self.num_free_slots <= 0:
+            return False
         with contextlib.suppress(errors.CapoError):
             async with self.use(artifact):
                 pass
+        return True
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that hold no adapter, and that none is on its way to."""
+        return self._engine.limits.max_loras - len(self._residents) - len(self._leaving)
 
     async def warm(self, artifacts: Iterable[Artifact], seconds: float) -> bool:
         """Load ``artifacts``, by turn where all slots are busy; false when slots or time ran out before all were in.

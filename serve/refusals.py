@@ -26,6 +26,8 @@ class Refusals:
     def add(self, revision: str, error: errors.InvalidArtifactError) -> None:
         # An artifact never changes, so neither does a verdict on it; only the engine may change its mind.
         expires_at = time.monotonic() + _ENGINE_VERDICT_SECONDS if error.code == "engine_refused" else math.inf
+        if (known := self.get(revision)) is not None and known.code == error.code:
+            return  # two looked at it at once, a request and who loads ahead of requests
         self._verdicts[revision] = (copy.copy(error), expires_at)
         self._metrics.adapter_refused(error.code)
         logger.warning("refused %s: %s", revision, error.message)

@@ -14,16 +14,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from dataclasses import dataclass, field
 from typing import Any
 
-from registry import Artifact, errors
+from registry import Artifact, DamagedArtifact, errors
 from registry.principal import Principal, count_tokens, current_principal
 from serve.alias_control import AliasControl
 from serve.cache_salts import CacheSalts
-from serve.catalog import Catalog, Snapshot, Target
+from serve.catalog import Catalog, Target
 from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pins import Pin, Pins
 from serve.pool import AdapterPool
+from serve.registry_follower import RegistryFollower
 from serve.request_trace import RequestTrace, traced
 from serve.resident import AdapterStatus
 from serve.supervisor import Supervisor
@@ -80,7 +81,6 @@ class ServingService:
         self.metrics = metrics
         self._cache_salts = CacheSalts()
         self._tasks: list[asyncio.Task[None]] = []
-        self._preloads: set[asyncio.Task[None]] = set()
         self._limits = limits or Limits()
         self.supervisor = Supervisor(engine, pool, metrics, stall_seconds=self._limits.engine_stall_seconds)
         self._in_flight = 0
@@ -93,7 +93,7 @@ class ServingService:
             catalog, pool, require_ready=self.require_ready, warm_seconds=self._limits.alias_warm_seconds
         )
         self.pins = Pins(catalog, pool, pins, may_load=lambda: self.not_ready_reason() is None)
-        catalog.on_change(self._follow_registry)
+        self._follower = RegistryFollower(catalog, pool, self.pins, metrics)
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -104,6 +104,7 @@ class ServingService:
         await self.catalog.refresh()
         await self.pins.load()
         self._tasks.append(asyncio.create_task(self.pins.run(), name="pins"))
+        self._tasks.append(asyncio.create_task(self._follower.run(), name="load-ahead"))
         self._tasks.append(asyncio.create_task(self.catalog.watch(), name="registry-watch"))
         self._tasks.append(asyncio.create_task(self.supervisor.run(), name="engine-supervisor"))
         self._tasks.append(asyncio.create_task(self._watch_event_loop(), name="event-loop-lag"))
@@ -137,10 +138,9 @@ class ServingService:
         return self._in_flight
 
     async def stop(self) -> None:
-        tasks = [*self._tasks, *self._preloads]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         self.pool.forget_all()  # who waits for a slot now would wait in vain
         await self.engine.stop(timeout_seconds=5)
@@ -223,7 +223,7 @@ class ServingService:
                 yield call
             else:
                 async with self.pool.use(target.artifact) as adapter:
-                    call.adapter = adapter
+                    call.adapter, call.adapter_at = adapter, time.monotonic()
                     yield call
 
     @contextlib.contextmanager
@@ -280,7 +280,7 @@ class ServingService:
         try:
             yield
             outcome = "ok"
-        except errors.CapoError as error:
+        except Exception as error:
             if isinstance(error, errors.EngineDeadError):
                 self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
@@ -301,6 +301,9 @@ class ServingService:
                 metrics.e2e_latency.labels(label, protocol).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:
                 metrics.time_to_first_token.labels(label, protocol).observe(call.first_token_at - call.created_at)
+            if target.artifact is not None:
+                # Also of those who gave up: theirs are the longest waits.
+                metrics.adapter_wait.labels(label).observe((call.adapter_at or time.monotonic()) - call.created_at)
             if call.queued_seconds is not None:
                 metrics.queue_wait.labels(label).observe(call.queued_seconds)
             metrics.prompt_tokens.labels(label).inc(call.prompt_tokens)
@@ -331,6 +334,12 @@ class ServingService:
             if artifact.manifest.kind == "lora" and principal.sees(artifact.manifest.tenant)
         ]
 
+    def damaged_adapters(self) -> list[DamagedArtifact]:
+        """Directories of the registry that should be artifacts and are not, by revision. Nothing says whose they are,
+        so only who may change what belongs to no tenant sees them."""
+        damaged = self.catalog.snapshot.damaged
+        return [damaged[revision] for revision in sorted(damaged)] if current_principal().owns_shared else []
+
     async def pin(self, reference: str) -> Pin:
         """Keep what ``reference`` means in the engine until :meth:`Pins.remove`; see :meth:`Pins.add`."""
         self.require_ready()
@@ -341,32 +350,6 @@ class ServingService:
     def _runs_canary(self, alias: str) -> bool:
         record = self.catalog.snapshot.aliases.get(alias)
         return record is not None and record.canary is not None
-
-    # -- following the registry --------------------------------------------------------------------------------
-
-    def _follow_registry(self, old: Snapshot, new: Snapshot) -> None:
-        for alias, record in new.aliases.items():
-            before = old.aliases.get(alias)
-            if before is not None and before.revision != record.revision:
-                self.metrics.alias_flipped()
-        for alias, record in old.aliases.items():
-            after = new.aliases.get(alias)
-            now = None if after is None or after.canary is None else after.canary.revision
-            if record.canary is not None and record.canary.revision != now:
-                self.metrics.canary_ended(alias)
-        self.pins.follow()
-        for revision in old.artifacts.keys() - new.artifacts.keys():
-            self.pool.withdraw(revision)
-        for name in {a.name for a in old.artifacts.values()} - {a.name for a in new.artifacts.values()}:
-            self.metrics.forget_adapter(name)
-        # What was published while we run is likely to be asked for next; what was there at start loads on first use.
-        if self._is_started:
-            for revision in new.artifacts.keys() - old.artifacts.keys():
-                artifact = new.artifacts[revision]
-                if artifact.manifest.kind == "lora":
-                    task = asyncio.create_task(self.pool.preload(artifact), name=f"preload {revision}")
-                    self._preloads.add(task)
-                    task.add_done_callback(self._preloads.discard)
 
 
 def _who_may_call(model: str) -> Principal:

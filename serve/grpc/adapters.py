@@ -53,6 +53,13 @@ class AdaptersServicer(stubs.AdaptersServicer):
                 pinned=status.is_pinned,
                 **_reason(status.reason),
             )
+        for damaged in self._service.damaged_adapters():
+            response.adapters.add(
+                name=damaged.name,
+                revision=damaged.revision,
+                state=pb.ADAPTER_STATE_REFUSED,
+                **_reason(damaged.error),
+            )
         return response
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: grpc.aio.ServicerContext) -> pb.Pin:

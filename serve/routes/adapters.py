@@ -6,11 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from registry import Alias, CanaryRequest, errors
+from registry import Alias, CanaryRequest, DamagedArtifact, errors
 from registry.principal import current_principal
 from serve.alias_control import AliasControl
 from serve.catalog import Catalog
 from serve.pins import Pin
+from serve.resident import AdapterState
 from serve.routes.bodies import Body, read_body, read_no_body
 from serve.service import AdapterView, ServingService
 
@@ -39,7 +40,8 @@ def _add_adapter_routes(router: APIRouter, service: ServingService) -> None:
     @router.get("/v1/adapters")
     async def list_adapters() -> dict[str, Any]:
         adapters = [_adapter(view) for view in service.adapters()]
-        return {"object": "list", "data": adapters}
+        damaged = [_damaged(each) for each in service.damaged_adapters()]
+        return {"object": "list", "data": adapters + damaged}
 
     @router.get("/v1/pins")
     async def list_pins() -> dict[str, Any]:
@@ -113,6 +115,30 @@ def _adapter(view: AdapterView) -> dict[str, Any]:
         "requests_in_flight": resident.users if resident is not None else 0,
         "load_seconds": resident.load_seconds if resident is not None else None,
         "probe_agreement": resident.probe_agreement if resident is not None else None,
+    }
+
+
+def _damaged(damaged: DamagedArtifact) -> dict[str, Any]:
+    """What can be said of a directory that is no artifact: what it is named by, and why it is none."""
+    return {
+        "object": "adapter",
+        "name": damaged.name,
+        "revision": damaged.revision,
+        "digest": damaged.digest,
+        "state": AdapterState.REFUSED.value,
+        "reason": _reason(damaged.error),
+        "notes": [],
+        "pinned": False,
+        "aliases": [],
+        "canary_of": [],
+        "base_model": None,
+        "rank": None,
+        "size_bytes": None,
+        "created_at": None,
+        "job_id": None,
+        "requests_in_flight": 0,
+        "load_seconds": None,
+        "probe_agreement": None,
     }
 
 

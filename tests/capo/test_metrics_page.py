@@ -33,6 +33,7 @@ def keep_busy(metrics: Metrics) -> None:
             for outcome in OUTCOMES:
                 metrics.outcomes.labels(label, outcome).inc()
             metrics.queue_wait.labels(label).observe(0.01)
+            metrics.adapter_wait.labels(label).observe(0.01)
             metrics.prompt_tokens.labels(label).inc(10)
             metrics.completion_tokens.labels(label).inc(10)
 

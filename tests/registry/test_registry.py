@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from registry.errors import (
     ModelNotFoundError,
     NotFoundError,
 )
+from registry.principal import Principal
 from tests.registry.samples import draft, tree, write_files
 
 
@@ -380,3 +382,42 @@ def test_the_example_of_the_package_runs(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_public_names_are_the_ones_that_exist() -> None:
     assert sorted(registry_package.__all__) == sorted(set(registry_package.__all__))
     assert all(hasattr(registry_package, name) for name in registry_package.__all__)
+
+
+def _damaged_by(registry: Registry, change: Callable[[Path], object]) -> dict[str, str]:
+    """The code that each damaged directory is listed with, after ``change`` was done to that of one artifact."""
+    artifact = registry.publish(write_files(registry.root.parent / "files", b"one"), draft("support"))
+    untouched = registry.publish(write_files(registry.root.parent / "more", b"two"), draft("other"))
+    change(artifact.path)
+    found, damaged = Registry(registry.root).survey()
+    assert found == [untouched]
+    assert [each.revision for each in damaged] == [artifact.revision]
+    with pytest.raises(ModelNotFoundError):
+        Registry(registry.root).resolve(artifact.revision)
+    return {each.name: each.error.code for each in damaged}
+
+
+def _link_manifest(directory: Path) -> None:
+    (directory / "manifest.json").rename(directory / "elsewhere")
+    (directory / "manifest.json").symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda directory: (directory / "manifest.json").unlink(), "no_manifest"),
+        (lambda directory: (directory / "manifest.json").write_bytes(b"{}"), "digest_mismatch"),
+        (_link_manifest, "links_not_allowed"),
+    ],
+)
+def test_a_directory_that_is_no_artifact_means_nothing_and_is_listed_with_its_fault(
+    tmp_path: Path, change: Callable[[Path], object], code: str
+) -> None:
+    assert _damaged_by(Registry(tmp_path / "registry"), change) == {"support": code}
+
+
+def test_only_who_may_change_what_is_nobodys_sees_what_is_damaged(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    _damaged_by(registry, lambda directory: (directory / "manifest.json").unlink())
+    assert len(registry.on_behalf_of(Principal.local("capo")).survey()[1]) == 1
+    assert registry.on_behalf_of(Principal("acme", "key_1", frozenset())).survey()[1] == []

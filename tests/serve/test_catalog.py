@@ -72,6 +72,20 @@ async def test_a_registry_that_cannot_be_read_makes_an_unknown_name_a_503_and_ke
         await catalog.resolve("unknown")
 
 
+async def test_what_is_damaged_is_found_again_when_it_was_mended_in_place(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    artifact = publish(registry, "support")
+    manifest = artifact.path / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(b"{}")
+    catalog = Catalog(registry, BASE, scan_seconds=0)
+    await catalog.refresh()
+    assert (list(catalog.snapshot.artifacts), list(catalog.snapshot.damaged)) == ([], [artifact.revision])
+    manifest.write_bytes(content)
+    await catalog.refresh()
+    assert (list(catalog.snapshot.artifacts), list(catalog.snapshot.damaged)) == ([artifact.revision], [])
+
+
 @given(
     digests=st.lists(st.text("ab", min_size=64, max_size=64), unique=True, max_size=12),
     prefix=st.text("ab", max_size=64),

@@ -237,7 +237,8 @@ async def test_adapters_are_listed_with_state_and_reason(tmp_path: Path) -> None
     good, bad = publish(registry, "good", alias="g"), publish(registry, "bad")
     engine.refuse.add(bad.revision)
     async with running_service(engine, tmp_path) as (client, _):
-        assert {a["state"] for a in (await client.get("/v1/adapters")).json()["data"]} == {"available"}
+        states = {a["name"]: a["state"] for a in (await client.get("/v1/adapters")).json()["data"]}
+        assert states["bad"] == "available"
         await ask(client, good.revision)
         refused = await ask(client, bad.revision)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "engine_refused")
@@ -310,9 +311,10 @@ async def test_responses_stream_an_error_event_and_no_completed_one_when_the_eng
 
 
 async def test_tokens_are_converted_under_any_model_name_and_no_other(tmp_path: Path) -> None:
-    artifact = publish(Registry(tmp_path), "support", alias="help")
+    ft = "ft:capo-tiny:capo:support:abcd1234"
+    artifact = publish(Registry(tmp_path), "support", fine_tuned_name=ft)
     async with running_service(FakeEngine(), tmp_path) as (client, service):
-        for model in (BASE, "help", artifact.revision):
+        for model in (BASE, ft, artifact.revision):
             tokens = (await client.post("/tokenize", json={"model": model, "prompt": "ab"})).json()["tokens"]
             back = await client.post("/detokenize", json={"model": model, "tokens": tokens})
             assert back.json()["prompt"] == "ab"

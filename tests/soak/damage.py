@@ -23,9 +23,9 @@ def kinds() -> list[Damage]:
     return [*_DAMAGES, *_config_damages(), *_file_damages()]
 
 
-def _damage(*codes: str) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+def _damage(*codes: str, is_artifact: bool = True) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     def register(apply: Callable[[Case], None]) -> Callable[[Case], None]:
-        _DAMAGES.append(Damage(apply.__name__.strip("_"), frozenset(codes), apply))
+        _DAMAGES.append(Damage(apply.__name__.strip("_"), frozenset(codes), apply, is_artifact))
         return apply
 
     return register
@@ -452,42 +452,42 @@ def _probes_without_end(case: Case) -> None:
     case.manifest["probes"] = [{"prompt_token_ids": [5], "completion_token_ids": [6]}] * 5_000
 
 
-@_damage()
+@_damage("name_mismatch", is_artifact=False)
 def _manifest_of_another_name(case: Case) -> None:
     case.manifest["name"] = "somebody-else"
 
 
-@_damage()
+@_damage("unsupported_schema_version", is_artifact=False)
 def _manifest_of_another_version(case: Case) -> None:
     case.manifest["schema_version"] = 99
 
 
-@_damage()
+@_damage("invalid_manifest", is_artifact=False)
 def _manifest_with_an_unknown_field(case: Case) -> None:
     case.manifest["trust_me"] = True
 
 
-@_damage()
+@_damage("invalid_manifest", is_artifact=False)
 def _manifest_that_leaves_the_directory(case: Case) -> None:
     case.manifest["files"] = {"../../../registry.json": {"size_bytes": 1, "sha256": "0" * 64}}
 
 
-@_damage()
+@_damage("invalid_manifest", is_artifact=False)
 def _folders_without_end(case: Case) -> None:
     case.files["/".join("abcdefghijkl")] = b"deep"
 
 
-@_damage()
+@_damage("digest_mismatch", is_artifact=False)
 def _manifest_changed_later(case: Case) -> None:
     case.after_naming.append(lambda directory: (directory / MANIFEST).write_bytes(b"{}"))
 
 
-@_damage()
+@_damage("no_manifest", is_artifact=False)
 def _no_manifest(case: Case) -> None:
     case.after_naming.append(lambda directory: (directory / MANIFEST).unlink())
 
 
-@_damage()
+@_damage("links_not_allowed", is_artifact=False)
 def _manifest_that_is_a_link(case: Case) -> None:
     def link(directory: Path) -> None:
         outside = directory.parents[1] / f"{directory.parent.name}.json"

@@ -55,14 +55,17 @@ class Case:
 class Damage:
     kind: str
     codes: frozenset[str]
-    """The refusals that fit it. Empty: it is no artifact at all, so the model does not exist."""
+    """The refusals that fit it."""
     apply: Callable[[Case], None]
+    is_artifact: bool = True
+    """False: it is no artifact at all. The model does not exist, and the list of adapters says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planted:
     kind: str
     codes: frozenset[str]
+    is_artifact: bool
     revision: str
 
 
@@ -91,7 +94,7 @@ def plant(root: Path, base: BaseModel, name: str, damage: Damage, random_of: ran
         change(directory.with_name(digest))
     # One rename shows the name and the artifact below it together.
     directory.parent.rename(root / "artifacts" / name)
-    return Planted(damage.kind, damage.codes, f"{name}@{digest[:16]}")
+    return Planted(damage.kind, damage.codes, damage.is_artifact, f"{name}@{digest[:16]}")
 
 
 def safetensors_bytes(tensors: dict[str, Tensor]) -> bytes:

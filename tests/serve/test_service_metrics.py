@@ -1,0 +1,89 @@
+"""What the service counts and measures about requests, against what was done to them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from registry import Registry, errors
+from serve.engine_api import Call, Endpoint
+from serve.service import Origin, ServingService
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.running import BASE, eventually, publish, running_service
+from tests.serve.test_http import ask
+
+
+class BrokenEngine(FakeEngine):
+    async def complete(self, call: Call) -> bytes:
+        raise RuntimeError("our bug")
+
+
+def outcomes(service: ServingService, label: str) -> dict[str, float]:
+    return {
+        sample.labels["outcome"]: sample.value
+        for metric in service.metrics.outcomes.collect()
+        for sample in metric.samples
+        if sample.labels["adapter"] == label and sample.value
+    }
+
+
+def waits(service: ServingService, label: str) -> tuple[float, float]:
+    """How many were observed, and the seconds of all of them together."""
+    samples = {s.name: s.value for m in service.metrics.adapter_wait.labels(label).collect() for s in m.samples}
+    return samples["capo_adapter_wait_seconds_count"], samples["capo_adapter_wait_seconds_sum"]
+
+
+async def test_a_bug_of_ours_is_counted_as_a_server_error(tmp_path: Path) -> None:
+    async with running_service(BrokenEngine(), tmp_path) as (client, service):
+        assert (await ask(client, BASE)).status_code == 500
+        assert outcomes(service, "base") == {"server_error": 1}
+
+
+async def test_a_client_that_leaves_is_counted_as_cancelled(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running_service(engine, tmp_path) as (_, service):
+        engine.answer_gate.clear()
+        request = asyncio.create_task(service.complete(Endpoint.CHAT, {"model": BASE}, Origin("http", "r")))
+        await eventually(lambda: engine.waiting == 1)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert outcomes(service, "base") == {"cancelled": 1}
+
+
+async def test_the_wait_for_an_adapters_slot_is_measured_and_that_of_the_base_is_not(tmp_path: Path) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
+    one, two = (publish(registry, name).revision for name in ("one", "two"))
+    async with running_service(engine, tmp_path) as (client, service):
+        engine.answer_gate.clear()
+        first = asyncio.create_task(ask(client, one))
+        await eventually(lambda: engine.waiting == 1)
+        second = asyncio.create_task(ask(client, two))
+        await asyncio.sleep(0.3)
+        engine.answer_gate.set()
+        assert [(await task).status_code for task in (first, second)] == [200, 200]
+        assert (await ask(client, BASE)).status_code == 200
+        (num_first, first_seconds), (num_second, second_seconds) = waits(service, "one"), waits(service, "two")
+        assert (num_first, num_second) == (1, 1)
+        assert second_seconds > 0.25
+        assert first_seconds < second_seconds
+        assert waits(service, "base") == (0, 0)
+
+
+async def test_a_wait_for_a_slot_that_was_in_vain_is_measured_too(tmp_path: Path) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
+    one, two = (publish(registry, name).revision for name in ("one", "two"))
+    async with running_service(engine, tmp_path) as (client, service):
+        service.pool._max_wait_seconds = 0.3
+        engine.answer_gate.clear()
+        first = asyncio.create_task(ask(client, one))
+        await eventually(lambda: engine.waiting == 1)
+        with pytest.raises(errors.UnavailableError) as refusal:
+            await service.complete(Endpoint.CHAT, {"model": two}, Origin("http", "r"))
+        assert refusal.value.code == "adapter_slots_busy"
+        num, seconds = waits(service, "two")
+        assert (num, seconds > 0.25) == (1, True)
+        engine.answer_gate.set()
+        assert (await first).status_code == 200
