@@ -113,7 +113,6 @@ def control_grpc_services(tuning: TuningApi) -> list[ServiceEntry]:
 
 
 def _file_storage(settings: Settings) -> FileStorage:
-    directory = files_dir(settings.data_dir)
-    if settings.max_file_bytes is None:
-        return FileStorage(directory)
-    return FileStorage(directory, max_file_bytes=settings.max_file_bytes)
+    return FileStorage(
+        files_dir(settings.data_dir), max_file_bytes=settings.max_file_bytes, max_file_rows=settings.max_file_rows
+    )

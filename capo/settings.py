@@ -26,6 +26,7 @@ from registry.names import check_name
 from serve import faces
 from serve.limits import Limits
 from tune.jobs.database_url import sqlite_url
+from tune.jobs.limits import MAX_FILE_BYTES, MAX_FILE_ROWS
 
 DEFAULT_DATA_DIR = Path("capo-data")
 _LIMITS = Limits()
@@ -202,8 +203,11 @@ class Settings(BaseSettings):
         le=faces.MAX_REQUEST_BYTES,
         description="Of a JSON body or a gRPC message; then 413. Uploads have a limit of their own.",
     )
-    max_file_bytes: int | None = Field(
-        default=None, ge=1024, description="Of an uploaded file; then 413. Not set: OpenAI's 512 MiB."
+    max_file_bytes: int = Field(
+        default=MAX_FILE_BYTES, ge=1024, le=MAX_FILE_BYTES, description="Of an uploaded file; then 413."
+    )
+    max_file_rows: int = Field(
+        default=MAX_FILE_ROWS, ge=10, le=MAX_FILE_ROWS, description="Of a training file; then 413."
     )
     pin: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),

@@ -145,8 +145,13 @@ def _read(path: Path, parse: Callable[[bytes, int], Row]) -> Iterator[Row]:
         raise no_rows()
 
 
-def check_rows(path: Path, parse: Callable[[bytes, int], object], limit_errors: int) -> FileReport:
-    """Read the whole file with ``parse``, one row on each line, and report the first ``limit_errors`` faults."""
+def check_rows(
+    path: Path, parse: Callable[[bytes, int], object], limit_errors: int, *, max_rows: int | None = None
+) -> FileReport:
+    """Read the whole file with ``parse``, one row on each line, and report the first ``limit_errors`` faults.
+
+    The first good row beyond ``max_rows`` is the last that is read.
+    """
     rows = 0
     errors: list[RowError] = []
     with open_file(path) as file:
@@ -156,6 +161,8 @@ def check_rows(path: Path, parse: Callable[[bytes, int], object], limit_errors: 
                     raise raw
                 parse(raw, line)
                 rows += 1
+                if max_rows is not None and rows > max_rows:
+                    break
             except InvalidDataError as error:
                 errors.append(RowError(line, error.message))
                 if len(errors) >= limit_errors:

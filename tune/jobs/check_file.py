@@ -1,4 +1,4 @@
-"""Checking a large training file in a process of its own: ``python -m tune.jobs.check_file PATH``.
+"""Checking a large training file in a process of its own: ``python -m tune.jobs.check_file PATH ROWS``.
 
 The check is pure Python. In a thread it would hold the interpreter's lock for up to minutes, in turns of 5 ms
 (``sys.getswitchinterval``), and every token that this process streams would wait for its turn.
@@ -36,8 +36,8 @@ def row_format(path: Path) -> RowFormat:
     return "chat"
 
 
-def check_training_file(path: Path) -> FileReport:
-    """Check every row against the first one's format and report the first ten faults.
+def check_training_file(path: Path, *, max_rows: int) -> FileReport:
+    """Check every row against the first one's format and report the first ten faults; ends at the first row too many.
 
     Blocks, without keeping the interpreter busy.
 
@@ -45,8 +45,8 @@ def check_training_file(path: Path) -> FileReport:
         UnavailableError: the checking process was lost (killed, or no memory for it).
     """
     if path.stat().st_size <= IN_PLACE_BYTES:
-        return _check(path)
-    command = [sys.executable, "-m", "tune.jobs.check_file", str(path)]
+        return _check(path, max_rows)
+    command = [sys.executable, "-m", "tune.jobs.check_file", str(path), str(max_rows)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode != 0:
         raise UnavailableError(
@@ -57,16 +57,20 @@ def check_training_file(path: Path) -> FileReport:
     return FileReport(rows=report["rows"], errors=tuple(RowError(**error) for error in report["errors"]))
 
 
-def _check(path: Path) -> FileReport:
+def _check(path: Path, max_rows: int) -> FileReport:
     form = row_format(path)
     if form == "chat":
-        return check_rows(path, parse_chat_row, REPORTED_ERRORS)
-    return check_rows(path, lambda raw, line: parse_object(decode_object(raw, line), line, form), REPORTED_ERRORS)
+        return check_rows(path, parse_chat_row, REPORTED_ERRORS, max_rows=max_rows)
+
+    def parse(raw: bytes, line: int) -> object:
+        return parse_object(decode_object(raw, line), line, form)
+
+    return check_rows(path, parse, REPORTED_ERRORS, max_rows=max_rows)
 
 
 def main() -> None:
     os.nice(5)  # serving comes first
-    report = _check(Path(sys.argv[1]))
+    report = _check(Path(sys.argv[1]), int(sys.argv[2]))
     json.dump(asdict(report), sys.stdout)
 
 

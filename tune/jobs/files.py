@@ -21,15 +21,13 @@ from registry.errors import InvalidDataError, InvalidRequestError, StorageError,
 from tune.jobs.check_file import check_training_file, row_format
 from tune.jobs.file_store import FileStore, Order
 from tune.jobs.idempotency import Idempotency
+from tune.jobs.limits import MAX_FILE_BYTES as MAX_FILE_BYTES
+from tune.jobs.limits import MAX_FILE_ROWS
+from tune.jobs.limits import MAX_PART_BYTES as MAX_PART_BYTES
+from tune.jobs.limits import MAX_UPLOAD_BYTES as MAX_UPLOAD_BYTES
 from tune.jobs.records import FileRecord, Page
 from tune.jobs.rows import new_id
 
-MAX_FILE_BYTES = 512 * 1024 * 1024
-"""OpenAI's limit for one file (openai/resources/files.py, ``create``)."""
-MAX_UPLOAD_BYTES = 8 * 1024 * 1024 * 1024
-"""OpenAI's limit for a file that comes in parts (openai/resources/uploads/uploads.py, ``create``)."""
-MAX_PART_BYTES = 64 * 1024 * 1024
-"""OpenAI's limit for one of them (openai/resources/uploads/parts.py, ``create``)."""
 MAX_FILENAME_CHARACTERS = 255
 _STALE_SECONDS = 3600.0
 
@@ -42,10 +40,12 @@ class FileStorage:
         directory: Path,
         *,
         max_file_bytes: int = MAX_FILE_BYTES,
+        max_file_rows: int = MAX_FILE_ROWS,
         max_part_bytes: int = MAX_PART_BYTES,
         max_upload_bytes: int = MAX_UPLOAD_BYTES,
     ) -> None:
         self.max_file_bytes = max_file_bytes
+        self.max_file_rows = max_file_rows
         self.max_part_bytes = max_part_bytes
         self.max_upload_bytes = max_upload_bytes
         self._directory = directory
@@ -197,6 +197,7 @@ class FileService:
         Raises:
             InvalidRequestError: a purpose or a name that cannot be.
             InvalidDataError: a row is wrong; ``line`` is the first one's, the message lists up to ten.
+            TooLargeError: there are too many rows.
             ConflictError: the key made another file.
             StorageError: the disk refused.
         """
@@ -225,7 +226,7 @@ class FileService:
         tenant = self._store.tenant
         assert tenant is not None, "this is everybody's view of the files, and whose is this one?"
         upload.flush()
-        rows = _checked_rows(upload.path)
+        rows = _checked_rows(upload.path, self.storage.max_file_rows)
         created_at = int(time.time())
         return FileRecord(
             id=new_id("file-"),
@@ -271,8 +272,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked_rows(path: Path) -> int:
-    report = check_training_file(path)
+def _checked_rows(path: Path, max_rows: int) -> int:
+    report = check_training_file(path, max_rows=max_rows)
+    if report.rows > max_rows:
+        raise TooLargeError(
+            f"the file has more than {max_rows:,} rows, which are the most that are taken; leave some out, or split the "
+            "file and train on its parts in several stages (capo.stages)",
+            code="too_many_rows",
+            param="file",
+        )
     if not report.errors:
         return report.rows
     first = report.errors[0]

@@ -116,6 +116,7 @@ def open_place(
     directory: Path,
     *,
     max_file_bytes: int = 1024 * 1024,
+    max_file_rows: int = 100_000,
     max_part_bytes: int = 1024 * 1024,
     max_upload_bytes: int = 4 * 1024 * 1024,
     database_url: str | None = None,
@@ -132,6 +133,7 @@ def open_place(
     storage = FileStorage(
         files_dir(directory / "data"),
         max_file_bytes=max_file_bytes,
+        max_file_rows=max_file_rows,
         max_part_bytes=max_part_bytes,
         max_upload_bytes=max_upload_bytes,
     )

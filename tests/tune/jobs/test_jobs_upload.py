@@ -109,10 +109,11 @@ def test_a_large_file_is_checked_as_strictly_as_a_small_one(tmp_path: Path) -> N
     large = tmp_path / "large.jsonl"
     rows = IN_PLACE_BYTES // len(chat_rows(1)) + 1000
     large.write_bytes(chat_rows(1) * rows)
-    assert check_training_file(large) == check_chat_file(large) == FileReport(rows, ())
+    assert check_training_file(large, max_rows=rows) == check_chat_file(large) == FileReport(rows, ())
+    assert check_training_file(large, max_rows=3).rows == 4, "one too many, and no further"
     with large.open("ab") as file:
         file.write(b"hello\n" * 30)
-    report = check_training_file(large)
+    report = check_training_file(large, max_rows=rows)
     assert report == check_chat_file(large)
     assert [error.line for error in report.errors] == list(range(rows + 1, rows + 11))
 
@@ -173,6 +174,19 @@ class TestTheSizeLimit:
         small.database.close()
         assert sent < 100 * self.LIMIT
         assert not answer or b" 413 " in answer.split(b"\r\n")[0]
+
+
+def test_a_row_too_many_is_refused_and_the_most_are_not(tmp_path: Path) -> None:
+    place = open_place(tmp_path / "few", max_file_rows=20)
+    with serve(place) as url:
+        assert post(url, part("file", chat_rows(20), "a") + PURPOSE + END).status_code == 200
+        response = post(url, part("file", chat_rows(21), "a") + PURPOSE + END)
+    place.database.close()
+    assert response.status_code == 413
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("too_many_rows", "file")
+    assert "more than 20 rows" in error["message"]
+    assert len(place.stored_files()) == 1
 
 
 def test_a_cut_off_upload_leaves_nothing(url: str, place: Place) -> None:

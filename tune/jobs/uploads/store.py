@@ -11,8 +11,8 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from registry.errors import ConflictError, InvalidRequestError, NotFoundError, RateLimitedError
 from registry.names import shown
 from tune.jobs.database import Database
-from tune.jobs.files import MAX_PART_BYTES, MAX_UPLOAD_BYTES
 from tune.jobs.idempotency import Idempotency, find_made, make_once
+from tune.jobs.limits import MAX_PART_BYTES, MAX_UPLOAD_BYTES
 from tune.jobs.records import FileRecord
 from tune.jobs.rows import new_id, owned
 from tune.jobs.schema import files, upload_parts, uploads
