@@ -276,7 +276,7 @@ def _checked_rows(path: Path, max_rows: int) -> int:
     report = check_training_file(path, max_rows=max_rows)
     if report.rows > max_rows:
         raise TooLargeError(
-            f"the file has more than {max_rows:,} rows, which are the most that are taken; leave some out, or split the "
+            f"the file has more than {max_rows:,} rows, the most that are taken; leave some out, or split the "
             "file and train on its parts in several stages (capo.stages)",
             code="too_many_rows",
             param="file",
