@@ -1,5 +1,7 @@
 """Run an engine, poison it with a NaN adapter, and print what later requests get. Used by test_engine_repairs.py.
 
+Before it is poisoned, adapters come and go in it (engine_ids.py): an engine of its own for that would cost its start.
+
 python tests/serve/nan_recovery.py FOLDER {repaired,stock}
 """
 
@@ -43,8 +45,10 @@ def main() -> None:
     from registry import locate_base_model
     from serve.engine import VllmEngine
     from serve.engine_api import Call, Endpoint, EngineAdapter
+    from tests.serve.engine_ids import compare
 
-    base_path = locate_base_model("capo-tiny").path
+    base = locate_base_model("capo-tiny")
+    base_path = base.path
     if not (folder / "nan").exists():
         make_adapters(folder, base_path)
 
@@ -59,6 +63,7 @@ def main() -> None:
             call = Call(Endpoint.COMPLETION, body, adapter, "x", "request")
             return json.loads(await engine.complete(call))["choices"][0]["text"]
 
+        ids = await compare(engine, base, folder)
         prompts = [f"{number} In the village there is a" for number in range(24)]
         before = [await ask(None, prompt) for prompt in prompts]
         nan = EngineAdapter("nan@0", 1, folder / "nan")
@@ -66,7 +71,7 @@ def main() -> None:
         await asyncio.gather(*(ask(nan, prompt) for prompt in prompts))
         await engine.unload_adapter(nan)
         after = [await ask(None, prompt) for prompt in prompts]
-        print(json.dumps({"before": before, "after": after}))
+        print(json.dumps({"before": before, "after": after, "ids": ids}))
         await engine.stop(2)
 
     asyncio.run(run())
