@@ -111,7 +111,8 @@ def follow(job_id: JobId, url: Url = DEFAULT_URL) -> None:
                 seen = event["id"]
                 if event["type"] == "metrics":
                     data = event["data"]
-                    text = f"{_state(job)}, loss {data['train_loss']:.4f}" if data["train_loss"] else _state(job)
+                    loss = data["train_loss"]
+                    text = _state(job) if loss is None else f"{_state(job)}, loss {loss:.4f}"
                     progress.update(bar, description=text, completed=data["step"], total=data["total_steps"])
                 else:
                     _print_event(event)

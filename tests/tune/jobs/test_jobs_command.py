@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +54,62 @@ def test_a_job_is_created_followed_to_its_end_and_its_log_read(url: str, place: 
     assert [line.split(maxsplit=2)[2] for line in log] == [
         event.message for event in place.store.events_since(job.id, 0)
     ]
+
+
+def test_in_a_terminal_a_followed_job_has_a_bar_that_moves_with_loss_and_time_left(
+    url: str, place: Place, rows: str
+) -> None:
+    job_id = capo_jobs(url, "create", rows, "--model", BASE).output.strip()
+    with worker(place, standins.takes_long, stop_grace_seconds=8.0), followed_in_a_terminal(url, job_id) as terminal:
+        first = terminal.wait_for(bar_at(r"\d+"))
+        later = terminal.wait_for(bar_at(rf"(?!{first[2]}/)\d+"))
+        assert int(later[2]) > int(first[2])
+        assert float(later[1]) < float(first[1]), "the loss is that of the newest step"
+        place.store.cancel(job_id)
+        assert terminal.wait_for(r"(cancelled) ")
+        assert terminal.exit_code() == 1
+
+
+def bar_at(step: str) -> str:
+    """One drawing of the bar: loss, step and time left are its groups."""
+    return rf"running, loss (\d\.\d{{4}}) [^\r\n]*━+[^\r\n]* ({step})/1000000 (\d+:\d\d:\d\d)"
+
+
+class Terminal:
+    """The screen of a process on a pseudo terminal; what was waited for is not looked at again."""
+
+    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+        self._process = process
+        self._descriptor = descriptor
+        self._text = ""
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        deadline = time.monotonic() + 30
+        while not (found := re.search(pattern, self._text)):
+            assert time.monotonic() < deadline, self._text[-2000:]
+            if select.select([self._descriptor], [], [], 0.1)[0]:
+                colours = r"\x1b\[[0-9;?]*[A-Za-z]"
+                self._text += re.sub(colours, "", os.read(self._descriptor, 65_536).decode(errors="replace"))
+        self._text = self._text[found.end() :]
+        return found
+
+    def exit_code(self) -> int:
+        return self._process.wait(10)
+
+
+@contextmanager
+def followed_in_a_terminal(url: str, job_id: str) -> Iterator[Terminal]:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "capo", "jobs", "follow", job_id, "--url", url]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    try:
+        yield Terminal(process, ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
 def test_a_job_is_listed_shown_paused_resumed_and_cancelled(url: str, rows: str) -> None:
