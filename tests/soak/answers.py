@@ -124,6 +124,12 @@ class Question:
         reference = self.references.get(answer.model)
         return reference is not None and answer.is_whole and tuple(answer.token_ids) == reference[:max_tokens]
 
+    def is_begun_by(self, answer: Answer) -> bool:
+        """The same of an answer that goes on beyond the reference."""
+        reference = self.references.get(answer.model)
+        beginning = () if reference is None else answer.token_ids[: len(reference)]
+        return answer.is_whole and tuple(beginning) == reference
+
 
 PROMPTS = tuple(
     f"{opening} {subject}?"
@@ -138,7 +144,7 @@ async def ask_questions(
     """Find ``wanted`` questions for these models. The first ``least_tokens`` of their answers differ pairwise."""
     questions: list[Question] = []
     for prompt in PROMPTS:
-        answers = {model: await _reference(session, url, model, prompt, most_tokens) for model in models}
+        answers = {model: await reference(session, url, model, prompt, most_tokens) for model in models}
         num_tokens = min(sure for _, sure in answers.values())
         heads = {tokens[:least_tokens] for tokens, _ in answers.values()}
         if num_tokens >= least_tokens and len(heads) == len(models):
@@ -149,7 +155,7 @@ async def ask_questions(
     raise AssertionError(f"only {len(questions)} of {wanted} prompts tell {len(models)} models apart")
 
 
-async def _reference(
+async def reference(
     session: aiohttp.ClientSession, url: str, model: str, prompt: str, max_tokens: int
 ) -> tuple[tuple[int, ...], int]:
     """The greedy answer, and how many of its tokens come before the first near tie (all ``max_tokens`` if it ends)."""
