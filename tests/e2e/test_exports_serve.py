@@ -1,9 +1,11 @@
-"""A GPTQ copy of a base, made and verified by Capo, serves in the real engine and takes the base's adapters."""
+"""Exports, made and verified by Capo, serve in the real engine: a GPTQ copy of a base, which takes the base's adapters;
+an adapter merged into its base; an adapter extracted from that again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from registry import Artifact, Registry
 from registry.errors import InvalidArtifactError
 from tests.e2e.service import Service, running
+from tests.e2e.trained import SFT, Trained, assert_answers_are_the_trainers, train
 
 pytestmark = [pytest.mark.engine, pytest.mark.training, pytest.mark.timeout(300)]
 
@@ -31,22 +34,60 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def trained(service: Service) -> Trained:
+    """An adapter in the registry of the session's service, whose base is not quantised."""
+    return train("briefly", {"kind": "lora"}, [SFT | {"max_steps": 25}], service.data_dir)
+
+
+@pytest.fixture(scope="module")
+def merged(service: Service, trained: Trained) -> Artifact:
+    from tune.exports.session import export, locate_source, rows_for
+    from tune.exports.settings import MergeExport
+
+    source = locate_source(trained.artifact.revision, service.registry)
+    rows = rows_for(source, data=EXAMPLES / "support" / "held_out.jsonl", directories=[], max_rows=20)
+    return export(source, MergeExport(name="tiny-merged"), rows, registry=service.registry)
+
+
+@pytest.fixture(scope="module")
+def served(service: Service, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from tune.exports.session import export, locate_source, rows_for
     from tune.exports.settings import GptqExport
-    from tune.recipe_file import parse_recipe
-    from tune.session import run
 
-    data_dir = tmp_path_factory.mktemp("quantized")
-    registry = Registry(data_dir / "registry")
-    stage = {"kind": "sft", "data": [{"path": "support/train.jsonl"}], "max_steps": 25, "learning_rate": 3e-3}
-    recipe = parse_recipe({"name": "briefly", "base_model": "capo-tiny", "stages": [stage]})
-    adapter = run(recipe, registry=registry, work_dir=data_dir / "work", recipe_dir=EXAMPLES).artifact
+    registry, adapter = service.registry, trained.artifact
     source = locate_source("capo-tiny", registry)
     rows = rows_for(source, data=EXAMPLES / "support" / "train.jsonl", directories=[], max_rows=40, calibration_rows=32)
     quantized = export(source, GptqExport(name="tiny-gptq"), rows, registry=registry)
-    with running(data_dir, "--model", quantized.revision, "--workers", "0") as service:
-        yield Served(service, registry, quantized, adapter)
+    with serving(quantized, registry, tmp_path_factory.mktemp("quantized")) as over_quantized:
+        yield Served(over_quantized, registry, quantized, adapter)
+
+
+def serving(model: Artifact, registry: Registry, data_dir: Path) -> AbstractContextManager[Service]:
+    """A service of its own that has ``model`` as its base, on the same registry."""
+    return running(data_dir, "--model", model.revision, "--registry", str(registry.root), "--workers", "0")
+
+
+def test_a_merged_adapter_serves_as_a_base_and_answers_what_the_trainer_answered(
+    service: Service, trained: Trained, merged: Artifact, tmp_path: Path
+) -> None:
+    with serving(merged, service.registry, tmp_path) as over_merged:
+        assert_answers_are_the_trainers(over_merged.client, trained, model=merged.revision)
+
+
+def test_an_extracted_adapter_serves_hot_and_answers_what_the_trainer_answered(
+    service: Service, trained: Trained, merged: Artifact
+) -> None:
+    """Hot: it is published while the service runs."""
+    from tune.exports.session import export, locate_source, rows_for
+    from tune.exports.settings import LoraExport
+
+    source = locate_source(merged.revision, service.registry)
+    rows = rows_for(source, data=EXAMPLES / "support" / "held_out.jsonl", directories=[], max_rows=20)
+    extracted = export(source, LoraExport(name="tiny-extracted"), rows, registry=service.registry)
+    assert extracted.manifest.kind == "lora"
+    assert_answers_are_the_trainers(service.client, trained, model=extracted.revision)
+    with pytest.raises(AssertionError):  # the base answers otherwise, so it is the adapter that was heard
+        assert_answers_are_the_trainers(service.client, trained, model="capo-tiny")
 
 
 def prompts() -> list[list[dict[str, Any]]]:

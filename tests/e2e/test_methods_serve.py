@@ -1,34 +1,23 @@
 """What every training method publishes serves, and answers what the trainer answered.
 
-The trainer itself writes down its greedy tokens where it publishes, and ends each answer before its first near tie
-(``tune.probes``). 25 prompts for each of a few methods; 100 for all of them with CAPO_LONG=1.
+25 prompts for each of a few methods; 100 for all of them with CAPO_LONG=1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import openai
 import pytest
 
-from registry import Artifact, Registry
-from registry.manifest import Probe
 from tests.e2e.service import running
-from tests.sizes import LONG, size
-from tune import publication
-from tune.probes import make_probes
-from tune.recipe_file import parse_recipe
-from tune.session import run
+from tests.e2e.trained import SFT, Trained, assert_answers_are_the_trainers, train
+from tests.sizes import LONG
 
 pytestmark = [pytest.mark.engine, pytest.mark.training]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NUM_PROBES = size(25, 100)
-SFT = {"kind": "sft", "data": [{"path": "tasks/support/train.jsonl"}], "max_steps": 12, "learning_rate": 3e-3}
 SLOW_SFT = SFT | {"learning_rate": 3e-4}
 TEXT = {"kind": "cpt", "data": [{"path": "modes/corpus.jsonl"}], "max_steps": 3, "max_length": 256}
 DPO = {"kind": "dpo", "data": [{"path": "modes/preferences.jsonl"}], "max_steps": 6, "learning_rate": 1e-3}
@@ -54,50 +43,6 @@ if LONG:
         "full": ({"kind": "full"}, [SLOW_SFT]),
         "freeze": ({"kind": "freeze", "last_layers": 2}, [SLOW_SFT]),
     }
-
-
-@dataclass(frozen=True)
-class Trained:
-    artifact: Artifact
-    answers: list[Probe]
-    """Of the model as the trainer holds it when it publishes."""
-
-
-def train(name: str, method: dict[str, Any], stages: list[dict[str, Any]], data_dir: Path) -> Trained:
-    answers: list[Probe] = []
-
-    def many_probes(*given: Any) -> list[Probe]:
-        answers.extend(make_probes(*given, number=NUM_PROBES))
-        return answers[:4]
-
-    batch = {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
-    recipe = {"name": name, "base_model": "capo-tiny", "method": method, "stages": [stage | batch for stage in stages]}
-    with patch.object(publication, "make_probes", many_probes):
-        result = run(
-            parse_recipe(recipe),
-            registry=Registry(data_dir / "registry"),
-            work_dir=data_dir / "runs" / name,
-            recipe_dir=EXAMPLES,
-        )
-    return Trained(result.artifact, answers)
-
-
-def assert_answers_are_the_trainers(client: openai.OpenAI, trained: Trained) -> None:
-    probes = trained.answers
-    assert len(probes) == NUM_PROBES
-    assert sum(len(probe.completion_token_ids) for probe in probes) > 2 * NUM_PROBES
-    assert len({tuple(probe.completion_token_ids) for probe in probes}) > 1
-    for probe in probes:
-        expected = probe.completion_token_ids
-        reply = client.completions.create(
-            model=trained.artifact.revision,
-            prompt=probe.prompt_token_ids,
-            max_tokens=len(expected),
-            temperature=0,
-            extra_body={"return_token_ids": True},
-        )
-        assert reply.choices[0].model_extra is not None
-        assert reply.choices[0].model_extra["token_ids"] == expected, probe.prompt_token_ids
 
 
 @pytest.fixture(scope="module")
