@@ -92,7 +92,7 @@ def _tool_choices(model_path: Path, user_arguments: list[str]) -> list[Choice]:
 
 # Arguments of vLLM's own server that have no meaning behind Capo's; accepted, they would be ignored or do harm.
 _FRONT_END_ARGUMENTS = {
-    "--api-key": "Capo does not take keys yet and listens on loopback",
+    "--api-key": "Capo has keys of its own; make them with capo keys create",
     "--host": "use capo serve --host",
     "--port": "use capo serve --port",
     "--model": "use capo serve --model",
@@ -118,7 +118,7 @@ def refuse_front_end_arguments(arguments: list[str]) -> None:
         name = argument.partition("=")[0].replace("_", "-")
         reason = _FRONT_END_ARGUMENTS.get(name)
         if name.startswith("--ssl-"):
-            reason = "TLS is not offered yet; put a proxy in front"
+            reason = "Capo speaks TLS itself; set CAPO_TLS_CERTIFICATE and CAPO_TLS_KEY (CAPO_TLS_CLIENT_CA for clients' certificates)"
         if reason is not None:
             raise errors.InvalidRequestError(f"{name} cannot be given here: {reason}.", code="invalid_engine_arguments")
     if arguments and not arguments[0].startswith("-"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from capo.settings import Settings
 from registry import errors
 from serve.engine_arguments import choose, max_lora_rank
 
@@ -55,6 +56,20 @@ def test_an_argument_that_would_be_ignored_or_do_harm_is_refused(model: Path, ar
         chosen(model, *arguments)
     assert caught.value.code == "invalid_engine_arguments"
     assert arguments[0].partition("=")[0].replace("_", "-") in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [("--api-key", ["capo keys create"]), ("--ssl-keyfile", ["CAPO_TLS_CERTIFICATE", "CAPO_TLS_KEY"])],
+)
+def test_an_argument_for_what_capo_does_itself_is_refused_with_capos_own_way(
+    model: Path, argument: str, instead: list[str]
+) -> None:
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        chosen(model, argument, "x")
+    assert all(word in caught.value.message for word in instead)
+    names = {f"CAPO_{name}".upper() for name in Settings.model_fields}
+    assert [word for word in instead if word.startswith("CAPO_") and word not in names] == []
 
 
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser")
