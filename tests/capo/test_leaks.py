@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
+from capo.access_rules import RULES
 from capo.keys.secret import new_secret
 from capo.logs import JsonLines, TextLines
 from capo_proto.v1 import inference_pb2
@@ -21,6 +22,7 @@ from serve.engine_api import Call, Piece
 from tests.capo.guarded import Guarded, bearer, guarded
 from tests.capo.log_capture import logged
 from tests.serve.running import BASE
+from tests.soak.canary_pushes import PUSHES, TAKES_NO_TEXT, operations_with_text
 
 INSIDES = "/root/models/secret-adapter at 0x7f3a9c0b1d20, password=hunter2"
 EXCEPTIONS: list[Callable[[], Exception]] = [
@@ -214,3 +216,9 @@ async def life_with_crashes(directory: Path) -> tuple[dict[str, str], set[str]]:
     for secret in (good, narrow, revoked, strange):
         canaries |= {secret.text, secret.text.split("_", 2)[2]}
     return places, canaries
+
+
+def test_the_canary_is_pushed_through_every_operation_that_takes_text() -> None:
+    """In the long proofs (tests/soak/test_canary.py); a new operation is pushed there, or named as one without text."""
+    assert set(PUSHES) == operations_with_text()
+    assert set(TAKES_NO_TEXT) <= set(RULES)

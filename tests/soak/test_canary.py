@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ import grpc
 import httpx
 import openai
 import psutil
+import pytest
 
 from capo.client import CapoClient, CapoClientError, Message
 from capo.keys.records import NewKey
@@ -21,16 +21,10 @@ from registry import EMBEDDED_MODEL_ID
 from registry.principal import Scope
 from tests.capo.otlp import Collector, collector
 from tests.e2e.service import Service, running
+from tests.soak.canary_pushes import ASKED, PROMPT, PUSHES, Pushing, operations_with_text, rows
 from tune.jobs.database import Database, sqlite_url
 
-PROMPT = "canaryprompt7f3a"
-ASKED: list[dict[str, str]] = [{"role": "user", "content": f"Repeat: {PROMPT}"}]
 ENDED = ("succeeded", "failed", "cancelled")
-
-
-def rows() -> bytes:
-    chats = [[*ASKED, {"role": "assistant", "content": f"{PROMPT} {number}"}] for number in range(12)]
-    return b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats)
 
 
 def ready(service: Service) -> bool:
@@ -74,17 +68,33 @@ def trained(client: openai.OpenAI, file: str, **extension: object) -> tuple[str,
     return job.status, job.model_dump_json() + "".join(events)
 
 
-def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(tmp_path: Path) -> None:
+def pushed_everywhere(service: Service, key: str) -> list[str]:
+    """Every operation that takes text got the canary. What the refusals among them said."""
+    assert set(PUSHES) == operations_with_text()
+    shown = {"Authorization": f"Bearer {key}"}
+    with (
+        httpx.Client(base_url=service.url, headers=shown, timeout=120, trust_env=False) as http,
+        grpc.insecure_channel(service.grpc_address) as channel,
+    ):
+        pushing = Pushing(http, channel, key)
+        for push in PUSHES.values():
+            push(pushing)
+    return pushing.said
+
+
+def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     database = Database(sqlite_url(data_dir / "jobs.sqlite"))
     secret = KeyStore(database).create(NewKey("acme", frozenset(Scope)))
     database.close()
     said: list[str] = []
-    with (
-        collector() as traces,
-        running(data_dir, "--log-level", "debug", "--otlp-endpoint", traces.endpoint) as service,
-    ):
+    with contextlib.ExitStack() as ends:
+        traces = ends.enter_context(collector())
+        monkeypatch.setenv("CAPO_OTLP_ENDPOINT", traces.endpoint)
+        service = ends.enter_context(running(data_dir, "--log-level", "debug"))
         client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=secret.text, max_retries=0, timeout=120)
         chat = client.chat.completions
         with client, CapoClient(service.grpc_address, api_key=secret.text) as grpc_client:
@@ -93,6 +103,7 @@ def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(tmp
                 for _chunk in chat.create(model=EMBEDDED_MODEL_ID, messages=ASKED, max_tokens=8, stream=True):  # type: ignore[call-overload]
                     pass
                 grpc_client.chat(EMBEDDED_MODEL_ID, [Message("user", PROMPT)])
+            said += pushed_everywhere(service, secret.text)
             said.append(refused(lambda: chat.create(model="nobodys", messages=ASKED)))  # type: ignore[arg-type]
             said.append(refused(lambda: chat.create(model=EMBEDDED_MODEL_ID, messages=ASKED, n=1000)))  # type: ignore[arg-type]
             said.append(
