@@ -172,9 +172,13 @@ class Settings(BaseSettings):
     adapter_wait_seconds: float = Field(
         default=30.0, gt=0, description="How long a request waits for an adapter slot before 503."
     )
-    max_in_flight: int = Field(default=_LIMITS.max_in_flight, ge=1, description="Requests at once; beyond it 503.")
+    max_in_flight: int = Field(
+        default=_LIMITS.max_in_flight, ge=1, description="Requests at once, running and waiting ones; beyond it 503."
+    )
     max_in_flight_per_model: int = Field(
-        default=_LIMITS.max_in_flight_per_model, ge=1, description="The same for one revision or the base; then 429."
+        default=_LIMITS.max_in_flight_per_model,
+        ge=1,
+        description="The same for one revision or the base, running and waiting ones in one number; beyond it 429.",
     )
     engine_stall_seconds: float = Field(
         default=_LIMITS.engine_stall_seconds, gt=0, description="Without a finished step the engine counts as hanging."

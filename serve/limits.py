@@ -16,7 +16,8 @@ class Limits:
     max_in_flight: int = 1024
     """Requests at once, waiting ones included; beyond it 503. Four times what vLLM runs at once."""
     max_in_flight_per_model: int = 256
-    """The same for one revision or the base; beyond it 429, so that one cannot take everything."""
+    """The same for one revision or the base: those in the engine and those that wait for it or for an adapter slot, in
+    one number. Beyond it 429, so that one cannot take everything."""
     engine_stall_seconds: float = 30.0
     """An engine that finishes no step for so long with work in it is ended and started again. Above the longest step:
     a large model's prefill on a CPU may take seconds."""
