@@ -1,7 +1,8 @@
 """A small API server of Kubernetes on a real TLS socket: Jobs and pods of one namespace, with the answers, codes and
 Status objects that https://kubernetes.io/docs/reference/using-api/api-concepts/ describes.
 
-It runs nothing. A test says what became of a pod (:meth:`ApiServer.pod_waits`, :meth:`ApiServer.pod_ended`).
+It runs nothing: a test says what became of a pod (:meth:`ApiServer.pod_waits`, :meth:`ApiServer.pod_ended`), or runs
+it (:func:`tests.tune.jobs.launchers.kubelet.run_pod`).
 """
 
 from __future__ import annotations
