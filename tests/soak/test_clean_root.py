@@ -167,7 +167,7 @@ def run_read_only(build: Build, target: str, conversation: str, start: list[str]
     script = f"""
     set -e
     mount --bind {root} {root} && mount -o remount,ro,bind {root}
-    mount -t proc proc {root}/proc
+    mount -t proc proc {root}/proc && mount --bind /sys {root}/sys && mount -o remount,ro,bind {root}/sys
     mount -t tmpfs tmpfs {root}/tmp && mount -t tmpfs tmpfs {root}/data && mount -t tmpfs tmpfs {root}/cache
     mount -t tmpfs tmpfs {root}/dev && mknod -m 666 {root}/dev/null c 1 3 && mknod -m 666 {root}/dev/urandom c 1 9
     mkdir -m 1777 {root}/dev/shm && chown 10001:10001 {root}/data {root}/cache
