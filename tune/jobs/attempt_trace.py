@@ -43,7 +43,7 @@ class AttemptTrace:
             span.set_attribute("capo.stage", metrics.stage)
             span.set_attribute("capo.step", metrics.step)
             span.set_attribute("capo.total_steps", metrics.total_steps)
-            span.set_attribute("capo.trained_tokens", metrics.trained_tokens)
+            span.set_attribute("capo.trained_tokens", metrics.processed_tokens)  # as the job's own figure
         if metrics.run_step == metrics.run_total_steps:
             self.turn_to("fine_tuning.publish")
 
