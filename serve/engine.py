@@ -21,6 +21,7 @@ from typing import Any
 import pydantic
 import torch
 from starlette.datastructures import State
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -48,6 +49,7 @@ from registry import errors
 from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, refused, wire_error
+from serve.model_abilities import Messages, ModelAbilities, ToolParser
 from serve.observed_llm import ObservedLLM, current_call
 
 logger = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ class VllmEngine(Engine):
         self._llm: ObservedLLM | None = None
         self._state = State()
         self._limits: EngineLimits | None = None
+        self._abilities: ModelAbilities
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -135,6 +138,7 @@ class VllmEngine(Engine):
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
         )
+        self._abilities = _abilities_of(llm, state, self._args.tool_call_parser)
         # Last and together: until here nobody can load into or ask a half-built engine.
         self._state, self._llm = state, llm
         # vLLM does both in its engine process only. Its variables are otherwise looked up anew for every token, a
@@ -357,7 +361,7 @@ class VllmEngine(Engine):
     async def _request(self, call: Call) -> Any:
         """The body as vLLM's request model, naming the adapter as the engine knows it; the engine is alive."""
         trials = self._live().trials
-        self._refuse_what_the_model_lacks(call.body)
+        self._abilities.check(call.body)
         model = call.adapter.name if call.adapter is not None else self._base_model
         options = {"store": False} if call.endpoint is Endpoint.RESPONSES else {}
         try:
@@ -369,31 +373,6 @@ class VllmEngine(Engine):
             # vLLM's validators look into the body before its form has been checked.
             logger.warning("vLLM's request model failed on a body", exc_info=error)
             raise errors.InvalidRequestError("The body has a form that cannot be read.") from error
-
-    def _refuse_what_the_model_lacks(self, body: Mapping[str, Any]) -> None:
-        if body.get("tools") and body.get("tool_choice") != "none" and not self.parses_tools:
-            raise errors.InvalidRequestError(
-                "How this base model writes tool calls is not known. Start the service with: capo serve -- "
-                "--enable-auto-tool-choice --tool-call-parser NAME (vLLM's documentation of tool calling lists them).",
-                param="tools",
-                code="tools_not_supported",
-            )
-        effort = body.get("reasoning_effort") or (body.get("reasoning") or {}).get("effort")
-        if effort not in (None, "none") and not self._template_knows("reasoning_effort", "enable_thinking"):
-            raise errors.InvalidRequestError(
-                "The chat template of this base model has no switch for the effort of reasoning. Leave it out.",
-                param="reasoning_effort" if "reasoning_effort" in body else "reasoning",
-            )
-
-    def _template_knows(self, *names: str) -> bool:
-        template = self._state.openai_serving_chat.chat_template
-        template = template or getattr(self._live().renderer.get_tokenizer(), "chat_template", None)
-        return any(name in str(template) for name in names)
-
-    @property
-    def parses_tools(self) -> bool:
-        parser = self._state.openai_serving_chat.parser_cls if self._llm is not None else None
-        return parser is not None and (parser.tool_parser_cls is not None or self._state.online_renderer.use_harmony)
 
     async def _create(self, call: Call) -> Any:
         """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
@@ -419,6 +398,7 @@ class VllmEngine(Engine):
 
     async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         self._live()
+        self._abilities.check_names(body)
         serving, raw_request = self._state.serving_tokenization, _EngineRequest({})
         body = {**body, "model": self._base_model}
         try:
@@ -496,6 +476,36 @@ class VllmEngine(Engine):
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
         )
+
+
+def _abilities_of(llm: ObservedLLM, state: State, tool_parser: str | None) -> ModelAbilities:
+    """``tool_parser``: the name of vLLM's, as it was given."""
+    tokenizer = llm.renderer.get_tokenizer()
+    given = state.openai_serving_chat.chat_template
+
+    def render(messages: Messages) -> str:
+        return str(tokenizer.apply_chat_template(messages, chat_template=given, tokenize=False))
+
+    return ModelAbilities(
+        template=str(given or getattr(tokenizer, "chat_template", None)),
+        render=render,
+        tool_parser=_tool_parser_of(state, tool_parser),
+    )
+
+
+def _tool_parser_of(state: State, name: str | None) -> ToolParser | None:
+    parser = state.openai_serving_chat.parser_cls
+    if parser is None or (parser.tool_parser_cls is None and not state.online_renderer.use_harmony):
+        return None
+    # vllm/parser/abstract_parser.py makes a tag in the form of the tool parser; a parser of vLLM's that overrides that
+    # binds its calls by itself.
+    form = getattr(parser.tool_parser_cls, "structural_tag_model", None)
+    binds_by_itself = (
+        issubclass(parser, DelegatingParser)
+        and parser._apply_structural_tag is not DelegatingParser._apply_structural_tag
+    )
+    binds = binds_by_itself or (form is not None and envs.VLLM_ENFORCE_STRICT_TOOL_CALLING)
+    return ToolParser(str(name), binds_arguments=binds)
 
 
 def _answer_model(lora_request: LoRARequest | None = None) -> str:

@@ -65,6 +65,10 @@ def _check_message(place: str, message: dict[str, Any]) -> None:
     allowed = {"role", "content", "name"} | _MESSAGE_KEYS.get(role if isinstance(role, str) else "", set())
     known = {name: value for name, value in message.items() if value or name not in _EMPTY_MESSAGE_KEYS}
     _check_keys(place, known, allowed)
+    if not isinstance(message.get("name"), str | None):
+        raise errors.InvalidRequestError(
+            f"{place}.name must be a text, got {_shown(message['name'])}.", param=f"{place}.name"
+        )
     _check_content(f"{place}.content", message.get("content"), ("text",))
     for call_place, call in _entries(message, "tool_calls", place):
         _check_keys(call_place, call, {"id", "type", "function", "index"})

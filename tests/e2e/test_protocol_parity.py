@@ -21,6 +21,7 @@ from capo.client import (
     CapoClientError,
     ChatOptions,
     DeadlineExceededError,
+    Message,
     NamedTool,
     Sampling,
     Tool,
@@ -140,6 +141,17 @@ def test_what_the_engine_refuses_is_refused_alike(
             error = response.json()["error"]
             assert caught.value.status == grpc.StatusCode.INVALID_ARGUMENT
             assert (caught.value.code, caught.value.param) == (error["code"], error["param"])
+
+
+def test_a_name_that_the_model_never_sees_is_refused_alike(service: Service) -> None:
+    body = {"model": "capo-tiny", "messages": [{"role": "user", "content": "hi", "name": "Ann"}]}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = httpx.post(f"{service.url}{path}", json=body, timeout=60)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "messages.0.name")
+    with CapoClient(service.grpc_address, retries=0) as client:
+        with pytest.raises(CapoClientError) as caught:
+            client.chat("capo-tiny", [Message("user", "hi", name="Ann")])
+        assert (caught.value.status, caught.value.param) == (grpc.StatusCode.INVALID_ARGUMENT, "messages.0.name")
 
 
 def test_a_forced_tool_call_streams_in_the_same_parts(service: Service) -> None:

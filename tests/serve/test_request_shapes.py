@@ -48,6 +48,7 @@ def nested(levels: int) -> Any:
         (CHAT, {"messages": [{**HELLO, "contnet": "x"}]}, "messages.0.contnet"),
         (CHAT, {"messages": [{**HELLO, "tool_calls": [{"id": "c"}]}]}, "messages.0.tool_calls"),
         (CHAT, {"messages": ["hello"]}, "messages.0"),
+        (CHAT, {"messages": [{**HELLO, "name": 7}]}, "messages.0.name"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
         (CHAT, {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages.0.refusal"),
         (CHAT, {"tools": [{**TOOL, "cache_control": {}}]}, "tools.0.cache_control"),
