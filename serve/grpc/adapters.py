@@ -51,6 +51,7 @@ class AdaptersServicer(stubs.AdaptersServicer):
                 created_at=manifest.created_at,
                 requests_in_flight=status.resident.users if status.resident is not None else 0,
                 pinned=status.is_pinned,
+                notes=status.notes,
                 **_reason(status.reason),
             )
         for damaged in self._service.damaged_adapters():

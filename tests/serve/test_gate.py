@@ -22,6 +22,7 @@ from registry import (
 from serve.engine_api import EngineAdapter, EngineLimits
 from serve.gate import Gate
 from tests.registry.samples import Tensors, adapter_tensors, write_adapter, write_base
+from tests.serve.admin import admin_of
 from tests.serve.fake_engine import FakeEngine
 
 LIMITS = EngineLimits(max_loras=2, max_lora_rank=16, max_model_len=128, vocab_size=64)
@@ -73,6 +74,20 @@ async def test_what_could_not_be_checked_is_noted_until_the_artifact_is_gone(
         assert "regular expression" in note
     gate.forget(artifact.revision)
     assert gate.notes(artifact.revision) == ()
+
+
+@pytest.mark.parametrize("face", ["http", "grpc"])
+async def test_the_list_of_adapters_says_what_could_not_be_checked(
+    registry: Registry, base: BaseModel, tmp_path: Path, face: str
+) -> None:
+    folder = write_adapter(tmp_path / "a", target_modules=r".*\.(q|v)_proj")
+    revision = registry.import_adapter(folder, name="support", base_model=base).revision
+    async with admin_of(face, FakeEngine(), registry.root, gate=Gate(registry, base)) as admin:
+        assert (await admin.adapters())[revision]["notes"] == []
+        await admin.ask(revision)
+        listed = (await admin.adapters())[revision]
+        assert (listed["state"], len(listed["notes"])) == ("loaded", 1)
+        assert "regular expression" in listed["notes"][0]
 
 
 async def test_an_adapter_whose_base_is_not_known_is_judged_by_its_shapes(

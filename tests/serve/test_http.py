@@ -10,9 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from registry import Registry, locate_base_model
-from serve.gate import Gate
-from tests.registry.samples import write_adapter, write_base
+from registry import Registry
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import BASE, eventually, publish, running_service
 
@@ -202,18 +200,6 @@ async def test_an_alias_flip_takes_effect_with_its_answer(tmp_path: Path) -> Non
             assert text_of(await ask(client, "support")).startswith(revision)
         listed = (await client.get("/v1/aliases")).json()["data"]
         assert [(a["alias"], a["revision"]) for a in listed] == [("support", revisions[-1])]
-
-
-async def test_the_list_of_adapters_says_what_could_not_be_checked(tmp_path: Path) -> None:
-    base = locate_base_model(str(write_base(tmp_path / "base")))
-    registry = Registry(tmp_path / "registry")
-    folder = write_adapter(tmp_path / "a", target_modules=r".*\.(q|v)_proj")
-    revision = registry.import_adapter(folder, name="support", base_model=base).revision
-    async with running_service(FakeEngine(), registry.root, gate=Gate(registry, base)) as (client, _):
-        assert (await ask(client, revision)).status_code == 200
-        (listed,) = (await client.get("/v1/adapters")).json()["data"]
-        assert listed["state"] == "loaded"
-        assert "regular expression" in listed["notes"][0]
 
 
 @pytest.mark.parametrize(

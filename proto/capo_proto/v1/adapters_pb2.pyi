@@ -38,7 +38,7 @@ PIN_STATE_MISSING: PinState
 PIN_STATE_NO_ROOM: PinState
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "revision", "state", "reason_code", "reason", "aliases", "rank", "created_at", "requests_in_flight", "pinned", "canary_of")
+    __slots__ = ("name", "revision", "state", "reason_code", "reason", "aliases", "rank", "created_at", "requests_in_flight", "pinned", "canary_of", "notes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class Adapter(_message.Message):
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     CANARY_OF_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     state: AdapterState
@@ -61,7 +62,8 @@ class Adapter(_message.Message):
     requests_in_flight: int
     pinned: bool
     canary_of: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., reason_code: _Optional[str] = ..., reason: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., created_at: _Optional[int] = ..., requests_in_flight: _Optional[int] = ..., pinned: _Optional[bool] = ..., canary_of: _Optional[_Iterable[str]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., reason_code: _Optional[str] = ..., reason: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., created_at: _Optional[int] = ..., requests_in_flight: _Optional[int] = ..., pinned: _Optional[bool] = ..., canary_of: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()
