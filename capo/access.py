@@ -81,6 +81,10 @@ class Door:
         """Whether nobody needs a key."""
         return self._ring.is_empty
 
+    def count_refusal(self, protocol: str, code: str) -> None:
+        """Of what was refused before it was a request, which nobody could be asked about."""
+        self._metrics.errors.labels(protocol, code).inc()
+
     @contextmanager
     def let_in(self, ask: Ask) -> Iterator[Admission]:
         """See :meth:`serve.access.Access.let_in`."""
@@ -103,7 +107,7 @@ class Door:
             result = ask.error_code = error.code
             raise
         except Exception:
-            result = ask.error_code = "internal_error"
+            result = ask.error_code = ask.error_code or "internal_error"
             raise
         except BaseException:
             result = "cancelled"

@@ -39,6 +39,7 @@ def build_app(
     serve_metrics: bool = True,
     metrics: CollectorRegistry = REGISTRY,
     max_body_bytes: int = faces.MAX_REQUEST_BYTES,
+    stalled_reader_seconds: float = faces.STALLED_READER_SECONDS,
 ) -> FastAPI:
     """The application. ``not_ready_reason`` says why requests should not come here now, or ``None``.
 
@@ -53,7 +54,13 @@ def build_app(
     if serve_metrics:
         app.include_router(_metrics_router(metrics))
     add_document(app, engine_schema)
-    _add_manners(app, access, only_this_machine=only_this_machine, max_body_bytes=max_body_bytes)
+    _add_manners(
+        app,
+        access,
+        only_this_machine=only_this_machine,
+        max_body_bytes=max_body_bytes,
+        stalled_reader_seconds=stalled_reader_seconds,
+    )
     return app
 
 
@@ -74,7 +81,12 @@ def build_health_app(not_ready_reason: Callable[[], str | None], access: Access)
 
 
 def _add_manners(
-    app: FastAPI, access: Access, *, only_this_machine: bool = False, max_body_bytes: int = faces.MAX_REQUEST_BYTES
+    app: FastAPI,
+    access: Access,
+    *,
+    only_this_machine: bool = False,
+    max_body_bytes: int = faces.MAX_REQUEST_BYTES,
+    stalled_reader_seconds: float = faces.STALLED_READER_SECONDS,
 ) -> None:
     """What every request meets, whatever it asks for."""
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
@@ -85,7 +97,7 @@ def _add_manners(
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
     app.add_middleware(HttpTraces)
     app.add_middleware(RequestIds)
-    app.add_middleware(StalledReaders)
+    app.add_middleware(StalledReaders, seconds=stalled_reader_seconds)
 
 
 def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
@@ -233,12 +245,21 @@ class StalledReaders:
             await self._app(scope, receive, send)
             return
 
+        is_stalled = False
+
         async def send_in_time(message: Message) -> None:
+            nonlocal is_stalled
             try:
                 async with asyncio.timeout(self._seconds):
                     await send(message)
             except TimeoutError as error:
+                is_stalled = True
+                scope.setdefault("state", {})["error_code"] = "stalled_reader"
                 # What a broken connection raises; starlette ends the response on it.
                 raise OSError(f"the client has read nothing for {self._seconds:g} s") from error
 
-        await self._app(scope, receive, send_in_time)
+        try:
+            await self._app(scope, receive, send_in_time)
+        except Exception:
+            if not is_stalled:  # else it is what came of it: nobody's bug, and nobody is left to answer
+                raise

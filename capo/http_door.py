@@ -61,10 +61,10 @@ class HttpDoor:
         began = False
         state = scope["state"]
         try:
-            if self._only_this_machine and self._access.is_open:
-                refuse_foreign_pages(headers.get(b"host", ""), headers.get(b"origin"))
-            _refuse_compression(headers)
             with self._access.let_in(ask):
+                if self._only_this_machine and self._access.is_open:
+                    refuse_foreign_pages(headers.get(b"host", ""), headers.get(b"origin"))
+                _refuse_compression(headers)
                 began = True
                 try:
                     await self._app(scope, receive, send_with_limits)

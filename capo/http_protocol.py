@@ -7,6 +7,7 @@ much memory as it likes to send.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -16,11 +17,28 @@ from registry import errors
 from serve import faces
 
 
-class BoundedHeadProtocol(HttpToolsProtocol):
-    """Answers 431 (RFC 6585, section 5) to a head of more than :data:`~serve.faces.MAX_HEAD_BYTES`."""
+def bounded_heads(
+    on_refusal: Callable[[str], None], max_head_bytes: int = faces.MAX_HEAD_BYTES
+) -> type[BoundedHeadProtocol]:
+    """The protocol for ``uvicorn.Config(http=...)``, which makes one for each connection.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    ``on_refusal`` is told the error's code: what is refused here never becomes a request that others could count.
+    """
+
+    class Bounded(BoundedHeadProtocol):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, on_refusal=on_refusal, max_head_bytes=max_head_bytes, **options)
+
+    return Bounded
+
+
+class BoundedHeadProtocol(HttpToolsProtocol):
+    """Answers 431 (RFC 6585, section 5) to a head of more than ``max_head_bytes``."""
+
+    def __init__(self, *arguments: Any, on_refusal: Callable[[str], None], max_head_bytes: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._on_refusal = on_refusal
+        self._max_head_bytes = max_head_bytes
         self._is_in_head = True
         self._received_bytes = 0
         """Of this head, as far as it came in pieces of its own."""
@@ -31,7 +49,7 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         # The parser holds back a name or value until its end, so what it has told of is not all there is.
         if self._is_in_head:
             self._received_bytes += len(data)
-            if self._received_bytes > faces.MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._received_bytes > self._max_head_bytes and not self.transport.is_closing():
                 self._refuse_head()
 
     def on_message_begin(self) -> None:
@@ -53,20 +71,21 @@ class BoundedHeadProtocol(HttpToolsProtocol):
 
     def _count(self, num_bytes: int) -> None:
         self._parsed_bytes += num_bytes
-        if self._is_in_head and self._parsed_bytes > faces.MAX_HEAD_BYTES:
+        if self._is_in_head and self._parsed_bytes > self._max_head_bytes:
             raise errors.TooLargeError("the head is too large")  # ends the parsing; send_400_response answers
 
     def send_400_response(self, msg: str) -> None:
-        if self._parsed_bytes > faces.MAX_HEAD_BYTES:
+        if self._parsed_bytes > self._max_head_bytes:
             self._refuse_head()
         else:
             self._answer_and_close(HTTPStatus.BAD_REQUEST, "The request is not valid HTTP/1.1.", "invalid_http")
 
     def _refuse_head(self) -> None:
-        message = f"The request's line and headers are larger than {faces.MAX_HEAD_BYTES} bytes. Send less."
+        message = f"The request's line and headers are larger than {self._max_head_bytes} bytes. Send less."
         self._answer_and_close(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, "headers_too_large")
 
     def _answer_and_close(self, status: HTTPStatus, message: str, code: str) -> None:
+        self._on_refusal(code)
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
         body = json.dumps({"error": error}).encode()
         head = (

@@ -64,7 +64,12 @@ class InferenceSide:
         from serve.engine import VllmEngine
 
         settings, base_model = self._settings, self._base_model
-        engine = VllmEngine(str(base_model.path), base_model.id, arguments)
+        engine = VllmEngine(
+            str(base_model.path),
+            base_model.id,
+            arguments,
+            slowest_trial_seconds=settings.max_constraint_seconds,
+        )
         metrics = Metrics(max_adapters=settings.max_metric_adapters)
         pool = AdapterPool(engine, Gate(registry, base_model), metrics, max_wait_seconds=settings.adapter_wait_seconds)
         limits = Limits(
@@ -75,6 +80,8 @@ class InferenceSide:
             max_n=settings.max_n,
             max_logprobs=settings.max_logprobs,
             max_stop_strings=settings.max_stop_strings,
+            max_prompts=settings.max_prompts,
+            max_messages=settings.max_messages,
             max_constraint_bytes=settings.max_constraint_bytes,
         )
         return ServingService(

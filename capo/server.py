@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import uvicorn
@@ -29,7 +30,7 @@ from capo.app import build_app, build_health_app, build_metrics_app
 from capo.caches import refuse_shared_caches
 from capo.control_side import ControlSide
 from capo.disk_metrics import DiskMetrics
-from capo.http_protocol import BoundedHeadProtocol
+from capo.http_protocol import bounded_heads
 from capo.inference_side import InferenceSide, open_registry
 from capo.settings import Settings
 from capo.tls import Tls
@@ -174,6 +175,7 @@ class CapoServer:
             only_this_machine=is_loopback(settings.host) and not settings.allow_unauthenticated,
             serve_metrics=settings.metrics_port is None,
             max_body_bytes=settings.max_body_bytes,
+            stalled_reader_seconds=settings.stalled_reader_seconds,
         )
         self._access.start()
         listener = _listen(settings.host, settings.port)
@@ -188,6 +190,8 @@ class CapoServer:
             None if inference is None else inference.serving,
             access=self._access.door,
             max_message_bytes=settings.max_body_bytes,
+            max_metadata_bytes=settings.max_head_bytes,
+            stalled_reader_seconds=settings.stalled_reader_seconds,
             others=[] if self._control is None else self._control.grpc_services(),
         )
         credentials = None if self._tls is None else self._tls.grpc_credentials()
@@ -206,7 +210,7 @@ class CapoServer:
     def _http_server(self, app: FastAPI, tls: Tls | None) -> _Server:
         config = uvicorn.Config(
             app,
-            http=BoundedHeadProtocol,
+            http=bounded_heads(partial(self._access.door.count_refusal, "http"), self._settings.max_head_bytes),
             ws="none",
             # Else a pipelined request begins with what was current when the one before it ended.
             reset_contextvars=True,

@@ -24,6 +24,7 @@ from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
 from registry.names import check_name
 from serve import faces
+from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.limits import Limits
 from tune.jobs.database_url import sqlite_url
 from tune.jobs.limits import MAX_FILE_BYTES, MAX_FILE_ROWS
@@ -85,13 +86,6 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
         description="/metrics on a port of its own and no longer on the HTTP port, which it is on if this is not set.",
-    )
-    health_port: int | None = Field(
-        default=None,
-        ge=0,
-        le=65535,
-        description="/livez, /readyz and /startupz on a port of their own as well, which is plain text also where the "
-        "others speak TLS: a kubelet has no certificate to show, and Docker's health check trusts none.",
     )
     health_port: int | None = Field(
         default=None,
@@ -195,17 +189,41 @@ class Settings(BaseSettings):
     max_stop_strings: int = Field(
         default=_LIMITS.max_stop_strings, ge=0, le=_LIMITS.max_stop_strings, description="In one request; then 400."
     )
+    max_prompts: int = Field(
+        default=_LIMITS.max_prompts, ge=1, le=_LIMITS.max_prompts, description="In one request; then 400."
+    )
+    max_messages: int = Field(
+        default=_LIMITS.max_messages, ge=1, le=_LIMITS.max_messages, description="In one request; then 400."
+    )
     max_constraint_bytes: int = Field(
         default=_LIMITS.max_constraint_bytes,
         ge=0,
         le=_LIMITS.max_constraint_bytes,
         description="Of the JSON of a schema, regex, grammar or list of choices; then 400.",
     )
+    max_constraint_seconds: float = Field(
+        default=SLOWEST_TRIAL_SECONDS,
+        gt=0,
+        le=SLOWEST_TRIAL_SECONDS,
+        description="To check and compile one and try it out, beside the engine; then 400.",
+    )
+    max_head_bytes: int = Field(
+        default=faces.MAX_HEAD_BYTES,
+        ge=1024,
+        le=faces.MAX_HEAD_BYTES,
+        description="Of a request's line and headers, then 431, and of gRPC's metadata.",
+    )
     max_body_bytes: int = Field(
         default=faces.MAX_REQUEST_BYTES,
         ge=1024,
         le=faces.MAX_REQUEST_BYTES,
         description="Of a JSON body or a gRPC message; then 413. Uploads have a limit of their own.",
+    )
+    stalled_reader_seconds: float = Field(
+        default=faces.STALLED_READER_SECONDS,
+        gt=0,
+        le=faces.STALLED_READER_SECONDS,
+        description="A client that takes nothing of its answer for so long is given up.",
     )
     max_file_bytes: int = Field(
         default=MAX_FILE_BYTES, ge=1024, le=MAX_FILE_BYTES, description="Of an uploaded file; then 413."

@@ -33,10 +33,20 @@ _CALL_IS_OVER = (grpc.aio.AbortError, grpc.aio.InternalError)
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """``own_services`` are the full names of the services whose calls it looks after; ``access`` decides on all."""
 
-    def __init__(self, own_services: tuple[str, ...], access: Access, stalled_reader_seconds: float) -> None:
+    def __init__(
+        self,
+        own_services: tuple[str, ...],
+        access: Access,
+        *,
+        stalled_reader_seconds: float,
+        max_metadata_bytes: int,
+        max_message_bytes: int,
+    ) -> None:
         self._prefixes = tuple(f"/{service}/" for service in own_services)
         self._access = access
         self._stalled_reader_seconds = stalled_reader_seconds
+        self._max_metadata_bytes = max_metadata_bytes
+        self._max_message_bytes = max_message_bytes
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -86,14 +96,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, handler: Any, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
         async def unary(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
             async with self._call(context, method):
-                return await handler.unary_unary(_decode(raw, handler.request_deserializer), context)
+                return await handler.unary_unary(self._decode(raw, handler.request_deserializer), context)
 
         return unary
 
     def _streaming(self, handler: Any, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[None]]:
         async def streaming(raw: bytes, context: grpc.aio.ServicerContext) -> None:
             async with self._call(context, method), StalledWrites(self._stalled_reader_seconds) as writes:
-                messages = handler.unary_stream(_decode(raw, handler.request_deserializer), context)
+                messages = handler.unary_stream(self._decode(raw, handler.request_deserializer), context)
                 async with contextlib.aclosing(messages):
                     async for message in messages:
                         writes.begin()
@@ -112,12 +122,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 await context.send_initial_metadata((("x-request-id", call_id),))
                 with self._access.let_in(ask):
+                    self._refuse_excess(metadata)
                     yield
             except _CALL_IS_OVER:
                 raise
             except Exception as error:
                 tracing.fail(tracing.current_span(), error)
                 await _abort(context, error, f"request {call_id} ({method})")
+
+    def _decode(self, raw: bytes, deserialize: Callable[[bytes], Any]) -> Any:
+        if len(raw) > self._max_message_bytes:
+            raise errors.TooLargeError(f"The message is larger than {self._max_message_bytes} bytes. Send less.")
+        return _decode(raw, deserialize)
+
+    def _refuse_excess(self, metadata: dict[str, str]) -> None:
+        if sum(len(name) + len(value) for name, value in metadata.items()) > self._max_metadata_bytes:
+            raise errors.TooLargeError(
+                f"The metadata is larger than {self._max_metadata_bytes} bytes. Send less.", code="headers_too_large"
+            )
 
 
 @contextlib.contextmanager

@@ -21,10 +21,12 @@ from serve.grpc.interceptor import CallInterceptor
 from serve.grpc.service_entry import ServiceEntry
 from serve.service import ServingService
 
+_MEMORY_BOUND = 4
 _OPTIONS = (
+    # What is beyond our own bounds is refused by the interceptor, which counts it; gRPC's own only bound the memory.
     # Both: above the first gRPC refuses some of the calls, above the second all.
-    ("grpc.max_metadata_size", faces.MAX_HEAD_BYTES),
-    ("grpc.absolute_max_metadata_size", faces.MAX_HEAD_BYTES),
+    ("grpc.max_metadata_size", _MEMORY_BOUND * faces.MAX_HEAD_BYTES),
+    ("grpc.absolute_max_metadata_size", _MEMORY_BOUND * faces.MAX_HEAD_BYTES),
     # What an answer may grow to is bounded by what a request may ask for; a client sets what it takes.
     ("grpc.max_send_message_length", -1),
     # Without it two servers share a taken port in silence, each getting some of the requests.
@@ -53,13 +55,20 @@ class GrpcServer:
         access: Access,
         others: Sequence[ServiceEntry] = (),
         max_message_bytes: int = faces.MAX_REQUEST_BYTES,
+        max_metadata_bytes: int = faces.MAX_HEAD_BYTES,
         stalled_reader_seconds: float = faces.STALLED_READER_SECONDS,
     ) -> None:
         entries = [*([] if service is None else _serving_entries(service)), *others]
         self._names = tuple(entry.full_name for entry in entries)
-        interceptor = CallInterceptor(self._names, access, stalled_reader_seconds)
+        interceptor = CallInterceptor(
+            self._names,
+            access,
+            stalled_reader_seconds=stalled_reader_seconds,
+            max_metadata_bytes=max_metadata_bytes,
+            max_message_bytes=max_message_bytes,
+        )
         self._server = grpc.aio.server(
-            interceptors=[interceptor], options=(*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
+            interceptors=[interceptor], options=(*_OPTIONS, ("grpc.max_receive_message_length", 2 * max_message_bytes))
         )
         self._health = health.aio.HealthServicer()
         for entry in entries:

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from registry import errors, tracing
 from serve import faces
@@ -71,10 +72,23 @@ async def _answer(service: ServingService, endpoint: Endpoint, request: Request)
     chunks = service.stream(endpoint, body, origin)
     # The first event is awaited before the status goes out, so that what fails before it has a real status code.
     first = await _until_client_leaves(request, anext(chunks))
-    return StreamingResponse(_events(endpoint, first, chunks), media_type="text/event-stream")
+    return _EventStream(_events(endpoint, first, chunks))
 
 
-async def _events(endpoint: Endpoint, first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+class _EventStream(StreamingResponse):
+    """Ends its events when it ends itself. A client that stalls leaves them unfinished, and in a reference cycle with
+    the exception that says so: until the garbage collector came by, they would hold the adapter in the engine."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._unfinished = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._unfinished):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(endpoint: Endpoint, first: str, chunks: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     """The stream as sent. An error becomes the last event, and then what ends a whole answer never comes."""
     num_sent = 1
     async with contextlib.aclosing(chunks):  # type: ignore[type-var]

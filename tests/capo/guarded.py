@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from capo.access import AccessMetrics, Door
 from capo.app import build_app
 from capo.audit import AuditLog
 from capo.control_side import control_grpc_services, control_routers
-from capo.http_protocol import BoundedHeadProtocol
+from capo.http_protocol import bounded_heads
 from capo.inference_side import inference_routers
 from capo.keys.records import NewKey
 from capo.keys.ring import KeyRing
@@ -34,6 +35,7 @@ from serve.adapter_imports import AdapterImports
 from serve.catalog import Catalog
 from serve.grpc import GrpcServer
 from serve.import_folder import ImportFolder
+from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.service import ServingService
@@ -132,7 +134,13 @@ def filled(template: str, **values: str) -> str:
 
 @contextlib.asynccontextmanager
 async def guarded(
-    directory: Path, *, access: Access | None = None, tls: Tls | None = None, extra_routers: tuple[Any, ...] = ()
+    directory: Path,
+    *,
+    access: Access | None = None,
+    tls: Tls | None = None,
+    extra_routers: tuple[Any, ...] = (),
+    limits: Limits | None = None,
+    stalled_reader_seconds: float = 60.0,
 ) -> AsyncIterator[Guarded]:
     """Everything but the engine is what ``capo serve`` composes."""
     engine, prometheus = FakeEngine(), CollectorRegistry()
@@ -140,7 +148,8 @@ async def guarded(
     keys = KeyStore(database)
     ring = KeyRing(keys)
     ring.read()
-    door = access or Door(ring, house=HOUSE, metrics=AccessMetrics(prometheus), audit=AuditLog(directory))
+    own_door = Door(ring, house=HOUSE, metrics=AccessMetrics(prometheus), audit=AuditLog(directory))
+    door = access or own_door
     registry = Registry(directory / "registry")
     metrics = Metrics(prometheus, max_adapters=Settings().max_metric_adapters)
     tuning = TuningApi(
@@ -153,7 +162,7 @@ async def guarded(
         is_shared_with=lambda model, tenant: asyncio.to_thread(tuning.permissions.is_shared_with, model, tenant),
     )
     pool = AdapterPool(engine, NoGate(), metrics)
-    service = ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics)
+    service = ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics, limits=limits)
     (directory / "imports").mkdir(exist_ok=True)
     imports = AdapterImports(service, None, ImportFolder(directory / "imports"))
     routers = [*inference_routers(service, imports), *control_routers(tuning, None), *extra_routers]
@@ -164,14 +173,26 @@ async def guarded(
         access=door,
         only_this_machine=True,
         metrics=prometheus,
+        stalled_reader_seconds=stalled_reader_seconds,
     )
     options = {} if tls is None else tls.uvicorn_options()
     config = uvicorn.Config(
-        app, port=0, log_config=None, lifespan="off", http=BoundedHeadProtocol, reset_contextvars=True, **options
+        app,
+        port=0,
+        log_config=None,
+        lifespan="off",
+        http=bounded_heads(partial(own_door.count_refusal, "http")),
+        reset_contextvars=True,
+        **options,
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    grpc_server = GrpcServer(service, access=door, others=control_grpc_services(tuning))
+    grpc_server = GrpcServer(
+        service,
+        access=door,
+        others=control_grpc_services(tuning),
+        stalled_reader_seconds=stalled_reader_seconds,
+    )
     grpc_port = await grpc_server.start("127.0.0.1", 0, None if tls is None else tls.grpc_credentials())
     tasks = [asyncio.create_task(server.serve()), asyncio.create_task(ring.follow())]
     try:

@@ -1,0 +1,235 @@
+"""Each limit of docs/security.md, met: its error has a code of its own, which the metric counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from capo.keys.records import KeyLimits
+from capo_proto.v1 import inference_pb2
+from registry import errors
+from serve import faces, request_policy, request_shapes
+from serve.limits import Limits
+from tests.capo.guarded import Guarded, bearer, guarded
+from tests.capo.test_limits import CHUNKED, HEADS, chunk, exchange
+from tests.serve.running import BASE, eventually
+from tests.serve.test_constraints import Trials
+from tests.test_house import ROOT
+
+LIMITS = Limits(max_in_flight=2, max_in_flight_per_model=1)
+CHAT: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hello"}]}
+COMPLETION: dict[str, Any] = {"model": BASE, "prompt": "hello"}
+DEEP: dict[str, Any] = {"type": "object"}
+for _ in range(request_shapes.MAX_SCHEMA_DEPTH + 1):
+    DEEP = {"not": DEEP}
+LARGE_BODY = b" " * (faces.MAX_REQUEST_BYTES + 1)
+LARGE_MESSAGE = inference_pb2.CompletionRequest(model=BASE, prompt="a" * faces.MAX_REQUEST_BYTES).SerializeToString()
+LARGE_METADATA = (("x-long", "x" * faces.MAX_HEAD_BYTES),)
+UPLOAD = {"filename": "a.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+Ask = Callable[[Guarded], Awaitable[tuple[int | str, str | None]]]
+
+
+def http(operation: str, **options: Any) -> Ask:
+    async def ask(service: Guarded) -> tuple[int | str, str | None]:
+        answer = await service.ask(operation, None, **options)
+        return answer.status, answer.code
+
+    return ask
+
+
+def chat(**fields: Any) -> Ask:
+    return http("POST /v1/chat/completions", json=CHAT | fields)
+
+
+def raw(sent: list[bytes]) -> Ask:
+    async def ask(service: Guarded) -> tuple[int | str, str | None]:
+        status, body = await exchange(service, iter(sent))
+        return status, json.loads(body)["error"]["code"]
+
+    return ask
+
+
+def rpc(message: bytes = b"", metadata: tuple[tuple[str, str], ...] = ()) -> Ask:
+    async def ask(service: Guarded) -> tuple[int | str, str | None]:
+        call = service.channel.unary_unary("/capo.v1.Inference/Complete")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(message, metadata=metadata, timeout=30)
+        return caught.value.code().name, dict(caught.value.trailing_metadata())["capo-error-code"]
+
+    return ask
+
+
+async def while_others_are_answered(service: Guarded, models: list[str]) -> tuple[int | str, str | None]:
+    service.engine.answer_gate.clear()
+    bodies = [COMPLETION | {"model": model} for model in models]
+    running = [asyncio.create_task(service.ask("POST /v1/completions", None, json=body)) for body in bodies]
+    await eventually(lambda: service.engine.waiting == len(running))
+    answer = await service.ask("POST /v1/completions", None, json=COMPLETION)
+    service.engine.answer_gate.set()
+    await asyncio.gather(*running)
+    return answer.status, answer.code
+
+
+async def with_all_places_taken(service: Guarded) -> tuple[int | str, str | None]:
+    service.publish("other", None, alias="other")
+    await service.service.catalog.refresh()
+    return await while_others_are_answered(service, [BASE, "other"])
+
+
+async def with_the_models_places_taken(service: Guarded) -> tuple[int | str, str | None]:
+    return await while_others_are_answered(service, [BASE])
+
+
+async def with_a_slow_constraint(service: Guarded) -> tuple[int | str, str | None]:
+    trials = Trials()
+
+    async def complete(call: Any) -> bytes:
+        await trials.check("regex", "hang")
+        raise AssertionError("it hangs")
+
+    service.engine.complete = complete  # type: ignore[method-assign]
+    try:
+        return await chat()(service)
+    finally:
+        trials.close()
+
+
+async def with_a_long_prompt(service: Guarded) -> tuple[int | str, str | None]:
+    """The engine alone knows how long a prompt is; tests/e2e/test_clients.py asks a real one."""
+
+    async def complete(call: Any) -> bytes:
+        raise errors.InvalidRequestError("it is too long", code="context_length_exceeded")
+
+    service.engine.complete = complete  # type: ignore[method-assign]
+    return await chat()(service)
+
+
+MET: dict[str, tuple[Ask, int | str]] = {
+    "headers_too_large": (raw(HEADS["many headers"]), 431),
+    "headers_too_large (grpc)": (rpc(metadata=LARGE_METADATA), "RESOURCE_EXHAUSTED"),
+    "too_large": (http("POST /v1/chat/completions", content=LARGE_BODY), 413),
+    "too_large (grpc)": (rpc(LARGE_MESSAGE), "RESOURCE_EXHAUSTED"),
+    "content_encoding": (http("POST /v1/files", content=b"", headers={"Content-Encoding": "gzip"}), 400),
+    "n_too_large": (chat(n=request_policy.MAX_N + 1), 400),
+    "logprobs_too_large": (chat(logprobs=True, top_logprobs=request_policy.MAX_LOGPROBS + 1), 400),
+    "stop_too_large": (chat(stop=["x"] * (request_policy.MAX_STOP_STRINGS + 1)), 400),
+    "prompts_too_large": (
+        http("POST /v1/completions", json=COMPLETION | {"prompt": ["x"] * (request_policy.MAX_PROMPTS + 1)}),
+        400,
+    ),
+    "messages_too_large": (chat(messages=CHAT["messages"] * (request_policy.MAX_MESSAGES + 1)), 400),
+    "tools_too_large": (chat(tools=[TOOL] * (request_policy.MAX_TOOLS + 1)), 400),
+    "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS + 1)}), 400),
+    "bad_words_too_large": (chat(bad_words=["x"] * (request_policy.MAX_BAD_WORDS + 1)), 400),
+    "schema_too_large": (chat(structured_outputs={"json": DEEP}), 400),
+    "regex_too_large": (chat(structured_outputs={"regex": "x" * 2049}), 400),
+    "grammar_too_large": (chat(structured_outputs={"grammar": "x" * 8193}), 400),
+    "choice_too_large": (chat(structured_outputs={"choice": ["x"] * 1025}), 400),
+    "file_too_large": (http("POST /v1/uploads", json=UPLOAD | {"bytes": 9 * 1024**3}), 413),
+    "form_too_large": (raw([CHUNKED, *[chunk(b"\r\n" * 0x8000)] * 4]), 413),
+}
+PART = b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n1\r\n'
+MET["invalid_form"] = (raw([CHUNKED, *[chunk(PART)] * 20]), 400)
+MET_ALONE: dict[str, tuple[Ask, int]] = {
+    "context_length_exceeded": (with_a_long_prompt, 400),
+    "constraint_too_large": (chat(structured_outputs={"regex": "x" * 1000}), 400),
+    "constraint_too_slow": (with_a_slow_constraint, 400),
+    "overloaded": (with_all_places_taken, 503),
+    "model_overloaded": (with_the_models_places_taken, 429),
+}
+
+
+async def test_each_limit_is_refused_with_its_code_and_counted(tmp_path: Path) -> None:
+    found = {}
+    async with guarded(tmp_path, limits=LIMITS) as service:
+        for limit, (ask, _) in MET.items():
+            found[limit] = await meet(service, limit, ask)
+    assert found == {limit: (status, code_of(limit), 1) for limit, (_, status) in MET.items()}
+
+
+@pytest.mark.parametrize("limit", MET_ALONE)
+async def test_what_needs_a_service_of_its_own_is_refused_with_its_code_and_counted(tmp_path: Path, limit: str) -> None:
+    ask, status = MET_ALONE[limit]
+    bounds = Limits(max_constraint_bytes=500) if limit == "constraint_too_large" else LIMITS
+    async with guarded(tmp_path, limits=bounds) as service:
+        assert await meet(service, limit, ask) == (status, limit, 1)
+
+
+async def meet(service: Guarded, limit: str, ask: Ask) -> tuple[int | str, str | None, float]:
+    """Status, code, and by how much the metric of this limit's code rose."""
+    protocol = "grpc" if limit.endswith("(grpc)") else "http"
+    before = counted(service, protocol, code_of(limit))
+    status, code = await ask(service)
+    with contextlib.suppress(TimeoutError):  # the caller tells what did not rise
+        await eventually(lambda: counted(service, protocol, code_of(limit)) > before)
+    return status, code, counted(service, protocol, code_of(limit)) - before
+
+
+def code_of(limit: str) -> str:
+    return limit.partition(" ")[0]
+
+
+def counted(service: Guarded, protocol: str, code: str) -> float:
+    return service.metrics.get_sample_value("capo_request_errors_total", {"protocol": protocol, "code": code}) or 0.0
+
+
+@pytest.mark.parametrize(
+    ("bound", "limits"),
+    [
+        ("requests_per_minute", KeyLimits(requests_per_minute=1)),
+        ("tokens_per_minute", KeyLimits(tokens_per_minute=1)),
+        ("concurrency", KeyLimits(concurrency=1)),
+    ],
+)
+async def test_a_keys_limit_is_counted_by_its_name_too(tmp_path: Path, bound: str, limits: KeyLimits) -> None:
+    async with guarded(tmp_path) as service:
+        key = bearer(service.key(limits=limits))
+        if bound == "concurrency":
+            service.engine.answer_gate.clear()
+        first = asyncio.create_task(service.ask("POST /v1/completions", key, json=COMPLETION))
+        if bound == "concurrency":
+            await eventually(lambda: service.engine.waiting == 1)
+        else:
+            await first
+        second = await service.ask("POST /v1/completions", key, json=COMPLETION)
+        service.engine.answer_gate.set()
+        await first
+        labels = {"protocol": "http", "reason": bound}
+        assert service.metrics.get_sample_value("capo_access_refusals_total", labels) == 1
+        assert counted(service, "http", "rate_limit_exceeded") == 1
+    assert (second.status, second.code) == (429, "rate_limit_exceeded")
+
+
+async def test_a_client_that_reads_nothing_is_given_up_and_counted(tmp_path: Path) -> None:
+    async with guarded(tmp_path, stalled_reader_seconds=0.2) as service:
+        service.engine._num_tokens = 200_000
+        body = json.dumps(COMPLETION | {"stream": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=1024)
+        try:
+            writer.write(head + body)
+            await eventually(lambda: counted(service, "http", "stalled_reader") == 1, seconds=20)
+            await eventually(lambda: service.engine.aborted == 1)
+        finally:
+            writer.transport.abort()
+        assert counted(service, "http", "internal_error") == 0
+
+
+def test_every_code_of_the_document_is_met_here() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    table = text[text.index("## Limits") : text.index("## Classes")]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    told = {code for row in rows for code in re.findall(r"`(\w+)`", row[4])}
+    met = set(map(code_of, [*MET, *MET_ALONE])) | {"rate_limit_exceeded", "stalled_reader"}
+    assert told == met
+    assert [row[1] for row in rows if "`" not in row[4]] == []
