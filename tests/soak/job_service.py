@@ -113,7 +113,13 @@ class JobService:
         return []
 
     def resident_bytes(self) -> int:
-        return int(psutil.Process(self.process.pid).memory_info().rss)
+        """Of the service and all its children, those that check files among them; pages they share count once."""
+        service = psutil.Process(self.process.pid)
+        total = 0
+        for process in (service, *service.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += int(process.memory_full_info().pss)
+        return total
 
     @property
     def registry(self) -> Registry:

@@ -1,4 +1,7 @@
-"""A thousand waiting jobs: listing and looking at one stay quick over HTTP, and so does finding the next one."""
+"""A thousand waiting jobs: listing and looking at one stay quick over HTTP, and so does finding the next one.
+
+Each is measured in three rounds, all of which are recorded and must hold.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.sizes import size
+from tests.sizes import LONG, size
 from tests.soak import job_service
 from tests.soak.figures import Figures
 from tests.tune.jobs.support import TENANT, add_file_row, new_job
@@ -20,12 +23,13 @@ from tune.jobs.store import JobStore
 JOBS = 1000
 REQUESTS = size(100, 1000)
 ROUNDS = 3
-P99_SECONDS = 0.05
+P99_SECONDS = 0.05 if LONG else 0.5
+"""The short form runs beside other tests, which take the cores for a tenth of a second at a time."""
 
 
-def p99(call: Callable[[int], object]) -> float:
-    """Of a hundred calls 99 are at least as fast. The quietest of three rounds: what else runs here only adds."""
-    return min(_p99(call) for _ in range(ROUNDS))
+def p99(call: Callable[[int], object]) -> list[float]:
+    """Of each round: of a hundred calls 99 are at least as fast."""
+    return [_p99(call) for _ in range(ROUNDS)]
 
 
 def _p99(call: Callable[[int], object]) -> float:
@@ -51,22 +55,27 @@ def test_a_thousand_queued_jobs_slow_nothing_down(tmp_path: Path, figures: Figur
                 body: dict[str, object] = answer.json()
                 return body
 
-            assert len(get("?limit=100")["data"]) == 100  # type: ignore[arg-type]
-            retrieve = p99(lambda number: get(f"/{ids[number * 7 % JOBS]}"))
-            newest = p99(lambda number: get("?limit=20"))
-            middle = p99(lambda number: get(f"?limit=20&after={ids[JOBS // 2]}"))
-            filtered = p99(lambda number: get(f"?limit=20&metadata[number]={number % JOBS}"))
+            def page(query: str, *, of: int = 20) -> None:
+                found = get(query)["data"]
+                assert isinstance(found, list)
+                assert len(found) == of
+
+            measured = {
+                "retrieve": p99(lambda number: get(f"/{ids[number * 7 % JOBS]}")),
+                "list": p99(lambda number: page("?limit=20")),
+                "list_100": p99(lambda number: page("?limit=100", of=100)),
+                "list_after": p99(lambda number: page(f"?limit=20&after={ids[JOBS // 2]}")),
+                "list_100_after": p99(lambda number: page(f"?limit=100&after={ids[JOBS // 2]}", of=100)),
+                "list_by_metadata": p99(lambda number: page(f"?limit=20&metadata[number]={number % JOBS}", of=1)),
+            }
         queue = WorkQueue(database, max_running_per_tenant=10)
-        claim = p99(lambda number: queue.next_waiting())
+        measured["next_job"] = p99(lambda number: queue.next_waiting())
         database.close()
-    figures.record(
-        "1,000 queued jobs",
-        requests=REQUESTS,
-        retrieve_p99_seconds=retrieve,
-        list_p99_seconds=newest,
-        list_after_p99_seconds=middle,
-        list_by_metadata_p99_seconds=filtered,
-        next_job_p99_seconds=claim,
-    )
-    assert max(retrieve, newest, middle, filtered) < P99_SECONDS
-    assert claim < P99_SECONDS
+    rounds = {
+        f"{name}_p99_seconds_of_round_{number}": seconds
+        for name, found in measured.items()
+        for number, seconds in enumerate(found, start=1)
+    }
+    figures.record("1,000 queued jobs", requests=REQUESTS, **rounds)
+    slow = {name: seconds for name, seconds in rounds.items() if seconds >= P99_SECONDS}
+    assert not slow

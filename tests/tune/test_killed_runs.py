@@ -17,7 +17,7 @@ from tests.tune.workshop import Workshop
 KILLS = size(3, 50)
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14_400)  # of the full form, which takes more than an hour on two busy cores
 def test_a_run_that_is_killed_at_a_random_moment_ends_with_the_same_bytes(workshop: Workshop) -> None:
     """Text and then chats, both packed, then preferences; with dropout, noise, validations and the best weights."""
     write_jsonl(workshop.root / "preferences.jsonl", preference_rows(24))
