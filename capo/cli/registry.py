@@ -36,7 +36,7 @@ def _open(given: Path | None, *, read_only: bool = False) -> Registry:
 
 @app.command("list")
 def list_artifacts(registry: RegistryOption = None) -> None:
-    """Every artifact, newest first, with the aliases that point to it."""
+    """Every artifact, newest first, with the aliases that point to it; then what is damaged, and why."""
     opened = _open(registry, read_only=True)
     aliases: dict[str, list[str]] = {}
     for alias in opened.aliases():
@@ -44,7 +44,8 @@ def list_artifacts(registry: RegistryOption = None) -> None:
         if alias.canary is not None:
             aliases.setdefault(alias.canary.revision, []).append(f"{alias.alias} ({alias.canary.percent} %)")
     table = Table("revision", "kind", "base model", "rank", "size", "made", "aliases")
-    for artifact in sorted(opened.artifacts(), key=lambda a: -a.manifest.created_at):
+    artifacts, damaged = opened.survey()
+    for artifact in sorted(artifacts, key=lambda a: -a.manifest.created_at):
         manifest = artifact.manifest
         size = sum(record.size_bytes for record in manifest.files.values())
         table.add_row(
@@ -57,6 +58,8 @@ def list_artifacts(registry: RegistryOption = None) -> None:
             ", ".join(sorted(aliases.get(artifact.revision, []))),
         )
     Console().print(table)
+    for each in damaged:
+        typer.echo(f"{each.revision} is damaged: {each.error.message}", err=True)
 
 
 @app.command()
@@ -129,7 +132,11 @@ def verify(
 ) -> None:
     """Read every byte again and compare with the manifest. Exit code 1 if anything differs."""
     opened = _open(registry, read_only=True)
-    revisions = [opened.resolve(reference).revision] if reference else [a.revision for a in opened.artifacts()]
+    if reference:
+        revisions = [opened.resolve(reference).revision]
+    else:
+        artifacts, damaged = opened.survey()
+        revisions = [artifact.revision for artifact in artifacts] + [each.revision for each in damaged]
     broken = 0
     for revision in revisions:
         problems = opened.verify(revision)

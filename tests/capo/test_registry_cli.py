@@ -58,6 +58,19 @@ def test_an_import_says_what_could_not_be_checked(tmp_path: Path) -> None:
     assert done.stdout.strip() == Registry(root).resolve("support").revision
 
 
+def test_what_is_damaged_is_listed_with_its_fault_and_fails_a_verification(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    whole, damaged = (publish(registry, name) for name in ("whole", "damaged"))
+    assert run(tmp_path, "verify").exit_code == 0
+    (damaged.path / "manifest.json").unlink()
+    listed = run(tmp_path, "list")
+    assert whole.revision in listed.stdout
+    assert listed.stderr.startswith(f"{damaged.revision} is damaged: manifest.json is missing.")
+    verified = run(tmp_path, "verify")
+    assert verified.output.splitlines() == [f"{whole.revision}: ok", f"{damaged.revision}: manifest.json is missing"]
+    assert verified.exit_code == 1
+
+
 @pytest.mark.parametrize("command", ["rollback", "unalias"])
 def test_an_alias_that_is_not_set_is_an_error(tmp_path: Path, command: str) -> None:
     Registry(tmp_path)
