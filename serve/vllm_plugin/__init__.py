@@ -9,6 +9,7 @@ Repairs, each with a test that fails without it:
 - freshly allocated KV blocks are zeroed, so that one adapter's NaN cannot reach later requests
   (vllm-project/vllm#50283: a CPU attention kernel reads the unused tail of a block, and 0 * NaN is NaN);
 - adapters are read without safetensors' leak (:mod:`serve.vllm_plugin.adapter_file`);
+- compilers of constraints do not grow for ever (:mod:`serve.vllm_plugin.grammar_compiler`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -32,6 +33,7 @@ def register() -> None:
     _zero_new_kv_blocks()
     if multiprocessing.parent_process() is not None:
         _read_adapters_without_a_leak()
+        renew_grammar_compilers()
         die_with_parent()
 
 
@@ -56,6 +58,16 @@ def _read_adapters_without_a_leak() -> None:
     from serve.vllm_plugin import adapter_file
 
     adapter_file.use(lora_model)
+
+
+def renew_grammar_compilers() -> None:
+    """Also for the process that tries constraints, which no engine is started in."""
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    from serve.vllm_plugin import grammar_compiler
+
+    if XgrammarBackend.compile_grammar.__module__ != grammar_compiler.__name__:
+        grammar_compiler.use(XgrammarBackend)
 
 
 def die_with_parent() -> None:

@@ -12,6 +12,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from serve.vllm_plugin import renew_grammar_compilers
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -26,6 +28,7 @@ def serve_trials(connection: Connection, config: VllmConfig, slowest_step_second
     from vllm.tokenizers import cached_tokenizer_from_config
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
+    renew_grammar_compilers()
     torch.set_num_threads(1)
     tokenizer = cached_tokenizer_from_config(model_config=config.model_config)
     backend = XgrammarBackend(config, tokenizer=tokenizer, vocab_size=config.model_config.get_vocab_size())
