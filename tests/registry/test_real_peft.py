@@ -25,10 +25,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-def _model(model_type: str = "llama") -> Any:
+def _model(model_type: str = "llama", **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **options))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,29 @@ def test_an_adapter_that_peft_made_is_imported(tmp_path: Path, base: BaseModel, 
     report = check_adapter(artifact.path, base_model=base)
     assert report.num_parameters == sum(tensor.size for tensor in tensors.values())
     assert 2 * len(report.modules) == len(tensors)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox", "bloom", "starcoder2"])
+def test_an_adapter_of_an_architecture_that_is_known_by_its_weights_fits_them(tmp_path: Path, model_type: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.numpy import load_file, save_file
+
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    layers = {"n_layer": 2, "n_head": 4} if model_type == "bloom" else {}
+    model = _model(model_type, **tokens, **layers)
+    model.save_pretrained(tmp_path / "model")
+    base = locate_base_model(str(tmp_path / "model"))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink()
+    (note,) = check_adapter(tmp_path / "adapter", base_model=base).notes
+    assert note.startswith("Whether modules are missing")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name.replace(".1.", ".2.", 1): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    with pytest.raises(InvalidArtifactError) as caught:
+        check_adapter(tmp_path / "adapter", base_model=base)
+    assert caught.value.code == "base_mismatch"
 
 
 @pytest.mark.filterwarnings("ignore:.*(lora_bias|LoRA tensor):UserWarning")
