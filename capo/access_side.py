@@ -31,7 +31,7 @@ class AccessSide:
             self._ring,
             house=settings.organization,
             metrics=AccessMetrics(),
-            audit=AuditLog(settings.data_dir),
+            audit=AuditLog(settings.data_dir, settings.audit_place),
         )
         self._permissions = PermissionStore(self._database)
         self._following: asyncio.Task[None] | None = None

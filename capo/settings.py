@@ -19,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from capo.audit import AuditPlace
 from capo.log_format import LogFormat
 from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
@@ -241,6 +242,11 @@ class Settings(BaseSettings):
         description="Directory from which /v1/load_lora_adapter may import adapters, by whoever has the scope admin; "
         "not set: it is refused.",
     )
+    audit_log: AuditPlace | None = Field(
+        default=None,
+        description="Where admin acts are written. file: DATA_DIR/audit.jsonl. stdout: standard output, for a log "
+        "collector. Not set: stdout with role infer, whose DATA_DIR may go with it, else file.",
+    )
     max_metric_adapters: int = Field(
         default=64,
         ge=1,
@@ -314,6 +320,12 @@ class Settings(BaseSettings):
         if self.workers is not None:
             return self.workers
         return 1 if self.role is Role.ALL and self.launcher is LauncherKind.LOCAL else 0
+
+    @property
+    def audit_place(self) -> AuditPlace:
+        if self.audit_log is not None:
+            return self.audit_log
+        return AuditPlace.STDOUT if self.role is Role.INFER else AuditPlace.FILE
 
     @property
     def registry_path(self) -> Path:

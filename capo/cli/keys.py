@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capo.cli.audited import audited
 from capo.cli.serve import read_settings
 from registry import errors
 from registry.principal import Scope
 
 if TYPE_CHECKING:
-    from capo.audit import AuditLog
     from capo.keys.records import KeyRecord
     from capo.keys.secret import Secret
     from capo.keys.store import KeyStore
@@ -39,11 +39,13 @@ def create(
         list[str] | None, typer.Option(help="Inference may call only this name; may be given again.")
     ] = None,
     expires: Annotated[str | None, typer.Option(help="After how long, as 90d, 12h or 30m; default never.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Then 429; default no limit.")] = None,
-    tokens_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Prompt and completion tokens; then 429; default no limit.")
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="In each process; then 429; default no limit.")
     ] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once; then 429.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and completion tokens, likewise; then 429; default no limit.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once, likewise; then 429.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Write the key to this new file, for its owner's eyes only, where what is printed is kept."),
@@ -61,9 +63,10 @@ def create(
         limits=KeyLimits(requests_per_minute, tokens_per_minute, concurrency),
         expires_at=None if expires is None else int(time.time()) + _seconds("expires", expires),
     )
-    with _opened(data_dir) as (store, audit), _shown(output) as show:
+    with _opened(data_dir) as (store, directory), _shown(output) as show:
         secret = store.create(new)
-        _note(audit, "keys create", secret.key_id, tenant=new.tenant, scopes=",".join(sorted(new.scopes)))
+        with audited(directory, "keys create", secret.key_id) as notes:
+            notes |= {"tenant": new.tenant, "scopes": ",".join(sorted(new.scopes))}
         show(secret)
 
 
@@ -94,9 +97,8 @@ def list_keys(data_dir: DataDir = None) -> None:
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as listed.")], data_dir: DataDir = None) -> None:
     """End a key for good; running services refuse it within seconds."""
-    with _opened(data_dir) as (store, audit):
+    with _opened(data_dir) as (store, directory), audited(directory, "keys revoke", key_id):
         store.revoke(key_id)
-        _note(audit, "keys revoke", key_id)
     typer.echo(f"{key_id} is revoked")
 
 
@@ -108,22 +110,22 @@ def rotate(
 ) -> None:
     """Give a key a new secret and print it, this once; the present one is good for a while yet."""
     seconds = _seconds("grace", grace)
-    with _opened(data_dir) as (store, audit):
+    with _opened(data_dir) as (store, directory), audited(directory, "keys rotate", key_id) as notes:
+        notes["grace_seconds"] = str(seconds)
         secret = store.rotate(key_id, grace_seconds=seconds)
-        _note(audit, "keys rotate", key_id, grace_seconds=str(seconds))
     typer.echo(secret.text)
 
 
 @contextmanager
-def _opened(data_dir: Path | None) -> Iterator[tuple[KeyStore, AuditLog]]:
-    from capo.audit import AuditLog
+def _opened(data_dir: Path | None) -> Iterator[tuple[KeyStore, Path]]:
+    """The keys, and the directory of the audit log."""
     from capo.keys.store import KeyStore
     from tune.jobs.database import Database
 
     settings = read_settings(data_dir=data_dir)
     database = Database(settings.job_store_url, tenant=settings.organization)
     try:
-        yield KeyStore(database), AuditLog(settings.data_dir)
+        yield KeyStore(database), settings.data_dir
     finally:
         database.close()
 
@@ -153,23 +155,6 @@ def _shown(output: Path | None) -> Iterator[Callable[[Secret], None]]:
     except Exception:
         output.unlink()
         raise
-
-
-def _note(audit: AuditLog, operation: str, key_id: str, **notes: str) -> None:
-    import getpass
-
-    from capo.audit import Act
-
-    act = Act(
-        key_id=None,
-        tenant=None,
-        operation=operation,
-        target=key_id,
-        peer=f"command line of {getpass.getuser()}",
-        result="ok",
-        notes=notes,
-    )
-    audit.write(act)
 
 
 def _scope(text: str) -> Scope:

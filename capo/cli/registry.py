@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from capo.cli.audited import audited
 from capo.cli.serve import read_settings
 from registry import Alias, CanaryRequest, Registry, errors
 
@@ -32,6 +33,11 @@ def _open(given: Path | None, *, read_only: bool = False) -> Registry:
     if read_only and not directory.exists():
         raise errors.NotFoundError(f"There is no registry at {directory}. Name one with --registry.")
     return Registry(directory, read_only=read_only, create=not read_only)
+
+
+def _audit_dir(given: Path | None) -> Path:
+    """The data directory, which is above the registry unless a setting says otherwise."""
+    return read_settings().data_dir if given is None else given.absolute().parent
 
 
 @app.command("list")
@@ -83,11 +89,13 @@ def import_adapter(
 
     opened = _open(registry)
     base = locate_base_model(base_model, opened)
-    artifact = opened.import_adapter(directory, name=name, base_model=base)
-    for note in check_adapter(artifact.path, base_model=base).notes:
-        typer.echo(f"note: {note}", err=True)
-    if alias:
-        opened.set_alias(name, artifact.revision)
+    with audited(_audit_dir(registry), "registry import", name) as notes:
+        artifact = opened.import_adapter(directory, name=name, base_model=base)
+        notes["revision"] = artifact.revision
+        for note in check_adapter(artifact.path, base_model=base).notes:
+            typer.echo(f"note: {note}", err=True)
+        if alias:
+            opened.set_alias(name, artifact.revision)
     typer.echo(artifact.revision)
 
 
@@ -109,19 +117,26 @@ def alias(
             f"--canary ({canary}) and --percent ({percent}) belong together: give both or none.", param="canary"
         )
     request = None if canary is None or percent is None else CanaryRequest(canary, percent)
-    _show_alias(_open(registry).set_alias(name, revision, canary=request, expected=expected))
+    with audited(_audit_dir(registry), "registry alias", name) as notes:
+        notes |= {"revision": revision} | ({} if request is None else {"canary": f"{percent} % {canary}"})
+        record = _open(registry).set_alias(name, revision, canary=request, expected=expected)
+    _show_alias(record)
 
 
 @app.command()
 def rollback(name: str, registry: RegistryOption = None) -> None:
     """Undo the last step of alias NAME: end its canary if one runs, else go back to the revision before."""
-    _show_alias(_open(registry).rollback_alias(name))
+    with audited(_audit_dir(registry), "registry rollback", name) as notes:
+        record = _open(registry).rollback_alias(name)
+        notes["revision"] = record.revision
+    _show_alias(record)
 
 
 @app.command()
 def unalias(name: str, registry: RegistryOption = None) -> None:
     """Remove alias NAME; its revisions stay."""
-    _open(registry).delete_alias(name)
+    with audited(_audit_dir(registry), "registry unalias", name):
+        _open(registry).delete_alias(name)
     typer.echo(f"removed {name}")
 
 
@@ -155,7 +170,9 @@ def remove(
     registry: RegistryOption = None,
 ) -> None:
     """Remove a revision. A running service lets its users finish."""
-    _open(registry).remove(revision, force=force)
+    with audited(_audit_dir(registry), "registry remove", revision) as notes:
+        notes["force"] = str(force).lower()
+        _open(registry).remove(revision, force=force)
     typer.echo(f"removed {revision}")
 
 
@@ -168,4 +185,7 @@ def gc(
     registry: RegistryOption = None,
 ) -> None:
     """Remove what interrupted publishers left behind."""
-    typer.echo(str(_open(registry).gc(keep_unaliased)))
+    with audited(_audit_dir(registry), "registry gc", "") as notes:
+        removed = str(_open(registry).gc(keep_unaliased))
+        notes["removed"] = removed
+    typer.echo(removed)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from bench.adapters import write_random_adapter
 from capo.cli import registry as registry_cli
 from capo.cli.serve import read_settings
-from registry import Registry, errors
+from registry import Registry, errors, locate_base_model
 from tests.registry.samples import write_adapter, write_base
 from tests.serve.running import publish
 
@@ -75,6 +80,63 @@ def test_what_is_damaged_is_listed_with_its_fault_and_fails_a_verification(tmp_p
 def test_an_alias_that_is_not_set_is_an_error(tmp_path: Path, command: str) -> None:
     Registry(tmp_path)
     assert isinstance(run(tmp_path, command, "prod").exception, errors.ModelNotFoundError)
+
+
+def test_every_change_is_in_the_audit_log_with_who_made_it_and_how_it_ended(tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    registry = Registry(root)
+    base = locate_base_model("capo-tiny")
+    one, two = (publish(registry, "support", content).revision for content in ("one", "two"))
+    adapter = write_random_adapter(tmp_path / "adapter", base, rank=4, seed=0, scale=0.1)
+    for arguments in (
+        ["alias", "prod", one],
+        ["alias", "prod", one, "--canary", two, "--percent", "10"],
+        ["rollback", "prod"],
+        ["rollback", "prod"],
+        ["unalias", "prod"],
+        ["import", str(adapter), "--name", "mine"],
+        ["remove", two],
+        ["gc"],
+        ["list"],
+        ["verify"],
+    ):
+        run(root, *arguments)
+    acts = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(act["operation"], act["target"], act["result"]) for act in acts] == [
+        ("registry alias", "prod", "ok"),
+        ("registry alias", "prod", "ok"),
+        ("registry rollback", "prod", "ok"),
+        ("registry rollback", "prod", acts[3]["result"]),
+        ("registry unalias", "prod", "ok"),
+        ("registry import", "mine", "ok"),
+        ("registry remove", two, "ok"),
+        ("registry gc", "", "ok"),
+    ]
+    assert acts[1]["changes"] == {"revision": one, "canary": f"10 % {two}"}
+    assert acts[3]["result"] not in ("ok", "internal_error"), "there was nothing to go back to"
+    assert acts[5]["changes"]["revision"].startswith("mine@")
+    assert {act["from"] for act in acts} == {f"command line of {getpass.getuser()}"}
+
+
+@pytest.mark.parametrize(
+    ("role", "given", "place"),
+    [("all", None, "file"), ("control", None, "file"), ("infer", None, "stdout"), ("infer", "file", "file")],
+)
+def test_a_replica_writes_its_acts_to_standard_output_unless_told_otherwise(
+    role: str, given: str | None, place: str
+) -> None:
+    assert read_settings(role=role, audit_log=given).audit_place == place
+
+
+def test_acts_on_standard_output_are_lines_of_the_same_form(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from capo.audit import Act, AuditLog, AuditPlace\n"
+        "AuditLog(Path(sys.argv[1]), AuditPlace.STDOUT).write(Act('k', 'acme', 'PUT', 'x', '::1', '200'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["key"] == "k"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pins_come_from_the_command_line_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
