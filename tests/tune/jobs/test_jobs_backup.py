@@ -86,7 +86,7 @@ def test_a_backup_taken_while_jobs_run_and_files_arrive_is_whole(
     with worker(place, standins.hangs) as process:
         wait_for(place, running.id, "running")
         with uploads_that_go_on(place):
-            wait_until(lambda: len(place.stored_files()) > 10)
+            wait_until(lambda: len(place.file_rows.page(after=None, limit=100).records) > 10, seconds=30)
             back_up(place, tmp_path / "backup")
         process.kill()
     restored = restore(tmp_path / "backup", tmp_path / "elsewhere", request)
