@@ -118,7 +118,7 @@ def refuse_front_end_arguments(arguments: list[str]) -> None:
         name = argument.partition("=")[0].replace("_", "-")
         reason = _FRONT_END_ARGUMENTS.get(name)
         if name.startswith("--ssl-"):
-            reason = "Capo speaks TLS itself; set CAPO_TLS_CERTIFICATE and CAPO_TLS_KEY (CAPO_TLS_CLIENT_CA for clients' certificates)"
+            reason = "Capo speaks TLS itself; set CAPO_TLS_CERTIFICATE and CAPO_TLS_KEY"
         if reason is not None:
             raise errors.InvalidRequestError(f"{name} cannot be given here: {reason}.", code="invalid_engine_arguments")
     if arguments and not arguments[0].startswith("-"):
