@@ -175,6 +175,7 @@ class ServingService:
     async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         """Answer a request to tokenize or detokenize. Any model name will do: adapters share the base's tokenizer."""
         self.require_ready()
+        self._limits.check(body)
         principal = _who_may_call(body["model"])
         await self.catalog.resolve(body["model"], principal=principal)
         return await self.engine.convert_tokens(endpoint, body)

@@ -48,6 +48,12 @@ async def test_a_request_beyond_the_services_bounds_is_refused_by_name(
         assert allowed.status_code == 200
 
 
+async def test_what_is_tokenized_has_the_same_bounds(tmp_path: Path) -> None:
+    async with both_faces(FakeEngine(), tmp_path, **LIMITS) as faces:
+        refused = await faces.http.post("/tokenize", json=HELLO | {"messages": HELLO["messages"] * 3})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "messages_too_large")
+
+
 async def test_prompts_beyond_the_services_bound_are_refused_by_name(tmp_path: Path) -> None:
     async with both_faces(FakeEngine(), tmp_path, **LIMITS) as faces:
         refused = await faces.http.post("/v1/completions", json={"model": BASE, "prompt": ["a", "b", "c"]})
