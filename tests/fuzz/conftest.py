@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import pytest
 
 from tests.e2e.service import Service, running
 from tests.fuzz.watch import Watch
+from tests.sizes import LONG
+from tests.soak.kv_cache import use_the_whole_kv_cache
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def watch(service: Service) -> Iterator[Watch]:
+    if LONG:
+        asyncio.run(use_the_whole_kv_cache(service))
     with contextlib.closing(Watch(service)) as watching:
         yield watching

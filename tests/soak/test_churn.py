@@ -17,7 +17,8 @@ from tests.sizes import LONG, size
 from tests.soak.adapters import published
 from tests.soak.answers import http_client
 from tests.soak.figures import Figures
-from tests.soak.observe import adapter_views, capo_series, memory_bytes, metric, samples
+from tests.soak.kv_cache import use_the_whole_kv_cache
+from tests.soak.observe import adapter_views, capo_series, memory_bytes, metric
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +28,6 @@ NUM_CLIENTS = 6
 MOST_GROWTH = 0.02 if LONG else 0.10
 """Of each process's memory from the first tenth of the loads to the last. In a short run the allocator has not yet
 found its level."""
-PROMPT_TOKENS = 900
 SETTLE_SECONDS = 20.0
 
 
@@ -74,24 +74,6 @@ async def test_loading_and_unloading_for_long_leaves_nothing_behind(
     assert gone
     # Counters of the whole service may begin to exist; no series may name an adapter that is gone.
     assert [key for key in series_left if any(value in names for _, value in key[1])] == []
-
-
-async def use_the_whole_kv_cache(service: Service) -> None:
-    """The system gives a CPU engine its KV cache page by page, when a block is used for the first time; what it takes
-    for that would be counted as growth otherwise."""
-    [cache] = [dict(labels) for name, labels in samples(service) if name == "vllm:cache_config_info"]
-    num_prompts = 2 * int(cache["num_gpu_blocks"]) * int(cache["block_size"]) // PROMPT_TOKENS
-    numbers = iter(range(num_prompts))
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
-
-        async def one_client() -> None:
-            for number in numbers:
-                prompt = [1 + (number + place * place) % 200 for place in range(PROMPT_TOKENS)]
-                body = {"model": "capo-tiny", "prompt": prompt, "max_tokens": 1}
-                async with session.post(f"{service.url}/v1/completions", json=body) as response:
-                    assert response.status == 200, await response.text()
-
-        await asyncio.gather(*(one_client() for _ in range(NUM_CLIENTS)))
 
 
 async def ask_each(service: Service, models: list[str], *, seed: int, num_requests: int) -> None:
