@@ -39,6 +39,15 @@ _NOT_READY = {
 }
 
 
+def _cut_off() -> errors.UnavailableError:
+    """For who was still being answered at the drain's deadline: nobody restarts the engine of a service that ends."""
+    return errors.UnavailableError(
+        "The service shut down before the answer was whole. Ask another replica.",
+        code="shut_down",
+        retry_after_seconds=1,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a request came from."""
@@ -282,10 +291,12 @@ class ServingService:
             yield
             outcome = "ok"
         except Exception as error:
-            if isinstance(error, errors.EngineDeadError):
+            if isinstance(error, errors.EngineDeadError) and self._is_draining:
+                error = _cut_off()
+            elif isinstance(error, errors.EngineDeadError):
                 self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
-            raise
+            raise error
         finally:
             self._in_flight -= 1
             self._in_flight_of[model] -= 1

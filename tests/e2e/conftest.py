@@ -16,7 +16,8 @@ from tests.e2e.service import Service, running
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("service")) as started:
+    # Two workers: the two jobs below train at once.
+    with running(tmp_path_factory.mktemp("service"), "--workers", "2") as started:
         yield started
 
 

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import venv
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,26 @@ class Reply(BaseModel):
 @pytest.fixture(scope="module")
 def client(service: Service) -> openai.OpenAI:
     return service.client
+
+
+@pytest.fixture(scope="module", autouse=True)
+def litellm_installation() -> Iterator[Future[Path]]:
+    """Begun with the module and needed at its end: half a minute of downloads and copies beside the other tests."""
+    with ThreadPoolExecutor(1, thread_name_prefix="litellm") as executor:
+        yield executor.submit(install_litellm)
+
+
+def install_litellm() -> Path:
+    """litellm's own environment (docs/dependencies.md says why), made when it is missing or its lock changed."""
+    lock = Path(__file__).parent / "litellm.lock"
+    wanted = hashlib.sha256(lock.read_bytes()).hexdigest()
+    python, stamp = LITELLM / "bin" / "python", LITELLM / "lock.sha256"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(LITELLM, with_pip=True, clear=True)
+        install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "-r", lock]
+        subprocess.run(install, check=True)
+        stamp.write_text(wanted)
+    return python
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:
@@ -365,17 +386,8 @@ def test_langchain_reads_structured_output(langchain: ChatOpenAI, method: Litera
 
 
 @pytest.fixture(scope="module")
-def litellm_python() -> Path:
-    """litellm's own environment (docs/dependencies.md says why), made when it is missing or its lock changed."""
-    lock = Path(__file__).parent / "litellm.lock"
-    wanted = hashlib.sha256(lock.read_bytes()).hexdigest()
-    python, stamp = LITELLM / "bin" / "python", LITELLM / "lock.sha256"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        venv.create(LITELLM, with_pip=True, clear=True)
-        install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "-r", lock]
-        subprocess.run(install, check=True)
-        stamp.write_text(wanted)
-    return python
+def litellm_python(litellm_installation: Future[Path]) -> Path:
+    return litellm_installation.result(timeout=300)
 
 
 def test_litellm_completes_streams_and_calls_tools(service: Service, litellm_python: Path) -> None:

@@ -138,7 +138,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error_and_the_service_exits_
         stream.join(DRAIN_SECONDS + 20)
     assert time.monotonic() - told_at >= DRAIN_SECONDS, "the streams had less than the time that they are given"
     assert service.process.wait(30) == 0
-    assert [(stream.error_code, stream.is_whole) for stream in over_http] == [("engine_dead", False)] * 12
+    assert [(stream.error_code, stream.is_whole) for stream in over_http] == [("shut_down", False)] * 12
     assert all(stream.status is not None for stream in over_grpc)
     assert [(stream.status, stream.has_usage) for stream in over_grpc if stream.status is grpc.StatusCode.OK] == []
     assert "16 requests were still running at the drain deadline" in service.log()

@@ -14,7 +14,7 @@ from tests.tune.samples import write_jsonl
 from tests.tune.test_methods_dpo import preference_rows
 from tests.tune.workshop import Workshop
 
-KILLS = size(3, 50)
+KILLS = size(2, 50)
 
 
 @pytest.mark.timeout(14_400)  # of the full form, which takes more than an hour on two busy cores
