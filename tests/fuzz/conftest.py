@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.service import Service, running
 from tests.fuzz.watch import Watch
 from tests.sizes import LONG
-from tests.soak.kv_cache import use_the_whole_kv_cache
+from tests.soak.kv_cache import use_every_prompt_length, use_the_whole_kv_cache
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +24,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def watch(service: Service) -> Iterator[Watch]:
     if LONG:
         asyncio.run(use_the_whole_kv_cache(service))
+        asyncio.run(use_every_prompt_length(service))
     with contextlib.closing(Watch(service)) as watching:
         yield watching

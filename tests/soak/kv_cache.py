@@ -1,4 +1,4 @@
-"""Memory that a CPU engine takes late: the pages of its KV cache."""
+"""Memory that a CPU engine takes late, and then keeps: the pages of its KV cache, and oneDNN's compiled kernels."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ async def use_the_whole_kv_cache(service: Service) -> None:
                     assert response.status == 200, await response.text()
 
         await asyncio.gather(*(one_client() for _ in range(_NUM_CLIENTS)))
+
+
+async def use_every_prompt_length(service: Service) -> None:
+    """oneDNN keeps the last 1,024 kernels that it compiled, and a prompt of a new length needs new ones: 480 MB for 800
+    lengths of capo-tiny, and nothing for the same lengths again (ONEDNN_PRIMITIVE_CACHE_CAPACITY=64: 70 MB)."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
+        for length in range(1, 800):
+            prompt = [1 + (7 * length + place) % 200 for place in range(length)]
+            body = {"model": "capo-tiny", "prompt": prompt, "max_tokens": 1}
+            async with session.post(f"{service.url}/v1/completions", json=body) as response:
+                assert response.status == 200, await response.text()
