@@ -9,6 +9,7 @@ import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import pytest
@@ -97,9 +98,9 @@ async def with_a_slow_constraint(service: Guarded) -> tuple[int | str, str | Non
         await trials.check("regex", "hang")
         raise AssertionError("it hangs")
 
-    service.engine.complete = complete  # type: ignore[method-assign]
     try:
-        return await chat()(service)
+        with patch.object(service.engine, "complete", complete):
+            return await chat()(service)
     finally:
         trials.close()
 
@@ -110,8 +111,8 @@ async def with_a_long_prompt(service: Guarded) -> tuple[int | str, str | None]:
     async def complete(call: Any) -> bytes:
         raise errors.InvalidRequestError("it is too long", code="context_length_exceeded")
 
-    service.engine.complete = complete  # type: ignore[method-assign]
-    return await chat()(service)
+    with patch.object(service.engine, "complete", complete):
+        return await chat()(service)
 
 
 MET: dict[str, tuple[Ask, int | str]] = {

@@ -30,7 +30,8 @@ TRACED = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01", "x-request-id": "
 
 @pytest.fixture(params=[JsonLines(), TextLines()])
 def formatter(request: pytest.FixtureRequest) -> logging.Formatter:
-    return request.param  # type: ignore[no-any-return]
+    given: logging.Formatter = request.param
+    return given
 
 
 async def test_every_line_of_a_request_says_which_and_of_which_trace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from dockerfile_parse import DockerfileParser
@@ -28,7 +27,7 @@ def read_stages(scratch: Path) -> dict[str, Stage]:
     found: dict[str, Stage] = {}
     for step in DockerfileParser(str(path)).structure:
         if step["instruction"] == "FROM":
-            base, name = re.fullmatch(r"(\S+) AS (\S+)", step["value"]).groups()  # type: ignore[union-attr]
+            base, name = step["value"].split(" AS ")
             found[name] = stage = Stage(base, name)
         elif found and step["instruction"] != "COMMENT":
             stage.steps.append((step["instruction"], step["value"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ MAX_TOKENS = 1500
 _LIMIT = {"/v1/responses": "max_output_tokens"}
 
 
-class OpenStream:
+class OpenStream(ABC):
     """Has begun when its constructor returns."""
 
     def __init__(self) -> None:
@@ -34,8 +35,9 @@ class OpenStream:
         for _ in self._events():
             self._opened.set()
 
+    @abstractmethod
     def _events(self) -> Iterator[object]:
-        raise NotImplementedError
+        """What comes, until the end."""
 
 
 class HttpStream(OpenStream):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -72,15 +73,13 @@ async def test_where_no_slot_is_free_the_gate_looks_at_an_aliass_target_all_the_
 async def test_a_load_ahead_that_fails_does_not_end_those_that_follow(tmp_path: Path) -> None:
     registry, engine, gate = Registry(tmp_path), FakeEngine(max_loras=2), RefusingGate()
     async with running_service(engine, tmp_path, gate=gate) as _:
-        check = gate.check
 
         async def fail(artifact: Any, limits: Any) -> None:
             raise RuntimeError("our bug")
 
-        gate.check = fail  # type: ignore[method-assign]
-        publish(registry, "first")
-        await asyncio.sleep(0.2)
-        gate.check = check  # type: ignore[method-assign]
+        with patch.object(gate, "check", fail):
+            publish(registry, "first")
+            await asyncio.sleep(0.2)
         second = publish(registry, "second").revision
         await eventually(lambda: engine.loads == [second])
 

@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,6 +56,15 @@ class InRanks:
         alias: str | None,
         recipe_dir: Path,
     ) -> TrainedModel:
+        train = partial(
+            self.train,
+            recipe,
+            work_dir=work_dir,
+            job_id=job_id,
+            fine_tuned_name=fine_tuned_name,
+            alias=alias,
+            recipe_dir=recipe_dir,
+        )
         _announce(self.size)
         self.before_fork()
 
@@ -63,17 +73,7 @@ class InRanks:
             name_process(f"{rank}-{job_id}")
             os.environ |= _place(rank)
             with contextlib.suppress(StopRequested):  # the first one was asked, and told all
-                self.train(
-                    recipe,
-                    registry=Registry(registry.root),
-                    work_dir=work_dir,
-                    observer=SilentObserver(),
-                    should_stop=lambda: None,
-                    job_id=job_id,
-                    fine_tuned_name=fine_tuned_name,
-                    alias=alias,
-                    recipe_dir=recipe_dir,
-                )
+                train(registry=Registry(registry.root), observer=SilentObserver(), should_stop=lambda: None)
 
         context = multiprocessing.get_context("fork")
         others = [context.Process(target=train_beside, args=(rank, os.getpid())) for rank in range(1, self.size)]
@@ -83,17 +83,7 @@ class InRanks:
         is_over = threading.Event()
         threading.Thread(target=_watch, args=(others, is_over, self.grace_seconds), name="ranks", daemon=True).start()
         try:
-            return self.train(
-                recipe,
-                registry=registry,
-                work_dir=work_dir,
-                observer=observer,
-                should_stop=should_stop,
-                job_id=job_id,
-                fine_tuned_name=fine_tuned_name,
-                alias=alias,
-                recipe_dir=recipe_dir,
-            )
+            return train(registry=registry, observer=observer, should_stop=should_stop)
         finally:
             is_over.set()
             for other in others:
