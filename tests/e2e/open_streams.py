@@ -15,17 +15,22 @@ from capo_proto.v1 import inference_pb2, inference_pb2_grpc
 from tests.e2e.service import Service
 
 MAX_TOKENS = 1500
+TIMEOUT = 120
+"""Seconds: enough for ``MAX_TOKENS`` in each of 16 streams on a machine that does much besides."""
 _LIMIT = {"/v1/responses": "max_output_tokens"}
 
 
 class OpenStream(ABC):
-    """Has begun when its constructor returns."""
+    """Its constructor asks and does not wait: where streams begin one by one, the first may end before the last begins."""
 
     def __init__(self) -> None:
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-        assert self._opened.wait(60), "no first event"
+
+    def wait_until_open(self) -> None:
+        """Returns when its first event has come."""
+        assert self._opened.wait(TIMEOUT), "no first event"
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -66,7 +71,7 @@ class HttpStream(OpenStream):
         return None if error is None else str(error["code"])
 
     def _events(self) -> Iterator[object]:
-        with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
+        with httpx.stream("POST", self._url, json=self._body, timeout=TIMEOUT) as response:
             assert response.status_code == 200, response.read()
             for line in response.iter_lines():
                 if line:
@@ -88,7 +93,7 @@ class GrpcStream(OpenStream):
 
     def _events(self) -> Iterator[object]:
         with grpc.insecure_channel(self._address) as channel:
-            call = inference_pb2_grpc.InferenceStub(channel).CompleteStream(self._request, timeout=60)
+            call = inference_pb2_grpc.InferenceStub(channel).CompleteStream(self._request, timeout=TIMEOUT)
             try:
                 for chunk in call:
                     self.has_usage = self.has_usage or chunk.HasField("usage")

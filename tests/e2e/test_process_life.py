@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.open_streams import MAX_TOKENS, GrpcStream, HttpStream
+from tests.e2e.open_streams import MAX_TOKENS, GrpcStream, HttpStream, OpenStream
 from tests.e2e.service import Service, running
 
 pytestmark = pytest.mark.engine
@@ -45,6 +45,11 @@ def completion(service: Service, prompt: str) -> HttpStream:
     return HttpStream(service, "/v1/completions", {"prompt": prompt})
 
 
+def wait_until_open(streams: Iterable[OpenStream]) -> None:
+    for stream in streams:
+        stream.wait_until_open()
+
+
 def still_alive(processes: list[psutil.Process], seconds: float = 5) -> list[str]:
     """The command lines of those that have not ended after so long. A zombie has ended; reaping it is not ours."""
     deadline = time.monotonic() + seconds
@@ -69,6 +74,7 @@ def wait_until_ready(service: Service) -> None:
 def test_sigterm_lets_streams_finish_and_exits_zero_then_kill_leaves_no_process(tmp_path: Path) -> None:
     with running(tmp_path, "--workers", "0") as service:
         streams = [completion(service, "a") for _ in range(4)]
+        wait_until_open(streams)
         everybody = service.processes()
         service.process.send_signal(signal.SIGTERM)
         for stream in streams:
@@ -82,6 +88,7 @@ def test_a_killed_engine_ends_its_streams_honestly_and_comes_back(impatient_serv
     service = impatient_service()
     for _ in range(2):
         stream = completion(service, "killed")
+        stream.wait_until_open()
         before = service.engine_pid()
         os.kill(before, signal.SIGKILL)
         stream.join(10)
@@ -104,6 +111,7 @@ def test_an_engine_that_stands_still_is_ended_with_honest_streams_and_comes_back
     question = {"model": "capo-tiny", "prompt": "The baker", "temperature": 0, "max_tokens": 8}
     before = httpx.post(f"{service.url}/v1/completions", json=question).json()["choices"]
     streams = [completion(service, "stands still"), GrpcStream(service, "stands still too")]
+    wait_until_open(streams)
     engine = psutil.Process(service.engine_pid())
     engines = [engine, *engine.children(recursive=True)]
     stopped_at = time.monotonic()
@@ -131,6 +139,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error_and_the_service_exits_
     }
     over_http = [HttpStream(service, path, body) for path, body in asked.items() for _ in range(4)]
     over_grpc = [GrpcStream(service, "outlast") for _ in range(4)]
+    wait_until_open((*over_http, *over_grpc))
     everybody = service.processes()
     told_at = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
