@@ -21,7 +21,7 @@ _LIMIT = {"/v1/responses": "max_output_tokens"}
 
 
 class OpenStream(ABC):
-    """Its constructor asks and does not wait: where streams begin one by one, the first may end before the last begins."""
+    """Its constructor does not wait: of streams that begin one by one, the first may end before the last begins."""
 
     def __init__(self) -> None:
         self._opened = threading.Event()
