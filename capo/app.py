@@ -92,10 +92,10 @@ def _add_manners(
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
-    app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
     app.add_middleware(HttpTraces)
+    app.add_middleware(BugAnswers)
     app.add_middleware(RequestIds)
     app.add_middleware(StalledReaders, seconds=stalled_reader_seconds)
 
@@ -169,17 +169,6 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nginx's code for a client that closed the connection; nobody reads it
 
 
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    logger.error("request %s failed", _request_id(request), exc_info=error)
-    request.scope["state"]["error_code"] = "internal_error"
-    # This handler runs outside of RequestIds, so it has to set the header that its own message points to.
-    return JSONResponse(errors.openai_error_body(error), 500, {"x-request-id": _request_id(request)})
-
-
-def _request_id(request: Request) -> str:
-    return str(getattr(request.state, "request_id", "-"))
-
-
 # -- middleware --------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +193,36 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class BugAnswers:
+    """A 500 for what nothing else answers. An answer that has begun can only be cut; the server does on an exception.
+
+    Starlette's own handler of all exceptions raises them again after its answer, so the server logs each a second time.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noticing_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticing_send)
+        except Exception as error:
+            if has_begun:
+                raise
+            logger.exception("request %s failed", scope["state"]["request_id"])
+            scope["state"]["error_code"] = "internal_error"
+            await JSONResponse(errors.openai_error_body(error), 500)(scope, receive, send)
 
 
 class BodyLimit:

@@ -96,6 +96,17 @@ async def test_forty_failures_inside_tell_a_client_nothing_but_the_request_id(tm
     assert [text for text in told if TELLTALE.search(text)] == []
 
 
+async def test_a_failure_inside_is_logged_once_with_its_request_id(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with guarded(tmp_path) as service:
+        break_engine(service, lambda: RuntimeError(INSIDES), after=0)
+        answer = await service.ask("POST /v1/chat/completions", None, json=HELLO, headers={"x-request-id": "fault-7"})
+    assert answer.status == 500
+    with_traceback = [record.getMessage() for record in caplog.records if record.exc_info]
+    assert with_traceback == ["request fault-7 failed"]
+
+
 async def test_a_failure_of_the_store_tells_nothing_either(tmp_path: Path) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError(INSIDES)
