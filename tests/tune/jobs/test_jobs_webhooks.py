@@ -67,7 +67,7 @@ def ended(place: Place, how: str) -> JobRecord:
 async def sending(place: Place, clock: Callable[[], float] = time.time) -> AsyncIterator[None]:
     sender = WebhookSender(
         Outbox(place.database, clock=clock),
-        client=lambda: httpx.AsyncClient(trust_env=False),
+        client=lambda: httpx.AsyncClient(trust_env=False, timeout=0.1),  # which must not shorten an attempt
         poll_seconds=0.02,
         clock=clock,
     )
@@ -197,6 +197,31 @@ class TestDelivery:
         async with sending(place):
             await until(lambda: deliveries(place.database)[0].last_error is not None)
         assert deliveries(place.database)[0].status == "waiting"
+
+    async def test_an_address_that_cannot_be_used_is_a_failed_attempt_and_is_given_up(self, place: Place) -> None:
+        """Endpoints from before such an address was refused."""
+        endpoint(place, "http://xn--a/hook")
+        ended(place, "succeeded")
+        skipped = 0.0
+        async with sending(place, lambda: time.time() + skipped):
+            await until(lambda: deliveries(place.database)[0].last_error is not None)
+            assert deliveries(place.database)[0].last_error.startswith("InvalidCodepoint: ")
+            skipped = RETRIED_SECONDS
+            await until(lambda: deliveries(place.database)[0].status == "given_up")
+
+    async def test_a_receiver_may_think_for_longer_than_a_client_would_wait_by_itself(
+        self, place: Place, hooked: Receiver
+    ) -> None:
+        endpoint(place, hooked.url)
+        ended(place, "succeeded")
+        hooked.holds.clear()
+        async with sending(place):
+            await until(lambda: hooked.messages)
+            await asyncio.sleep(0.5)
+            hooked.holds.set()
+            await until(lambda: deliveries(place.database)[0].status == "delivered")
+        (delivery,) = deliveries(place.database)
+        assert (delivery.attempts, delivery.last_error) == (1, None)
 
     async def test_a_sender_that_dies_on_the_way_leaves_the_message_to_the_next(
         self, place: Place, hooked: Receiver
@@ -335,6 +360,7 @@ class TestEndpoints:
             ({"url": "https://a.example/#x"}, "url"),
             ({"url": "https://a.example/\n"}, "url"),
             ({"url": "https://a.example:99999"}, "url"),
+            ({"url": "https://xn--a/hook"}, "url"),
             ({"url": "https://a.example/" + "a" * 2100}, "url"),
             ({"url": 5}, "url"),
             ({"name": ""}, "name"),

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import httpx
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import Field
@@ -81,8 +82,9 @@ def _check_url(url: str) -> None:
             and parts.username is None
             and not parts.fragment
             and parts.port != 0
+            and bool(httpx.URL(url).host)  # what sends to it must read it too; an xn-- label may be none
         )
-    except ValueError:
+    except (ValueError, httpx.InvalidURL):
         is_good = False
     if not is_good:
         raise InvalidRequestError(

@@ -103,6 +103,7 @@ class WebhookSender:
                     delivery.url,
                     content=delivery.payload.encode(),
                     headers=headers,
+                    timeout=None,  # httpx would give up after 5 s of silence
                     follow_redirects=False,
                 ) as response,
             ):
@@ -111,5 +112,6 @@ class WebhookSender:
                 return f"the receiver answered {response.status_code}"
         except TimeoutError:
             return f"no answer within {_ATTEMPT_SECONDS:g} s"
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except Exception as error:
+            # An address that httpx cannot use fails in more ways than it lists, and must not be tried for ever.
             return f"{type(error).__name__}: {error}"
