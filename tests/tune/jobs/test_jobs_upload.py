@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -232,6 +233,19 @@ def test_a_disk_that_refuses_is_a_storage_error_and_leaves_nothing(
             place.upload(GOOD)
     assert place.stored_files() == []
     assert place.file_rows.page(after=None, limit=1).records == []
+    place.upload(GOOD)
+
+
+def test_a_disk_that_fills_up_under_a_small_upload_is_a_storage_error(place: Place) -> None:
+    """Its bytes are still in the buffer then, and closing the file would try to write them once more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(GOOD) // 2, hard))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            place.upload(GOOD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place.stored_files() == []
     place.upload(GOOD)
 
 
