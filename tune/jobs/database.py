@@ -21,7 +21,7 @@ from typing import Any
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, OperationalError
 
 from registry.errors import CapoError, InvalidRequestError, StorageError, UnavailableError
 from tune.jobs import migrations
@@ -138,7 +138,7 @@ def _on_sqlite_begin(connection: Connection) -> None:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Turn the driver's errors into Capo's: a bad disk is 507, a busy or absent server 503."""
+    """Turn the driver's errors into Capo's: a bad disk is 507, a busy or absent server 503, a value none takes 400."""
     try:
         yield
     except DBAPIError as error:
@@ -159,4 +159,10 @@ def _capo_error(error: DBAPIError) -> CapoError | None:
             return UnavailableError("the job store is busy; try again", retry_after_seconds=1.0)
     elif isinstance(error, OperationalError) or error.connection_invalidated:
         return UnavailableError("the job store does not answer; try again", retry_after_seconds=5.0)
+    elif isinstance(error, DataError):  # PostgreSQL knows no NUL in a text, which SQLite simply does not find
+        return InvalidRequestError(
+            f"the request holds a value that the job store cannot take ({cause}); leave the character NUL out of ids, "
+            "cursors and filters",
+            code="invalid_value",
+        )
     return None
