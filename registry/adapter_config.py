@@ -215,8 +215,7 @@ def _check_init(raw: dict[str, object]) -> None:
         return
     raise InvalidArtifactError(
         f"The adapter's init_lora_weights is {shown(str(init))}, which changes the base model's weights too. "
-        "Save it again "
-        "with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter.",
+        "Save it again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter.",
         code="unsupported_init",
     )
 

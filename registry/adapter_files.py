@@ -68,9 +68,8 @@ def check_adapter(directory: Path, *, base_model: BaseModel | None = None, max_r
     """Check an adapter directory; reads every byte of the weights once, writes nothing.
 
     Raises:
-        InvalidArtifactError: ``code`` is a stable reason (unsupported_dora, rank_mismatch, not_finite, ...),
-        the message
-            says what to do instead.
+        InvalidArtifactError: ``code`` is a stable reason (unsupported_dora, rank_mismatch, not_finite, ...), the
+            message says what to do instead.
         OSError: a file cannot be read.
     """
     files = regular_files(directory)
@@ -78,8 +77,7 @@ def check_adapter(directory: Path, *, base_model: BaseModel | None = None, max_r
     if weights != [WEIGHTS_NAME]:
         raise InvalidArtifactError(
             f"The directory holds {len(weights)} .safetensors files; exactly one, {WEIGHTS_NAME}, is "
-            "allowed. "
-            "Give a directory that PEFT's save_pretrained wrote.",
+            "allowed. Give a directory that PEFT's save_pretrained wrote.",
             code="no_adapter_weights" if WEIGHTS_NAME not in weights else "extra_weights",
         )
     config = read_adapter_config(directory, max_rank=max_rank)
@@ -139,8 +137,7 @@ def _pair_up(header: SafetensorsHeader) -> list[_Pair]:
         if len(pair) != 2 or modules.count(module) != 1:
             raise InvalidArtifactError(
                 f"The module {shown(module)} needs one lora_A and one lora_B. The file is cut or was edited; "
-                "save the "
-                "adapter again.",
+                "save the adapter again.",
                 code="unpaired_tensor",
             )
     return [_Pair(module, is_embedding, pair["A"], pair["B"]) for (module, is_embedding), pair in sides.items()]
@@ -157,16 +154,15 @@ def _check_pair(pair: _Pair, config: AdapterConfig) -> None:
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             raise InvalidArtifactError(
                 f"The tensor {shown(tensor.name)} has the shape {list(tensor.shape)}; LoRA matrices of "
-                "linear layers have "
-                "two sizes above 0.",
+                "linear layers have two sizes above 0.",
                 code="unsupported_shape",
             )
     rank = config.rank_of(pair.module)
     if pair.a.shape[0] != rank or pair.b.shape[1] != rank:
         raise InvalidArtifactError(
             f"The module {shown(pair.module)} has lora_A {list(pair.a.shape)} and lora_B "
-            f"{list(pair.b.shape)}, but "
-            f"adapter_config.json says rank {rank}. Use the configuration that was saved with these weights.",
+            f"{list(pair.b.shape)}, but adapter_config.json says rank {rank}. Use the configuration that was saved "
+            "with these weights.",
             code="rank_mismatch",
         )
     check_scaling(config, pair.module)
@@ -177,15 +173,15 @@ def _check_finite(path: Path, header: SafetensorsHeader) -> None:
     if tensor is not None:
         raise InvalidArtifactError(
             f"The tensor {shown(tensor)} holds NaN or infinity: the training diverged. Train with a lower "
-            "learning rate "
-            "or use an earlier checkpoint.",
+            "learning rate or use an earlier checkpoint.",
             code="not_finite",
         )
 
 
 def _claimed_base(claim: str | None) -> BaseModelIdentity:
-    """The base as the adapter's own configuration names it, if that is a model id; a path of another "
-    "machine is not."""
+    """The base as the adapter's own configuration names it, if that is a model id; a path of another machine is
+    not.
+    """
     try:
         return BaseModelIdentity(id=check_base_model_id(claim or ""))
     except InvalidNameError:

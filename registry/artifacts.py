@@ -124,8 +124,7 @@ class ArtifactStore:
         if not found:
             raise ModelNotFoundError(
                 f"The model '{reference.text}' does not exist. List the revisions of '{reference.name}' to "
-                "see "
-                "which do.",
+                "see which do.",
                 param="model",
             )
         if len(found) > 1:
@@ -210,8 +209,7 @@ class ArtifactStore:
         return next((a for a in self.all(manifest.name) if a.manifest.is_same_content(manifest)), None)
 
     def is_damaged(self, name: str, digest: str) -> bool:
-        """Whether a directory is there but not what it should be; reads every byte, so ask without the "
-        "lock."""
+        """Whether a directory is there but not what it should be; reads every byte, so ask without the lock."""
         return self._layout.artifact(name, digest).exists() and bool(self.verify(name, digest))
 
     def at(self, name: str, digest: str, manifest: Manifest) -> Artifact:
@@ -248,8 +246,7 @@ class ArtifactStore:
             raise
 
     def discard(self, artifact: Artifact) -> Path:
-        """Take an artifact out of readers' sight, durably; the caller deletes the returned directory "
-        "later."""
+        """Take an artifact out of readers' sight, durably; the caller deletes the returned directory later."""
         trash = self._layout.trash / uuid.uuid4().hex
         self._filesystem.rename(artifact.path, trash)
         # Both ends: a rename that is undone while deletions below it are not would bring back half an artifact.
@@ -265,8 +262,7 @@ class ArtifactStore:
         if others:
             raise ConflictError(
                 f"Digest {artifact.digest} and the published {others[0]} share the revision "
-                f"{artifact.revision}. "
-                "Publish under another name."
+                f"{artifact.revision}. Publish under another name."
             )
 
     def _read(self, name: str, digest_prefix: str) -> Iterator[Artifact | DamagedArtifact]:

@@ -164,8 +164,7 @@ def _download(model_id: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UnavailableError(
             f"The model {shown(model_id)} is neither a local directory nor in the local cache, and Hugging "
-            "Face cannot be "
-            f"reached. Download it first, or use {EMBEDDED_MODEL_ID}, which is always here.",
+            f"Face cannot be reached. Download it first, or use {EMBEDDED_MODEL_ID}, which is always here.",
         ) from error
 
 
@@ -178,8 +177,7 @@ def _read_config(directory: Path) -> bytes:
     if not path.is_file() or not any(directory.glob("*.safetensors")):
         raise InvalidArtifactError(
             f"The directory {shown(directory.name)} is no base model: it needs config.json and *.safetensors "
-            "weights. "
-            "Convert other weights with transformers' save_pretrained.",
+            "weights. Convert other weights with transformers' save_pretrained.",
             code="invalid_base_model",
         )
     data = path.read_bytes()
@@ -193,8 +191,7 @@ def _read_config(directory: Path) -> bytes:
         # With auto_map a loader would import Python files beside the weights (vLLM CVE-2026-22807).
         raise InvalidArtifactError(
             "The base model's config.json brings code of its own (auto_map), or is no object. Use a model "
-            "that transformers "
-            "knows by itself.",
+            "that transformers knows by itself.",
             code="custom_code_not_allowed",
         )
     return data
@@ -209,8 +206,7 @@ def _tokenizer_digest(directory: Path) -> str | None:
 
 
 def _chat_template(directory: Path) -> str | None:
-    """The template's text, from either place where transformers keeps it, so that both give the same "
-    "digest."""
+    """The template's text, from either place where transformers keeps it, so that both give the same digest."""
     path = directory / _TEMPLATE_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8")

@@ -48,8 +48,7 @@ def check_relative_path(text: str) -> str:
     if len(parts) > _MAX_DEPTH or any(_PATH_PART.fullmatch(part) is None or part in (".", "..") for part in parts):
         raise InvalidArtifactError(
             f"The file name {shown(text)} is not allowed: up to {_MAX_DEPTH} parts of ASCII letters, digits "
-            "and "
-            "_.+=@,()[]~- or space. Rename the file.",
+            "and _.+=@,()[]~- or space. Rename the file.",
             code="invalid_file_name",
         )
     return text
@@ -59,9 +58,8 @@ def regular_files(directory: Path) -> list[str]:
     """Relative paths of all files below ``directory``, sorted. Opens nothing.
 
     Raises:
-        InvalidArtifactError: a link, a hard link, a FIFO, socket or device, a pickle, a Python or GGUF file,
-        a name
-            that no manifest may hold, or too many files.
+        InvalidArtifactError: a link, a hard link, a FIFO, socket or device, a pickle, a Python or GGUF file, a
+            name that no manifest may hold, or too many files.
         OSError: the directory cannot be read.
     """
     found: list[str] = []

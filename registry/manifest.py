@@ -49,8 +49,7 @@ class FileRecord(Record):
 
 
 class BaseModelIdentity(Record):
-    """Which base model an artifact belongs to. None means: not known (an adapter imported without its "
-    "base)."""
+    """Which base model an artifact belongs to. None means: not known (an adapter imported without its base)."""
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     fingerprint: Sha256 | None = None
@@ -86,8 +85,7 @@ class DataRecord(Record):
 
 
 class Probe(Record):
-    """A prompt and the greedy answer of the model that was published; serving replays it before it routes "
-    "to it."""
+    """A prompt and the greedy answer of the model that was published; serving replays it before it routes to it."""
 
     prompt_token_ids: list[TokenId]
     completion_token_ids: list[TokenId]
@@ -174,8 +172,7 @@ class Manifest(ManifestDraft):
         """The canonical bytes.
 
         Raises:
-            InvalidArtifactError: the manifest holds something that does not survive a round trip through
-            JSON,
+            InvalidArtifactError: the manifest holds something that does not survive a round trip through JSON,
                 like NaN in the recipe, or is too large.
         """
         try:

@@ -1,8 +1,8 @@
 """Names, and the one parser for every text that says which model is meant.
 
     support                                   an alias: points to a revision, may be flipped
-    support@3f9c0a7b21d4e865                  a revision: name and the first hex digits of the manifest's
-    digest ft:capo-tiny:acme:support:a1B2c3          a fine-tuned name: write-once alias of one job's result
+    support@3f9c0a7b21d4e865                  a revision: name and the first hex digits of its manifest's digest
+    ft:capo-tiny:acme:support:a1B2c3          a fine-tuned name: write-once alias of one job's result
     ft:capo-tiny:acme::a1B2c3:ckpt-step-200   the same without a suffix, for a checkpoint
 
 Names become path components, metric labels and engine keys. So each part is matched in full against a strict
@@ -89,8 +89,7 @@ def parse_reference(text: str) -> Reference:
     """What ``text`` refers to.
 
     Raises:
-        InvalidNameError: it is neither a name, a revision nor a fine-tuned name; the message says what is
-        allowed.
+        InvalidNameError: it is neither a name, a revision nor a fine-tuned name; the message says what is allowed.
     """
     if text.startswith("ft:"):
         return _parse_fine_tuned_name(text)
@@ -150,8 +149,7 @@ def check_base_model_id(text: str) -> str:
     if _BASE_MODEL_ID.fullmatch(text) is None or ".." in text:
         raise InvalidNameError(
             f"{shown(text)} is not a base model id. Allowed: name, organization/name or name@revision, each "
-            "part of "
-            "1 to 96 of A-Z, a-z, 0-9, '.', '_' and '-', without '..'."
+            "part of 1 to 96 of A-Z, a-z, 0-9, '.', '_' and '-', without '..'."
         )
     return text
 
@@ -165,8 +163,7 @@ def alias_file_stem(alias: MutableReference) -> str:
     if len(stem) > _MAX_ENCODED_ALIAS:
         raise InvalidNameError(
             f"{shown(alias.text)} is too long to store: {len(stem)} bytes with capitals and ':' encoded, "
-            f"at most {_MAX_ENCODED_ALIAS} are allowed. Use a shorter suffix or a base model id with fewer "
-            "capitals."
+            f"at most {_MAX_ENCODED_ALIAS} are allowed. Use a shorter suffix or a base model id with fewer capitals."
         )
     return stem
 
@@ -181,8 +178,7 @@ def _parse_revision(text: str) -> RevisionReference:
     if _DIGEST_PREFIX.fullmatch(prefix) is None:
         raise InvalidNameError(
             f"{shown(text)} is not a revision. Allowed: <name>@ and the first {MIN_DIGEST_PREFIX} to "
-            f"{DIGEST_DIGITS} "
-            "hex digits (0-9, a-f) of the digest."
+            f"{DIGEST_DIGITS} hex digits (0-9, a-f) of the digest."
         )
     return RevisionReference(check_name(name), prefix)
 
@@ -209,8 +205,6 @@ def _parse_fine_tuned_name(text: str) -> FineTunedName:
 def _not_fine_tuned(text: str) -> InvalidNameError:
     return InvalidNameError(
         f"{shown(text)} is not a fine-tuned name. Allowed: ft:<base>:<organization>:<suffix>:<id>, with an "
-        "empty "
-        "suffix if there is none, and :ckpt-step-<number> at the end for a checkpoint; at most "
-        f"{_MAX_FINE_TUNED_NAME} "
-        "characters; organization and suffix are 1 to 64 of a-z, 0-9, '.', '_' and '-'."
+        "empty suffix if there is none, and :ckpt-step-<number> at the end for a checkpoint; at most "
+        f"{_MAX_FINE_TUNED_NAME} characters; organization and suffix are 1 to 64 of a-z, 0-9, '.', '_' and '-'."
     )

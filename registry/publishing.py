@@ -35,8 +35,7 @@ class Publisher:
         self._staging = staging
 
     def publish(self, source_dir: Path, draft: ManifestDraft, targets: list[MutableReference], *, now: int) -> Artifact:
-        """See :meth:`registry.store.Registry.publish`; names are checked already, ``now`` is in unix "
-        "seconds."""
+        """See :meth:`registry.store.Registry.publish`; names are checked already, ``now`` is in unix seconds."""
         staged = self._staging.holds(source_dir)
         with nullcontext(source_dir) if staged else self._staging.open() as staging:
             with storage_errors(f"write the files of '{draft.name}'"):

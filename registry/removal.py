@@ -44,8 +44,7 @@ class Removal:
                 holders = ", ".join([*(a.alias for a in aliases), *users][:5])
                 raise ConflictError(
                     f"'{artifact.revision}' is in use by {holders}. Point them elsewhere or remove them "
-                    "first, or "
-                    "force.",
+                    "first, or force.",
                     code="artifact_in_use",
                 )
             for alias in aliases:

@@ -195,7 +195,6 @@ def _check_contiguous(file_name: str, tensors: Iterable[TensorEntry], data_bytes
 def _refused(file_name: str, what: str) -> InvalidArtifactError:
     return InvalidArtifactError(
         f"{shown(file_name)} is no valid safetensors file: it has {what}. Save it again, or copy it again if "
-        "the "
-        "copy was cut short.",
+        "the copy was cut short.",
         code="invalid_safetensors",
     )

@@ -1,9 +1,9 @@
 """The registry's front: says what can be done, checks names and rights, and leaves the work to its parts.
 
 Publishing is :mod:`registry.publishing`, flipping aliases :mod:`registry.flips`, taking away
-:mod:`registry.removal`, reading and the rules of
-directories and aliases :mod:`registry.artifacts` and :mod:`registry.aliases`. Readers need no lock and no write
-access; what they see changes only under one lock and by one rename.
+:mod:`registry.removal`, reading and the rules of directories and aliases :mod:`registry.artifacts` and
+:mod:`registry.aliases`. Readers need no lock and no write access; what they see changes only under one lock
+and by one rename.
 """
 
 from __future__ import annotations
