@@ -23,7 +23,7 @@ from registry.strict_json import parse_strict_json
 EMBEDDED_MODEL_ID = "capo-tiny"
 _EMBEDDED_MODELS_DIR = Path(__file__).parent / "models"
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -34,6 +34,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+"""All that a tokenizer of any kind is kept in; the tokenizer's digest is taken over those that are there."""
+
 _TEMPLATE_FILE = "chat_template.jinja"
 _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -112,7 +114,7 @@ def fingerprint(directory: Path) -> str:
     goes into the digest behind its name and length, so that no two sets of files give the same input.
     """
     digest = hashlib.sha256(b"capo base model fingerprint 1\n")
-    for name in ("config.json", *_TOKENIZER_FILES):
+    for name in ("config.json", *TOKENIZER_FILES):
         path = directory / name
         if path.is_file():
             _add(digest, name, path.read_bytes())
@@ -199,7 +201,7 @@ def _read_config(directory: Path) -> bytes:
 
 def _tokenizer_digest(directory: Path) -> str | None:
     digest = hashlib.sha256()
-    present = [name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+    present = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
     for name in present:
         _add(digest, name, (directory / name).read_bytes())
     return digest.hexdigest() if present else None

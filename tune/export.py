@@ -8,7 +8,6 @@ they load and rounding twice gains nothing; bfloat16 recipes store bfloat16, exa
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,22 +17,10 @@ from registry.errors import InvalidArtifactError
 from registry.manifest import LoraShape
 from tune.adapters import resolved_patterns
 from tune.choices import Choice
+from tune.exports.model_files import copy_companions
 from tune.methods import publishes_adapter
 from tune.model import DtypeName, StoredDtypeName, Trainable
 from tune.recipe import Recipe
-
-# What a model directory needs beside weights and config.json to render, tokenise and stop as its base does.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def choose_save_dtype(recipe: Recipe, dtype: DtypeName) -> Choice[StoredDtypeName]:
@@ -99,9 +86,7 @@ def export_model(trainable: Trainable, base_dir: Path, directory: Path, *, save_
     model = trainable.model.to(torch.bfloat16 if save_dtype == "bfloat16" else torch.float32)
     model.config.use_cache = True  # switched off for training only
     model.save_pretrained(directory, safe_serialization=True)
-    for name in _TOKENIZER_FILES:
-        if (base_dir / name).is_file():
-            shutil.copyfile(base_dir / name, directory / name)
+    copy_companions(base_dir, directory)
 
 
 def _stored(weight: torch.Tensor, save_dtype: StoredDtypeName) -> torch.Tensor:

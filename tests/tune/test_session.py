@@ -13,12 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from registry import Artifact, Registry, locate_base_model
+from registry import Artifact, Registry, identify, locate_base_model
 from registry.errors import InvalidDataError, InvalidRequestError, ModelNotFoundError, StorageError, UnavailableError
 from tests.tune.samples import chat_rows, text_rows, write_jsonl
 from tests.tune.workshop import Recorder, StopAfter, Workshop, weights_of
 from tune import checkpoint, export
 from tune.checkpoint import CheckpointFolder
+from tune.methods import FullMethod
+from tune.model import load_trainable
 from tune.progress import StepMetrics, StopRequested
 from tune.recipe_file import parse_recipe
 from tune.session import TrainingResult, tensorboard_dir
@@ -145,6 +147,20 @@ def test_a_whole_model_is_stored_in_bfloat16_with_the_tokenizer_files_of_its_bas
     assert (config["dtype"], config["use_cache"]) == ("bfloat16", True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (artifact.path / name).read_bytes() == (base_dir / name).read_bytes()
+
+
+def test_a_whole_model_keeps_its_bases_tokenizer_of_whatever_kind(tmp_path: Path, base_dir: Path) -> None:
+    base, directory = tmp_path / "base", tmp_path / "model"
+    shutil.copytree(base_dir, base)
+    for name in ("vocab.txt", "spiece.model"):
+        (base / name).write_text("as BERT and T5 keep it")
+    directory.mkdir()
+    trainable = load_trainable(
+        base, FullMethod(), dtype="float32", device=torch.device("cpu"), seed=1, gradient_checkpointing=False
+    )
+    export.export_model(trainable, base, directory, save_dtype="bfloat16")
+    assert (directory / "vocab.txt").read_text() == "as BERT and T5 keep it"
+    assert identify("model", directory).tokenizer_digest == identify("base", base).tokenizer_digest
 
 
 def test_the_manifest_tells_how_the_artifact_came_to_be(published: dict[str, Published]) -> None:

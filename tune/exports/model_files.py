@@ -5,22 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from registry.base_model import TOKENIZER_FILES
+
 INDEX_NAME = "model.safetensors.index.json"
 
 # What it takes to render, tokenise and stop as the base does.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_COMPANIONS = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
 
 
 def copy_companions(source: Path, directory: Path) -> None:
