@@ -41,6 +41,8 @@ class WorkerSettings:
     """Before the second attempt; doubled before each further one."""
     busy_retry_seconds: float = 5.0
     """Between two looks at a directory in which what is left of an earlier attempt still works."""
+    sweep_seconds: float = 60.0
+    """Between two looks for what jobs left behind that ended while no worker had them."""
 
     @property
     def files_dir(self) -> Path:

@@ -114,13 +114,12 @@ class Worker:
         self._owner = this_owner()
         self._stop = _StopFlag()
         self._child: _Child | None = None
+        self._sweeps_at = time.monotonic()
         self._gives_up_at = time.monotonic() + _ONE_JOB_PATIENCE_LEASES * settings.lease_seconds
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop.set)
-        for work_dir in self._settings.jobs_dir.glob("ftjob-*"):
-            self._remove_work_dir(work_dir.name)
         log.info("worker %s is waiting for jobs", self._owner)
         try:
             while not (self._stop.is_set and self._child is None):
@@ -152,6 +151,7 @@ class Worker:
             self._stop.set()
         if self._child is not None:
             return self._tend(self._child)
+        self._sweep()
         job = None if self._stop.is_set else self._claim()
         if job is None:
             return False
@@ -272,6 +272,14 @@ class Worker:
             files=FileStore(self._database),
             stop_asked=lambda: self._stop.is_set,
         )
+
+    def _sweep(self) -> None:
+        """At the start and now and then: nobody tells a worker of a job that is cancelled while it waits."""
+        if time.monotonic() < self._sweeps_at:
+            return
+        for work_dir in self._settings.jobs_dir.glob("ftjob-*"):
+            self._remove_work_dir(work_dir.name)
+        self._sweeps_at = time.monotonic() + self._settings.sweep_seconds
 
     def _remove_work_dir(self, job_id: str) -> None:
         """Throw the checkpoints away once nobody will resume from them."""

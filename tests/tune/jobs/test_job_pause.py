@@ -82,6 +82,22 @@ def test_a_running_job_stops_within_seconds_and_goes_on_from_its_checkpoint(plac
     assert done.fine_tuned_model == job.reserved_name
 
 
+def test_the_checkpoints_of_a_job_that_is_cancelled_while_it_is_paused_go_without_a_new_worker(
+    place: Place, training_file: str
+) -> None:
+    job, kept = place.queue_job(training_file), place.queue_job(training_file)
+    with worker(place, standins.takes_long, stop_grace_seconds=8.0, sweep_seconds=0.1):
+        for attempts, paused in enumerate((job, kept), start=1):
+            wait_for_attempts(place, attempts)
+            place.store.pause(paused.id)
+            wait_for(place, paused.id, "queued")
+        checkpoints = [place.data_dir / "jobs" / paused.id / "checkpoint" for paused in (job, kept)]
+        assert [checkpoint.exists() for checkpoint in checkpoints] == [True, True]
+        place.store.cancel(job.id)
+        wait_until(lambda: not checkpoints[0].parent.exists(), seconds=5)
+        assert checkpoints[1].exists()
+
+
 def test_a_pause_outlives_the_worker_that_had_the_job(place: Place, training_file: str) -> None:
     job = place.queue_job(training_file)
     with worker(place, standins.takes_long) as first:
