@@ -1,7 +1,7 @@
 """The seam round the engine: what Capo needs from one, in Capo's own words.
 
-:class:`serve.engine.VllmEngine` is the real one. Tests inject faults through a second implementation that passes the
-same contract tests. Nothing on this side of the seam knows vLLM.
+:class:`serve.engine.VllmEngine` is the real one. Tests inject faults through a second implementation; what
+both must keep is written down in tests/serve/engine_contract.py. Nothing on this side of the seam knows vLLM.
 """
 
 from __future__ import annotations

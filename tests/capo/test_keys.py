@@ -243,14 +243,14 @@ async def test_beyond_a_keys_requests_both_faces_answer_as_openai_does(tmp_path:
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_tokens_are_counted_from_what_the_engine_really_made(tmp_path: Path, is_stream: bool) -> None:
     async with guarded(tmp_path) as service:
-        secret = service.key(limits=KeyLimits(tokens_per_minute=4))
+        secret = service.key(limits=KeyLimits(tokens_per_minute=5))
         answered = await service.ask(CHAT, bearer(secret), json=HELLO | {"stream": is_stream})
         refused = await service.ask(CHAT, bearer(secret), json=HELLO)
         made = counted(service, "capo_key_tokens_total", key=secret.key_id)
     assert answered.status == 200
-    assert made == 4, "the fake engine makes four"
+    assert made == 5, "the fake engine reads one and makes four"
     assert (refused.status, refused.code) == (429, "rate_limit_exceeded")
-    assert refused.headers["x-ratelimit-limit-tokens"] == "4"
+    assert refused.headers["x-ratelimit-limit-tokens"] == "5"
     assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
 
 

@@ -115,6 +115,13 @@ async def with_a_long_prompt(service: Guarded) -> tuple[int | str, str | None]:
         return await chat()(service)
 
 
+async def with_too_many_rows(service: Guarded) -> tuple[int | str, str | None]:
+    row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    with patch.object(service.tuning.files.storage, "max_file_rows", 1):
+        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", f"{row}\n{row}\n")}}
+        return await http("POST /v1/files", **form)(service)
+
+
 MET: dict[str, tuple[Ask, int | str]] = {
     "headers_too_large": (raw(HEADS["many headers"]), 431),
     "headers_too_large (grpc)": (rpc(metadata=LARGE_METADATA), "RESOURCE_EXHAUSTED"),
@@ -137,6 +144,7 @@ MET: dict[str, tuple[Ask, int | str]] = {
     "grammar_too_large": (chat(structured_outputs={"grammar": "x" * 8193}), 400),
     "choice_too_large": (chat(structured_outputs={"choice": ["x"] * 1025}), 400),
     "file_too_large": (http("POST /v1/uploads", json=UPLOAD | {"bytes": 9 * 1024**3}), 413),
+    "too_many_rows": (with_too_many_rows, 413),
     "form_too_large": (raw([CHUNKED, *[chunk(b"\r\n" * 0x8000)] * 4]), 413),
 }
 PART = b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n1\r\n'

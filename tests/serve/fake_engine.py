@@ -1,6 +1,6 @@
 """An engine for fault injection: keeps adapters in a dict, answers with text that names what answered.
 
-It passes the same contract tests as the real one (tests/serve/test_engine_contract.py).
+It keeps the same promises as the real one (engine_contract.py).
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class FakeEngine(Engine):
         pieces = [piece async for piece in self._tokens(call)]
         message = {"role": "assistant", "content": "".join(pieces)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 1, "completion_tokens": len(pieces), "total_tokens": 1 + len(pieces)}
+        prompt_tokens = call.prompt_tokens
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(pieces)}
+        usage["total_tokens"] = prompt_tokens + len(pieces)
         answer = {"id": call.request_id, "object": "chat.completion", "model": call.answer_model}
         return json.dumps({**answer, "choices": [choice], "usage": usage}).encode()
 
@@ -139,6 +141,7 @@ class FakeEngine(Engine):
         """One word per token: the name of what answers, so that a mixed answer cannot hide."""
         name = call.adapter.name if call.adapter is not None else "base"
         life = self.starts
+        call.prompt_tokens, call.queued_seconds = 1, 0.0
         try:
             for number in range(self._num_tokens):
                 self.waiting += 1
@@ -151,13 +154,20 @@ class FakeEngine(Engine):
                 self._require_life(life)
                 if call.adapter is not None:
                     assert call.adapter.engine_id in self.loaded, "an adapter left under its user"
-                call.completion_tokens += 1
-                self.stepped_at = time.monotonic()
+                self._note_token(call)
                 yield f"{name} "
                 await asyncio.sleep(0)
+            call.finish_reasons.append("stop")
         except GeneratorExit:
             self.aborted += 1
             raise
+
+    def _note_token(self, call: Call) -> None:
+        self.stepped_at = call.last_token_at = time.monotonic()
+        call.first_token_at = call.first_token_at or call.last_token_at
+        call.completion_tokens += 1
+        if call.on_tokens is not None:
+            call.on_tokens(call, 1)
 
     def _require_life(self, life: int | None = None) -> None:
         if not self._started or (life is not None and life != self.starts):
