@@ -21,7 +21,7 @@ from tune.grpc import SERVICE_NAME, TuningServicer
 from tune.jobs.api import TuningApi
 from tune.jobs.database import Database
 from tune.jobs.files import FileStorage
-from tune.jobs.metrics import REFRESH_SECONDS, JobMetrics
+from tune.jobs.metrics import JobMetrics
 from tune.jobs.settings import files_dir
 
 
@@ -62,7 +62,7 @@ class ControlSide:
     async def start(self) -> None:
         await asyncio.to_thread(self._metrics.refresh)
         REGISTRY.register(self._metrics)
-        self._tasks.append(asyncio.create_task(self._measure(), name="job-metrics"))
+        self._tasks.append(asyncio.create_task(self._metrics.follow(), name="job-metrics"))
         self._tasks.append(asyncio.create_task(self.tuning.run(), name="tuning-api"))
         if self.names is not None:
             await self.names.start()
@@ -75,11 +75,6 @@ class ControlSide:
         """Its requests are short; refusing new ones is all there is to do."""
         if self.names is not None:
             self.names.drain()
-
-    async def _measure(self) -> None:
-        while True:
-            await asyncio.sleep(REFRESH_SECONDS)
-            await asyncio.to_thread(self._metrics.refresh)
 
     async def stop(self) -> None:
         for task in self._tasks:

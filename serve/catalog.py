@@ -226,9 +226,10 @@ class Catalog:
                 if not is_readable:
                     logger.info("the registry can be read again")
                 is_readable = True
-            except errors.StorageError as error:
+            except Exception as error:  # also a bug: without this task no change would be followed any more
                 if is_readable:
-                    logger.warning("the registry cannot be read, serving what is known: %s", error)
+                    bug = None if isinstance(error, errors.CapoError) else error
+                    logger.warning("the registry cannot be read, serving what is known: %s", error, exc_info=bug)
                 is_readable = False
             await asyncio.sleep(self._poll_seconds)
 

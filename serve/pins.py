@@ -139,8 +139,12 @@ class Pins:
         """Keep what is pinned in the engine, through restarts of it; run as a task."""
         while True:
             self._changed.clear()
-            if self._may_load():
-                await self.load()
+            try:
+                if self._may_load():
+                    await self.load()
+            except Exception:
+                # Our bug; but without this task no pin would be loaded any more.
+                logger.exception("loading what is pinned failed; going on")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await self._changed.wait()

@@ -94,14 +94,21 @@ class Supervisor:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            if self._engine.is_dead:
-                logger.error("the engine died")
-            elif self._stands_still():
-                logger.error("the engine has finished no step for %g s with work in it; ending it", self._stall_seconds)
-                await self._engine.kill()
-            else:
-                continue
-            await self._restart()
+            try:
+                await self._look()
+            except Exception:
+                # Our bug; but without this task a dead engine would never be started again.
+                logger.exception("looking after the engine failed; going on")
+
+    async def _look(self) -> None:
+        if self._engine.is_dead:
+            logger.error("the engine died")
+        elif self._stands_still():
+            logger.error("the engine has finished no step for %g s with work in it; ending it", self._stall_seconds)
+            await self._engine.kill()
+        else:
+            return
+        await self._restart()
 
     def _stands_still(self) -> bool:
         now = time.monotonic()

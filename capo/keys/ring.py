@@ -65,9 +65,10 @@ class KeyRing:
                 if not is_readable:
                     logger.info("the keys can be read again")
                 is_readable = True
-            except errors.CapoError as error:
+            except Exception as error:  # also a bug: without this task revoked keys would be good until a restart
                 if is_readable:
-                    logger.warning("the keys cannot be read, those known go on to count: %s", error)
+                    bug = None if isinstance(error, errors.CapoError) else error
+                    logger.warning("the keys cannot be read, those known go on to count: %s", error, exc_info=bug)
                 is_readable = False
 
     def find(self, text: str) -> KeyRecord:

@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 
-from capo import control_side
 from capo.roles import Role
 from capo.server import CapoServer, StartupReport
 from capo.settings import Settings
+from tune.jobs import metrics
 
 HEAVY = ("vllm", "torch", "transformers", "peft", "trl")
 
@@ -49,7 +49,7 @@ async def conversation(client: httpx.AsyncClient) -> dict[str, Any]:
     refused = await client.put("/v1/aliases/support", json={"revision": sys.argv[3]})
     models = await client.get("/v1/models")
     probes = {path: (await client.get(path)).status_code for path in ("/startupz", "/livez", "/readyz")}
-    await asyncio.sleep(3 * control_side.REFRESH_SECONDS)
+    await asyncio.sleep(3 * metrics.REFRESH_SECONDS)
     page = (await client.get("/metrics")).text
     return {
         "job": job.json().get("status"),
@@ -63,5 +63,5 @@ async def conversation(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    control_side.REFRESH_SECONDS = 0.1
+    metrics.REFRESH_SECONDS = 0.1
     print(json.dumps(asyncio.run(main(Path(sys.argv[1])))))

@@ -190,6 +190,24 @@ async def test_while_the_database_is_away_nobody_new_comes_in_and_nobody_is_shut
         following.cancel()
 
 
+async def test_a_bug_while_the_keys_are_read_is_logged_and_they_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("capo.keys.ring.REFRESH_SECONDS", 0.01)
+    store = KeyStore(Database(sqlite_url(tmp_path / "jobs.sqlite")))
+    known = store.create(NewKey("acme", EVERY_SCOPE))
+    ring = ring_of(store)
+    following = asyncio.create_task(ring.follow())
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "all", lambda: [][1])
+            await eventually(lambda: "list index out of range" in caplog.text)
+        store.revoke(known.key_id)
+        await eventually(lambda: ring._keys[known.key_id].refusal(time.time()) is not None)
+    finally:
+        following.cancel()
+
+
 # -- limits ------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from capo.cli.serve import read_settings
 from capo.settings import Settings
 from capo.workers import cluster_environment, make_launcher, max_gpus
 from registry.errors import InvalidRequestError
+from tests.serve.running import eventually
 from tests.tune.jobs.launchers.kubernetes_server import ApiServer, running_api_server
 from tests.tune.jobs.support import add_file_row, new_job
 from tune.jobs.database import Database
@@ -45,6 +48,25 @@ def database(settings: Settings) -> Iterator[Database]:
 def test_workers_are_local_processes_unless_told_otherwise(settings: Settings, database: Database) -> None:
     assert isinstance(make_launcher(settings, {}, database), LocalLauncher)
     assert isinstance(make_launcher(settings, {}, None), LocalLauncher), "a replica without jobs launches nothing"
+
+
+async def test_a_local_worker_that_cannot_be_started_again_is_tried_until_it_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tune.jobs.launchers.local._RESTART_PAUSE_SECONDS", 0.05)
+    launcher = LocalLauncher(["sleep", "60"], [os.environ])
+    launcher.start()
+    watching = asyncio.create_task(launcher.watch())
+    try:
+        first = launcher._processes[0]
+        with monkeypatch.context() as broken:
+            broken.setattr(launcher, "_command", ["/no/such/program"])
+            first.kill()
+            await eventually(lambda: "could not be started" in caplog.text)
+        await eventually(lambda: launcher._processes[0] is not first)
+    finally:
+        watching.cancel()
+        await launcher.stop()
 
 
 def test_local_workers_are_started_with_different_gpus(

@@ -72,6 +72,22 @@ async def test_a_registry_that_cannot_be_read_makes_an_unknown_name_a_503_and_ke
         await catalog.resolve("unknown")
 
 
+async def test_a_bug_while_the_registry_is_read_is_logged_and_it_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(tmp_path)
+    catalog = Catalog(registry, BASE, poll_seconds=0.01)
+    watching = asyncio.create_task(catalog.watch())
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(registry, "change_token", lambda **_: [][1])
+            await eventually(lambda: "list index out of range" in caplog.text)
+        artifact = await asyncio.to_thread(publish, registry, "support")
+        await eventually(lambda: artifact.revision in catalog.snapshot.artifacts)
+    finally:
+        watching.cancel()
+
+
 async def test_what_is_damaged_is_found_again_when_it_was_mended_in_place(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     artifact = publish(registry, "support")

@@ -176,6 +176,18 @@ async def test_pinned_adapters_come_back_after_an_engine_restart(tmp_path: Path)
         assert len(engine.loaded) == 2
 
 
+async def test_a_bug_while_pins_are_loaded_is_logged_and_they_are_loaded_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine()
+    async with admin_of("http", engine, tmp_path, pins=["late"]) as admin:
+        with monkeypatch.context() as broken:
+            broken.setattr(admin.service.pins, "load", lambda: [][1])
+            await eventually(lambda: "list index out of range" in caplog.text, seconds=3)
+        late = await asyncio.to_thread(publish, registry, "late", alias="late")
+        await eventually(lambda: late.revision in pinned(admin))
+
+
 async def test_pins_and_their_number_are_in_the_metrics(tmp_path: Path) -> None:
     registry, engine = Registry(tmp_path), FakeEngine(max_loras=3)
     publish(registry, "one", alias="one")

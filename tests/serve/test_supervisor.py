@@ -52,6 +52,18 @@ async def test_an_engine_that_stands_still_with_work_in_it_is_ended_and_started_
         await eventually(lambda: service.not_ready_reason() is None)
 
 
+async def test_a_bug_while_the_engine_is_looked_after_is_logged_and_it_is_looked_after_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    async with running_service(engine, tmp_path) as (_, service):
+        with monkeypatch.context() as broken:
+            broken.setattr(service.supervisor, "_stands_still", lambda: [][1])
+            await eventually(lambda: "list index out of range" in caplog.text)
+        engine.die()
+        await eventually(lambda: engine.starts == 2 and service.not_ready_reason() is None)
+
+
 async def test_a_request_that_kills_the_engine_twice_is_quarantined_and_others_are_not(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running_service(engine, tmp_path) as (client, service):

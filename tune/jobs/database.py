@@ -22,6 +22,7 @@ from typing import Any
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFreeError
 
 from registry.errors import CapoError, InvalidRequestError, StorageError, UnavailableError
 from tune.jobs import migrations
@@ -146,6 +147,8 @@ def _translated() -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+    except NoConnectionFreeError as error:
+        raise UnavailableError("the job store is busy; try again", retry_after_seconds=1.0) from error
 
 
 def _capo_error(error: DBAPIError) -> CapoError | None:

@@ -6,7 +6,9 @@ nor breaks the metrics page. Ended jobs are never deleted, so their counts and s
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ from registry.errors import CapoError
 from tune.jobs.database import Database
 from tune.jobs.records import WAITING, JobStatus
 from tune.jobs.schema import events, jobs, webhook_deliveries
+
+log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 5.0
 WAIT_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400)
@@ -65,7 +69,7 @@ class _Snapshot:
 
 
 class JobMetrics(Collector):
-    """Register it with a Prometheus registry and call :meth:`refresh` every :data:`REFRESH_SECONDS`."""
+    """Register it with a Prometheus registry and run :meth:`follow` as a task."""
 
     def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -85,6 +89,17 @@ class JobMetrics(Collector):
         self._is_readable = True
         self._read_at = self._clock()
 
+    async def follow(self) -> None:
+        """Refresh every :data:`REFRESH_SECONDS` for ever; run as a task."""
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await asyncio.to_thread(self.refresh)
+            except Exception:  # a bug; without this task the figures would stand still until a restart
+                if self._is_readable:
+                    log.exception("the figures of jobs cannot be read")
+                self._is_readable = False
+
     def describe(self) -> list[Metric]:
         """Empty: the names are known, and asking for them must not need the store."""
         return []
@@ -100,13 +115,12 @@ def _read(connection: Connection, now: float) -> _Snapshot:
     ended: dict[str, int] = {status: counts[status, False] + counts[status, True] for status in _ENDED}
     queued = sum(counts[status, False] for status in WAITING)
     paused = sum(counts[status, True] for status in WAITING)
-    # A job that went back to the queue waits since its last worker's last sign of life.
     since = connection.execute(
-        select(func.min(func.coalesce(jobs.c.heartbeat_at, jobs.c.created_at))).where(
+        select(func.min(func.coalesce(jobs.c.queued_at, jobs.c.heartbeat_at, jobs.c.created_at))).where(
             jobs.c.status.in_(WAITING), jobs.c.paused.is_(False)
         )
     ).scalar_one()
-    totals = connection.execute(select(func.sum(jobs.c.attempts), func.sum(jobs.c.trained_tokens))).one()
+    totals = connection.execute(select(func.sum(jobs.c.claims), func.sum(jobs.c.trained_tokens))).one()
     owners = select(func.count(jobs.c.owner.distinct())).where(jobs.c.status == "running")
     failures = select(jobs.c.error_code, func.count()).where(jobs.c.status == "failed").group_by(jobs.c.error_code)
     table = webhook_deliveries

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from registry.errors import UnavailableError
+from tests.serve.running import eventually
 from tests.tune.jobs.standins import step_metrics
 from tests.tune.jobs.support import TENANT, Place, add_file_row, new_job
 from tune.jobs.metrics import JobMetrics
@@ -88,7 +91,7 @@ def test_jobs_are_counted_by_state_and_timed(place: Place) -> None:
     assert {name: found.get(name) for name in expected} == pytest.approx(expected)
 
 
-def test_a_job_that_went_back_waits_since_its_worker_was_last_heard(place: Place) -> None:
+def test_a_job_that_went_back_waits_since_it_is_in_the_queue_again(place: Place) -> None:
     clock = Clock()
     store, queue = JobStore(place.database, tenant=TENANT, clock=clock), WorkQueue(place.database, clock=clock)
     job = store.create_job(new_job(add_file_row(place.file_rows)))
@@ -101,6 +104,33 @@ def test_a_job_that_went_back_waits_since_its_worker_was_last_heard(place: Place
     metrics = JobMetrics(place.database, clock=clock)
     metrics.refresh()
     assert figures(metrics)["capo_job_oldest_wait_seconds"] == 7
+
+
+def test_a_job_that_is_resumed_did_not_wait_while_it_was_paused(place: Place) -> None:
+    clock = Clock()
+    store, metrics = JobStore(place.database, tenant=TENANT, clock=clock), JobMetrics(place.database, clock=clock)
+    job = store.create_job(new_job(add_file_row(place.file_rows)))
+    store.pause(job.id)
+    clock.now += 20_000
+    store.resume(job.id)
+    clock.now += 3
+    metrics.refresh()
+    assert figures(metrics)["capo_job_oldest_wait_seconds"] == 3
+
+
+def test_attempts_that_are_forgiven_stay_counted(place: Place) -> None:
+    """A counter that went down would look like a restart to Prometheus, and a rate would leap."""
+    queue, metrics = WorkQueue(place.database), JobMetrics(place.database)
+    job = place.queue_job(add_file_row(place.file_rows))
+    counted = []
+    for _ in range(3):
+        claimed = queue.claim(place.store.job(job.id), owner="worker", lease_seconds=30)
+        assert claimed is not None
+        queue.requeue(claimed, "the worker stopped", reason="worker_stopping", counts=False)
+        metrics.refresh()
+        counted.append(figures(metrics)["capo_job_attempts_total"])
+    assert counted == [1, 2, 3]
+    assert place.store.job(job.id).attempts == 0
 
 
 def test_an_ended_job_leaves_no_series_of_its_own(place: Place) -> None:
@@ -129,6 +159,23 @@ def test_a_store_that_is_away_keeps_the_figures_and_says_so(place: Place, monkey
     found = figures(metrics)
     assert found["capo_job_store_up"] == 0
     assert found['capo_jobs{status="queued"}'] == 1
+
+
+async def test_a_bug_while_the_store_is_read_is_logged_and_it_is_read_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tune.jobs.metrics.REFRESH_SECONDS", 0.01)
+    metrics = JobMetrics(place.database)
+    metrics.refresh()
+    following = asyncio.create_task(metrics.follow())
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr("tune.jobs.metrics._read", lambda *_: [][1])
+            await eventually(lambda: "list index out of range" in caplog.text)
+            assert figures(metrics)["capo_job_store_up"] == 0
+        await eventually(lambda: figures(metrics)["capo_job_store_up"] == 1)
+    finally:
+        following.cancel()
 
 
 def test_a_message_is_overdue_since_it_was_due_and_not_while_it_waits_for_its_next_try(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy.pool import QueuePool
 
-from registry.errors import InvalidRequestError, StorageError
+from registry.errors import InvalidRequestError, StorageError, UnavailableError
 from tests.tune.jobs.support import Place, add_file_row
 from tune.jobs.database import Database, sqlite_url
 
@@ -78,3 +80,16 @@ class TestTheFile:
         assert len(opened) == 8
         for database in opened:
             database.close()
+
+
+def test_more_threads_than_connections_are_told_that_the_store_is_busy(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.database._engine.pool, "_timeout", 0.01)
+    pool = place.database._engine.pool
+    assert isinstance(pool, QueuePool)
+    with contextlib.ExitStack() as held:
+        for _ in range(pool.size() + pool._max_overflow):
+            held.enter_context(place.database.read())
+        with pytest.raises(UnavailableError, match="busy"):
+            held.enter_context(place.database.read())

@@ -35,7 +35,10 @@ class LocalLauncher:
             for index, process in enumerate(self._processes):
                 if (code := process.poll()) is not None:
                     logger.warning("training worker %d ended with code %d; starting another", process.pid, code)
-                    self._processes[index] = self._spawn(index)
+                    try:
+                        self._processes[index] = self._spawn(index)
+                    except OSError as error:  # no memory or no process to be had just now
+                        logger.warning("a training worker could not be started, the next try is soon: %s", error)
 
     async def stop(self) -> None:
         """SIGTERM (a running job goes back to the queue), then SIGKILL after 15 s."""
