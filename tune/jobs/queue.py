@@ -137,6 +137,7 @@ class WorkQueue:
                     heartbeat_at=now,
                     lease_seconds=lease_seconds,
                     attempts=jobs.c.attempts + 1,
+                    claims=jobs.c.claims + 1,
                     started_at=int(now) if seen.started_at is None else seen.started_at,
                 )
             ).rowcount
@@ -242,6 +243,7 @@ class WorkQueue:
         counts: bool = True,
     ) -> None:
         """Give the job back to the queue. ``counts=False`` forgives the attempt: the job was not at fault."""
+        now = self._clock()
         with self._database.write() as connection:
             self._change(
                 connection,
@@ -249,11 +251,12 @@ class WorkQueue:
                 status="queued",
                 owner=None,
                 estimated_finish=None,
-                not_before=self._clock() + min(delay_seconds, MAX_RETRY_DELAY_SECONDS),
+                queued_at=now,
+                not_before=now + min(delay_seconds, MAX_RETRY_DELAY_SECONDS),
                 attempts=jobs.c.attempts - (0 if counts else 1),
             )
             event = NewEvent(message, level="warn" if counts else "info", data={"reason": reason})
-            append_events(connection, job.id, [event], now=int(self._clock()))
+            append_events(connection, job.id, [event], now=int(now))
 
     def note(self, seen: JobRecord, event: NewEvent) -> None:
         """Tell in the events of a job that waits for its worker why that does not come; nothing if it has moved on."""

@@ -78,7 +78,12 @@ jobs = Table(
     Column("heartbeats", BigInteger, nullable=False, default=0),
     Column("heartbeat_at", Float),
     Column("lease_seconds", Float, nullable=False, default=0.0),
+    # Those that count towards the last one: a pause or a stopped worker takes its attempt back.
     Column("attempts", Integer, nullable=False, default=0),
+    # All of them.
+    Column("claims", BigInteger, nullable=False, default=0, server_default="0"),
+    # Since when it waits for a worker, or last did. NULL in a job from before there was this column.
+    Column("queued_at", Float),
     Column("not_before", Float, nullable=False, default=0.0),
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("paused", Boolean, nullable=False, default=False, server_default=false()),

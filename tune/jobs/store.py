@@ -108,7 +108,8 @@ class JobStore:
             return made
 
     def _create_job(self, new: NewJob, first_events: Sequence[NewEvent], asked: Idempotency | None) -> JobRecord:
-        now = int(self._clock())
+        created_at = self._clock()
+        now = int(created_at)
         job_id = new_id("ftjob-")
         name = fine_tuned_name(base_of(new.model), self.tenant, new.suffix)
         with self._database.write() as connection:
@@ -133,6 +134,7 @@ class JobStore:
                     gpus=new.gpus,
                     reserved_name=name,
                     created_at=now,
+                    queued_at=created_at,
                     result_files=[],
                     trace_headers=None if new.trace_headers is None else dict(new.trace_headers),
                 )
@@ -258,7 +260,7 @@ class JobStore:
                 .where(jobs.c.id == job_id, owned(jobs, self._tenant))
                 .where(jobs.c.status.in_(OPEN), jobs.c.cancel_requested.is_(False))
                 .where(jobs.c.paused.is_(not paused))
-                .values(paused=paused, not_before=0.0)
+                .values(paused=paused, not_before=0.0, **({} if paused else {"queued_at": self._clock()}))
             ).rowcount
             if changed:
                 if paused and load_job(connection, job_id).status == "running":

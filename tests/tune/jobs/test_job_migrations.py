@@ -16,9 +16,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
 from tests.tune.jobs.support import add_file_row, new_job
+from tests.tune.jobs.test_job_metrics import figures
 from tune.jobs import migrations, schema
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.file_store import FileStore
+from tune.jobs.metrics import JobMetrics
 from tune.jobs.store import JobStore
 
 SCRIPTS = ScriptDirectory(str(Path(migrations.__file__).parent))
@@ -65,14 +67,21 @@ def old_store(tmp_path: Path) -> Path:
 
 
 def test_an_old_store_keeps_its_jobs_and_files(old_store: Path) -> None:
+    with sqlite3.connect(old_store) as connection:
+        connection.execute("UPDATE jobs SET attempts = 2")
+    connection.close()
     database = Database(sqlite_url(old_store), tenant="house")
+    metrics = JobMetrics(database, clock=lambda: 1_700_000_060.0)
+    metrics.refresh()
     job = JobStore(database).job("ftjob-old")
     file = FileStore(database).get("file-old")
+    found = figures(metrics)
     database.close()
     assert (job.status, job.method, job.priority, job.paused) == ("queued", "supervised", 0, False)
     assert (job.hyperparameters.batch_size, job.hyperparameters.beta) == (2, None)
     assert (file.rows, file.row_format) == (20, "chat")
     assert (job.tenant, file.tenant) == ("capo", "house")
+    assert (found["capo_job_attempts_total"], found["capo_job_oldest_wait_seconds"]) == (2, 60)
 
 
 def test_processes_that_start_at_once_upgrade_one_store_once(old_store: Path) -> None:

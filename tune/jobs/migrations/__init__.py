@@ -13,7 +13,7 @@ from sqlalchemy import Connection, inspect, text
 
 from registry.errors import InvalidRequestError
 
-HEAD = "0009"
+HEAD = "0010"
 _FIRST = "0001"
 _VERSION_TABLE = "alembic_version"
 _LOCK_NUMBER = 0x6361706F  # "capo"; any constant that no other program of the same database takes
