@@ -1,6 +1,7 @@
 """Run an engine, poison it with a NaN adapter, and print what later requests get. Used by test_engine_repairs.py.
 
-Before it is poisoned, adapters come and go in it (engine_ids.py): an engine of its own for that would cost its start.
+Before it is poisoned, adapters come and go in it (engine_ids.py), and afterwards the repaired one is held to what every
+engine promises (engine_contract.py): an engine of their own for those would cost its start.
 
 python tests/serve/nan_recovery.py FOLDER {repaired,stock}
 """
@@ -45,12 +46,18 @@ def main() -> None:
     from registry import locate_base_model
     from serve.engine import VllmEngine
     from serve.engine_api import Call, Endpoint, EngineAdapter
+    from tests.serve.engine_contract import Subject, broken_promises, no_hold
     from tests.serve.engine_ids import compare
 
     base = locate_base_model("capo-tiny")
     base_path = base.path
     if not (folder / "nan").exists():
         make_adapters(folder, base_path)
+
+    def subject(engine: VllmEngine) -> Subject:
+        one, other = [EngineAdapter(f"good@{number}", 100 + number, folder / "good") for number in range(2)]
+        # Made by engine_ids.py; shapes that show when the weights are copied.
+        return Subject(engine, (one, other), EngineAdapter("broken@0", 102, folder / "broken4"), no_hold)
 
     async def run() -> None:
         arguments = ["--enable-lora", "--max-loras", "2", "--enforce-eager", "--no-enable-prefix-caching"]
@@ -71,7 +78,8 @@ def main() -> None:
         await asyncio.gather(*(ask(nan, prompt) for prompt in prompts))
         await engine.unload_adapter(nan)
         after = [await ask(None, prompt) for prompt in prompts]
-        print(json.dumps({"before": before, "after": after, "ids": ids}))
+        promises = await broken_promises(subject(engine)) if mode == "repaired" else {}
+        print(json.dumps({"before": before, "after": after, "ids": ids, "promises": promises}))
         await engine.stop(2)
 
     asyncio.run(run())

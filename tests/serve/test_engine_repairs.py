@@ -1,4 +1,5 @@
-"""What needs a whole engine and no service: repairs of the vLLM plugin, each shown to be needed; what is loaded."""
+"""What needs a whole engine and no service: repairs of the vLLM plugin, each shown to be needed; what is loaded; the
+promises of every engine (engine_contract.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.serve import engine_contract
 
 pytestmark = pytest.mark.engine
 
@@ -45,3 +48,9 @@ def test_the_engine_holds_exactly_the_adapters_that_the_pool_believes_in(results
     held = [len(step["engine"]) for step in steps]
     assert held == [0, 1, 2, 2, 2, 2, 2, 1, 1, 1, 0]
     assert len({tuple(step["engine"]) for step in steps}) == 8, "only what was refused changes nothing"
+
+
+def test_the_engine_keeps_every_promise(results: dict[str, dict[str, Any]]) -> None:
+    found = results["repaired"]["promises"]
+    assert list(found) == engine_contract.names()
+    assert {name: trouble for name, trouble in found.items() if trouble} == {}
