@@ -68,9 +68,9 @@ class Flips:
             code="no_earlier_revision",
         )
 
-    def delete(self, alias: MutableReference) -> None:
-        """See :meth:`registry.store.Registry.delete_alias`."""
-        with self._changes.one(f"delete the alias '{alias.text}'"):
+    def remove(self, alias: MutableReference) -> None:
+        """See :meth:`registry.store.Registry.remove_alias`."""
+        with self._changes.one(f"remove the alias '{alias.text}'"):
             self._aliases.require_own(alias)
             self._aliases.remove(alias)
 

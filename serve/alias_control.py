@@ -36,10 +36,10 @@ class AliasControl:
     """``require_ready`` raises while this service cannot judge an adapter; a flip waits ``warm_seconds`` at most."""
 
     def __init__(
-        self, catalog: Catalog, pool: Vetting, *, require_ready: Callable[[], None], warm_seconds: float
+        self, catalog: Catalog, vetting: Vetting, *, require_ready: Callable[[], None], warm_seconds: float
     ) -> None:
         self._catalog = catalog
-        self._pool = pool
+        self._vetting = vetting
         self._require_ready = require_ready
         self._warm_seconds = warm_seconds
 
@@ -77,8 +77,8 @@ class AliasControl:
         registry = self._own_registry()
         artifacts = await asyncio.to_thread(registry.check_alias, alias, revision, canary=canary, expected=expected)
         for artifact in artifacts:
-            await self._pool.vet(artifact)
-        is_warm = await self._pool.warm(artifacts, self._warm_seconds)
+            await self._vetting.vet(artifact)
+        is_warm = await self._vetting.warm(artifacts, self._warm_seconds)
         record = await asyncio.to_thread(registry.set_alias, alias, revision, canary=canary, expected=expected)
         await self._catalog.refresh()
         return Flip(record, is_warm)
@@ -101,11 +101,11 @@ class AliasControl:
 
         Raises:
             PermissionDeniedError: the registry is read-only here.
-            as :meth:`registry.Registry.delete_alias`.
+            as :meth:`registry.Registry.remove_alias`.
         """
         require_writable(self._catalog.registry, "remove an alias")
         note_change(alias=alias)
-        await asyncio.to_thread(self._own_registry().delete_alias, alias)
+        await asyncio.to_thread(self._own_registry().remove_alias, alias)
         await self._catalog.refresh()
 
     def _own_registry(self) -> Registry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from registry import Registry, errors
+from registry import Registry, RevisionReference, errors, parse_reference
 from registry.principal import current_principal
 from serve.catalog import Catalog
 from serve.read_only import require_writable
@@ -13,8 +13,8 @@ from serve.read_only import require_writable
 async def remove_model(catalog: Catalog, model: str) -> None:
     """Remove an alias, an ``ft:`` name or a revision.
 
-    What the name pointed to goes too, unless another name serves it or another artifact has it as its base.
-    Requests that run on it end as they began.
+    What the name pointed to goes too, unless another name serves it, another artifact has it as its base, or it
+    is shared by all and not the asker's to remove. Requests that run on it end as they began.
 
     Raises:
         PermissionDeniedError: it is the base model, or shared by all, or the registry is read-only here.
@@ -37,15 +37,15 @@ async def remove_model(catalog: Catalog, model: str) -> None:
 
 
 def _remove(registry: Registry, model: str, revisions: list[str]) -> None:
-    if model in revisions:
+    if isinstance(parse_reference(model), RevisionReference):
         registry.remove(model)
         return
-    registry.delete_alias(model)
+    registry.remove_alias(model)
     for revision in revisions:
         try:
             registry.remove(revision)
-        except errors.ConflictError as error:
-            if error.code != "artifact_in_use":
+        except (errors.ConflictError, errors.PermissionDeniedError) as error:
+            if error.code not in ("artifact_in_use", "shared_model"):
                 raise
         except errors.ModelNotFoundError:
             continue  # somebody else was faster

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from registry import Artifact, errors
+from registry import Artifact
+from serve import readiness
 from serve.alias_control import AliasControl
 from serve.catalog import Catalog
 from serve.engine_api import EngineLimits
@@ -45,8 +46,7 @@ class NamesService:
         """Raises:
         UnavailableError: requests should not come here now.
         """
-        if (reason := self.not_ready_reason()) is not None:
-            raise errors.UnavailableError(f"The service is {reason}. Try again shortly.", code=reason)
+        readiness.require(self.not_ready_reason())
 
     def drain(self) -> None:
         self._is_draining = True

@@ -16,6 +16,7 @@ from typing import Any
 
 from registry import Artifact, DamagedArtifact, errors
 from registry.principal import Principal, count_tokens, current_principal
+from serve import readiness
 from serve.alias_control import AliasControl
 from serve.cache_salts import CacheSalts
 from serve.catalog import Catalog, Target
@@ -32,11 +33,6 @@ from serve.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 _LAG_SAMPLE_SECONDS = 0.1
-_NOT_READY = {
-    "starting": "The service is still starting. Try again shortly.",
-    "draining": "The service is shutting down. Try another replica.",
-    "engine_dead": "The engine died and is being started again. Try again shortly.",
-}
 
 
 def _cut_off() -> errors.UnavailableError:
@@ -134,8 +130,7 @@ class ServingService:
         """Raises:
         UnavailableError: requests should not come here now.
         """
-        if (reason := self.not_ready_reason()) is not None:
-            raise errors.UnavailableError(_NOT_READY[reason], code=reason, retry_after_seconds=5)
+        readiness.require(self.not_ready_reason())
 
     async def drain(self, deadline_seconds: float) -> int:
         """Refuse new requests and wait for those in flight; returns how many were still running at the deadline."""

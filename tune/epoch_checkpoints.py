@@ -91,8 +91,8 @@ class EpochCheckpoints:
     def _remove_older(self) -> None:
         assert self._name is not None
         for alias in self._registry.checkpoints(self._name)[: -(KEPT - 1)]:
-            with suppress(ModelNotFoundError):  # its owner deleted it at the same moment
-                self._registry.delete_alias(alias.alias)
+            with suppress(ModelNotFoundError):  # its owner removed it at the same moment
+                self._registry.remove_alias(alias.alias)
             with suppress(ModelNotFoundError, ConflictError):  # another name serves it: it stays
                 self._registry.remove(alias.revision)
 

@@ -136,7 +136,7 @@ def rollback(name: str, registry: RegistryOption = None) -> None:
 def unalias(name: str, registry: RegistryOption = None) -> None:
     """Remove alias NAME; its revisions stay."""
     with audited(_audit_dir(registry), "registry unalias", name):
-        _open(registry).delete_alias(name)
+        _open(registry).remove_alias(name)
     typer.echo(f"removed {name}")
 
 
@@ -165,7 +165,7 @@ def verify(
 def remove(
     revision: str,
     force: Annotated[
-        bool, typer.Option(help="Also when aliases serve it; those that point to it are deleted, a canary ends.")
+        bool, typer.Option(help="Also when aliases serve it; those that point to it are removed, a canary ends.")
     ] = False,
     registry: RegistryOption = None,
 ) -> None:

@@ -83,13 +83,13 @@ def test_a_rollback_with_nothing_to_go_back_to_is_a_conflict(registry: Registry)
         registry.rollback_alias("prod")
 
 
-def test_a_deleted_alias_is_gone_and_its_artifact_stays(registry: Registry) -> None:
+def test_a_removed_alias_is_gone_and_its_artifact_stays(registry: Registry) -> None:
     artifact = _publish(registry, "one", alias="prod")
-    registry.delete_alias("prod")
+    registry.remove_alias("prod")
     with pytest.raises(ModelNotFoundError):
         registry.resolve("prod")
     with pytest.raises(ModelNotFoundError):
-        registry.delete_alias("prod")
+        registry.remove_alias("prod")
     assert registry.artifacts() == [artifact]
 
 
@@ -255,9 +255,9 @@ class AliasMachine(RuleBasedStateMachine):
                 self.registry.rollback_alias("prod")
 
     @rule()
-    def delete(self) -> None:
+    def remove(self) -> None:
         if self.main is not None:
-            self.registry.delete_alias("prod")
+            self.registry.remove_alias("prod")
             self.main, self.canary, self.history = None, None, []
 
     @rule()

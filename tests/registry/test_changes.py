@@ -37,7 +37,7 @@ def test_the_change_token_differs_after_every_change_however_fast(registry: Regi
     note(registry.set_alias("prod", second.revision, canary=CanaryRequest(first.revision, 10)))
     note(registry.rollback_alias("prod"))
     note(registry.rollback_alias("prod"))
-    registry.delete_alias("prod")
+    registry.remove_alias("prod")
     note(None)
     note(_publish(registry, "three"))
     registry.remove(second.revision)
@@ -80,7 +80,7 @@ class _DiesAt(Filesystem):
             os._exit(9)
 
 
-@pytest.mark.parametrize("change", ["set", "canary", "delete", "publish", "remove"])
+@pytest.mark.parametrize("change", ["set", "canary", "remove alias", "publish", "remove"])
 def test_a_writer_that_dies_anywhere_hides_no_change(tmp_path: Path, change: str) -> None:
     """A reader that took its token at any moment before sees another token, whenever what it read is no more true."""
     deaths = 0
@@ -98,8 +98,8 @@ def test_a_writer_that_dies_anywhere_hides_no_change(tmp_path: Path, change: str
                         writer.set_alias("prod", second.revision)
                     case "canary":
                         writer.set_alias("prod", first.revision, canary=CanaryRequest(second.revision, 10))
-                    case "delete":
-                        writer.delete_alias("prod")
+                    case "remove alias":
+                        writer.remove_alias("prod")
                     case "publish":
                         _publish(writer, "three", alias="prod")
                     case _:

@@ -141,7 +141,7 @@ def test_hostile_names_write_nothing_wherever_a_name_is_taken(tmp_path: Path) ->
             registry.verify,
             registry.alias,
             registry.rollback_alias,
-            registry.delete_alias,
+            registry.remove_alias,
             registry.remove,
             registry.artifacts,
             lambda text: registry.set_alias(text, "support@3f9c0a7b21d4e865"),

@@ -258,7 +258,7 @@ def test_a_read_only_registry_reads_everything_and_writes_nothing(tmp_path: Path
         lambda: reader.stage(),
         lambda: reader.set_alias("support", artifact.revision),
         lambda: reader.rollback_alias("support"),
-        lambda: reader.delete_alias("support"),
+        lambda: reader.remove_alias("support"),
         lambda: reader.remove(artifact.revision),
         lambda: reader.gc(),
     ):

@@ -38,7 +38,7 @@ def test_what_a_tenant_publishes_is_its_own_and_not_there_for_another(everything
     with pytest.raises(ModelNotFoundError):
         umbrella.alias("front")
     assert umbrella.artifacts() == umbrella.aliases() == []
-    for change in (umbrella.rollback_alias, umbrella.delete_alias):
+    for change in (umbrella.rollback_alias, umbrella.remove_alias):
         with pytest.raises(ModelNotFoundError):
             change("front")
     with pytest.raises(ModelNotFoundError):
@@ -73,7 +73,7 @@ def test_what_all_share_is_seen_by_all_and_changed_by_the_house_alone(everything
     assert acme.resolve("front") == common
     for change in (
         lambda: acme.set_alias("front", own.revision),
-        lambda: acme.delete_alias("front"),
+        lambda: acme.remove_alias("front"),
         lambda: acme.rollback_alias("front"),
         lambda: acme.remove(common.revision, force=True),
     ):
@@ -82,7 +82,7 @@ def test_what_all_share_is_seen_by_all_and_changed_by_the_house_alone(everything
         assert caught.value.code == "shared_model"
     mine = acme.set_alias("mine", common.revision)
     assert mine.tenant == "acme", "a tenant's own name for what is shared is its own"
-    house.delete_alias("front")
+    house.remove_alias("front")
     with pytest.raises(ModelNotFoundError):
         acme.alias("front")
 

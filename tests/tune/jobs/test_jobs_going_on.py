@@ -78,7 +78,7 @@ class TestStartingFromAModel:
 
     def test_a_deleted_model_is_not_started_from(self, client: OpenAI, place: Place, training_file: str) -> None:
         model = trained(place, training_file).reserved_name
-        place.registry.delete_alias(model)
+        place.registry.remove_alias(model)
         with pytest.raises(openai.BadRequestError, match="does not exist"):
             client.fine_tuning.jobs.create(model=model, training_file=training_file)
 
