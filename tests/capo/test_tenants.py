@@ -362,6 +362,19 @@ async def test_what_is_shared_is_changed_by_the_services_own_tenant_alone(tmp_pa
     assert allowed.status == 200
 
 
+async def test_a_tenants_own_alias_of_what_all_share_is_deleted_alone(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        shared = service.publish("helper", None)
+        acme = bearer(service.key())
+        alias = {"path": "/v1/aliases/ours", "json": {"revision": shared.revision}}
+        assert (await service.ask("PUT /v1/aliases/{alias}", acme, **alias)).status == 200
+        deleted = await service.ask("DELETE /v1/models/{model:path}", acme, path="/v1/models/ours")
+        models = (await service.ask("GET /v1/models", acme)).body["data"]
+    assert (deleted.status, deleted.code) == (200, None)
+    assert [model["id"] for model in models] == [BASE]
+    assert service.registry.artifacts() == [shared]
+
+
 async def test_a_permission_lets_a_tenant_call_the_one_model_it_is_for(tmp_path: Path) -> None:
     async with guarded(tmp_path) as service:
         acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))

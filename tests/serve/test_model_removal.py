@@ -48,6 +48,15 @@ async def test_an_artifact_that_another_name_serves_stays(tmp_path: Path) -> Non
     assert registry.artifacts() == []
 
 
+@pytest.mark.parametrize("digits", [8, 20, 64])
+async def test_a_revision_is_deleted_by_any_prefix_of_its_digest(tmp_path: Path, digits: int) -> None:
+    registry = Registry(tmp_path)
+    artifact = publish(registry, "support")
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        assert (await delete(client, f"support@{artifact.digest[:digits]}")).status_code == 200
+    assert registry.artifacts() == []
+
+
 async def test_the_base_is_never_deleted(tmp_path: Path) -> None:
     Registry(tmp_path)
     async with running_service(FakeEngine(), tmp_path) as (client, _):
