@@ -22,7 +22,7 @@ from serve.engine_api import Call, Piece
 from tests.capo.guarded import Guarded, bearer, guarded
 from tests.capo.log_capture import logged
 from tests.serve.running import BASE
-from tests.soak.canary_pushes import PUSHES, TAKES_NO_TEXT, operations_with_text
+from tests.soak.planted_pushes import PUSHES, TAKES_NO_TEXT, operations_with_text
 
 INSIDES = "/root/models/secret-adapter at 0x7f3a9c0b1d20, password=hunter2"
 EXCEPTIONS: list[Callable[[], Exception]] = [
@@ -123,9 +123,9 @@ async def test_a_failure_of_the_store_tells_nothing_either(tmp_path: Path) -> No
     assert [answer for answer in answers if TELLTALE.search(f"{answer.body} {answer.headers}")] == []
 
 
-# -- the canary --------------------------------------------------------------------------------------------------
+# -- what is planted ----------------------------------------------------------------------------------------------
 
-PROMPT = "canaryprompt7f3a"
+PROMPT = "plantedprompt7f3a"
 """Stands in every prompt, training row and body below."""
 
 
@@ -191,10 +191,10 @@ async def test_no_secret_and_no_prompt_is_found_in_logs_metrics_errors_or_the_au
     """At debug level, with every logger on, and with the prompt in the text of the exceptions inside."""
     asyncio.get_running_loop().set_debug(True)
     with logged(formatter, logging.DEBUG) as log:
-        places, canaries = await life_with_crashes(tmp_path)
+        places, planted = await life_with_crashes(tmp_path)
     places["logs"] = log.getvalue()
     assert "RuntimeError" in places["logs"]
-    assert [(place, canary) for place, text in places.items() for canary in canaries if canary in text] == []
+    assert [(place, secret) for place, text in places.items() for secret in planted if secret in text] == []
 
 
 async def life_with_crashes(directory: Path) -> tuple[dict[str, str], set[str]]:
@@ -223,13 +223,13 @@ async def life_with_crashes(directory: Path) -> tuple[dict[str, str], set[str]]:
     assert good.key_id in places["metrics"], "the places are those where it could be"
     assert good.key_id in places["job store"]
     assert "SetAlias" in places["audit"]
-    canaries = {PROMPT}
+    planted = {PROMPT}
     for secret in (good, narrow, revoked, strange):
-        canaries |= {secret.text, secret.text.split("_", 2)[2]}
-    return places, canaries
+        planted |= {secret.text, secret.text.split("_", 2)[2]}
+    return places, planted
 
 
-def test_the_canary_is_pushed_through_every_operation_that_takes_text() -> None:
-    """In the long proofs (tests/soak/test_canary.py); a new operation is pushed there, or named as one without text."""
+def test_the_planted_text_is_pushed_through_every_operation_that_takes_text() -> None:
+    """By tests/soak/test_planted_secrets.py; a new operation is pushed there too, or named as one without text."""
     assert set(PUSHES) == operations_with_text()
     assert set(TAKES_NO_TEXT) <= set(RULES)

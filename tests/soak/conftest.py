@@ -18,7 +18,7 @@ collect_ignore = (
     []
     if LONG
     else [
-        "test_canary.py",
+        "test_planted_secrets.py",
         "test_clean_root.py",
         "test_many_starts.py",
         "test_observability.py",

@@ -21,7 +21,7 @@ from registry import EMBEDDED_MODEL_ID
 from registry.principal import Scope
 from tests.capo.otlp import Collector, collector
 from tests.e2e.service import Service, running
-from tests.soak.canary_pushes import ASKED, PROMPT, PUSHES, Pushing, operations_with_text, rows
+from tests.soak.planted_pushes import ASKED, PROMPT, PUSHES, Pushing, operations_with_text, rows
 from tune.jobs.database import Database, sqlite_url
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -69,7 +69,7 @@ def trained(client: openai.OpenAI, file: str, **extension: object) -> tuple[str,
 
 
 def pushed_everywhere(service: Service, key: str) -> list[str]:
-    """Every operation that takes text got the canary. What the refusals among them said."""
+    """Every operation that takes text got what is planted. What the refusals among them said."""
     assert set(PUSHES) == operations_with_text()
     shown = {"Authorization": f"Bearer {key}"}
     with (
@@ -147,6 +147,6 @@ def test_no_secret_and_no_prompt_is_found_anywhere_after_a_life_with_crashes(
     }
     assert "DEBUG" in told_apart["log"] or "INFO" in told_apart["log"]
     assert secret.key_id in told_apart["metrics"]
-    canaries = {PROMPT, secret.text, secret.text.split("_", 2)[2]}
-    assert [(place, canary) for place, text in told_apart.items() for canary in canaries if canary in text] == []
+    planted = {PROMPT, secret.text, secret.text.split("_", 2)[2]}
+    assert [(place, one) for place, text in told_apart.items() for one in planted if one in text] == []
     assert [path for path, content in kept.items() if secret.text.encode() in content] == []

@@ -1,4 +1,4 @@
-"""Every operation that takes somebody's text, with the canary in it; and why the others take none."""
+"""Every operation that takes somebody's text, with the planted text in it; and why the others take none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from capo.access_rules import RULES
 from capo_proto.v1 import inference_pb2, inference_pb2_grpc, tuning_pb2, tuning_pb2_grpc
 from registry import EMBEDDED_MODEL_ID
 
-PROMPT = "canaryprompt7f3a"
+PROMPT = "plantedprompt7f3a"
 ASKED = [{"role": "user", "content": f"Repeat: {PROMPT}"}]
 _JOB = "ends a job, or holds it; named by its id"
 _NAMES = "takes names and revisions alone"
