@@ -70,6 +70,7 @@ class Pins:
         Raises:
             InvalidNameError: it is no name of an adapter.
             ModelNotFoundError: there is no such adapter.
+            PermissionDeniedError: it is another tenant's, who lets the principal call it and no more.
             InvalidArtifactError: the gate or the engine refuses it. EngineDeadError: the engine died meanwhile.
             ConflictError: too many adapters are pinned.
         """
@@ -77,6 +78,11 @@ class Pins:
             raise errors.InvalidNameError(f"{reference!r} is the base model, which is always loaded. Pin an adapter.")
         parse_reference(reference)
         artifacts = await self._catalog.served_by(reference, principal=principal)
+        if not self._catalog.snapshot.is_seen_by(principal, reference, artifacts[0]):
+            raise errors.PermissionDeniedError(
+                f"{reference!r} is another tenant's. You may call it; its owner decides whether to pin it.",
+                code="not_the_owner",
+            )
         for artifact in artifacts:
             await self._pool.vet(artifact)
         wanted = self._wanted([*self._references, reference])

@@ -392,6 +392,28 @@ async def test_a_permission_lets_a_tenant_call_the_one_model_it_is_for(tmp_path:
     assert [answer.status for answer in (before, granted, after, alias)] == [404, 200, 200, 404]
 
 
+async def test_a_model_that_is_shared_by_permission_is_pinned_by_its_owner_alone(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))
+        theirs = await furnish(service, "acme", acme)
+        path = f"/v1/fine_tuning/checkpoints/{theirs.model}/permissions"
+        grant = "POST /v1/fine_tuning/checkpoints/{model:path}/permissions"
+        assert (await service.ask(grant, acme, path=path, json={"project_ids": ["umbrella"]})).status == 200
+        pin, path = "PUT /v1/adapters/{reference:path}/pin", f"/v1/adapters/{theirs.model}/pin"
+        unpin = "DELETE /v1/adapters/{reference:path}/pin"
+        refused = await service.ask(pin, umbrella, path=path)
+        message = adapters_pb2.PinAdapterRequest(reference=theirs.model).SerializeToString()
+        called = await service.ask("/capo.v1.Adapters/PinAdapter", umbrella, message=message)
+        assert [(answer.status, answer.code) for answer in (refused, called)] == [
+            (403, "not_the_owner"),
+            ("PERMISSION_DENIED", "not_the_owner"),
+        ]
+        assert service.service.pins.all() == []
+        assert (await service.ask(pin, acme, path=path)).status == 200
+        assert (await service.ask(unpin, umbrella, path=path)).status == 404
+        assert (await service.ask(unpin, acme, path=path)).status == 200
+
+
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 async def test_a_key_may_be_for_some_models_only(tmp_path: Path, protocol: str) -> None:
     async with guarded(tmp_path) as service:
