@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from registry import errors
-from serve.engine_errors import engine_reason
+from serve.engine_errors import engine_dead, engine_reason
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ class ConstraintTrials:
         self._slowest_seconds = slowest_seconds
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        """To the process once it is ready; until then its greeting would be taken for a verdict."""
+        self._starting: asyncio.Task[Connection] | None = None
+        self._is_closed = False
         self._one_at_a_time = asyncio.Lock()
         self._outcomes: OrderedDict[bytes, _Refusal | None] = OrderedDict()
 
@@ -66,6 +69,7 @@ class ConstraintTrials:
 
         Raises:
             InvalidRequestError: it is malformed, uses what the engine does not support, or costs too much.
+            UnavailableError: the process does not start. EngineDeadError: it ended with the engine.
         """
         key = hashlib.sha256(json.dumps([kind, specification], sort_keys=True).encode()).digest()
         if key not in self._outcomes:
@@ -79,6 +83,11 @@ class ConstraintTrials:
             raise errors.InvalidRequestError(refusal.reason, code=refusal.code)
 
     def close(self) -> None:
+        """For good, with the engine: whoever waits for a verdict is told that the engine is gone."""
+        self._is_closed = True
+        self._kill()
+
+    def _kill(self) -> None:
         process, connection = self._process, self._connection
         self._process = self._connection = None
         if connection is not None:
@@ -89,21 +98,22 @@ class ConstraintTrials:
 
     async def _try(self, kind: str, specification: Any) -> _Refusal | None:
         """Why the constraint is refused; ``None``: it is fine."""
-        connection = self._connection
-        if connection is None or self._process is None or not self._process.is_alive():
-            connection = await self._started()
+        connection = await self._ready()
         try:
             connection.send((kind, specification))
-            if not await asyncio.to_thread(connection.poll, self._slowest_seconds):
-                self.close()
-                return _too_costly(kind, f"more than {self._slowest_seconds:g} s to prepare")
-            answer = connection.recv()
+            is_answered = await asyncio.to_thread(connection.poll, self._slowest_seconds)
+            answer = connection.recv() if is_answered else None
         except (EOFError, OSError):
-            self.close()
+            self._raise_if_closed()
+            self._kill()
             return _too_costly(kind, "more than its process survived")
         except asyncio.CancelledError:
-            self.close()  # its answer would be taken for that of the next
+            self._kill()  # its answer would be taken for that of the next
             raise
+        if not is_answered:
+            self._raise_if_closed()
+            self._kill()
+            return _too_costly(kind, f"more than {self._slowest_seconds:g} s to prepare")
         if answer is None:
             return None
         name, text = answer
@@ -111,18 +121,38 @@ class ConstraintTrials:
             return _too_costly(kind, text or "too much memory")
         return _Refusal(f"The {_NAMES.get(kind, kind)} is not usable: {engine_reason(text)}", "invalid_constraint")
 
-    async def _started(self) -> Connection:
-        self.close()
-        process, connection = await asyncio.to_thread(self._start)
-        self._process, self._connection = process, connection
-        with contextlib.suppress(EOFError, OSError):
-            if await asyncio.to_thread(connection.poll, _START_SECONDS) and connection.recv() == "ready":
-                return connection
-        self.close()
+    async def _ready(self) -> Connection:
+        """To a process that waits for a constraint."""
+        self._raise_if_closed()
+        if self._connection is not None and self._process is not None and self._process.is_alive():
+            return self._connection
+        if self._starting is None or self._starting.done():
+            self._kill()
+            self._starting = asyncio.create_task(self._begin())
+            self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())  # marked as seen
+        # When the client leaves that it began for, the next one needs the process.
+        return await asyncio.shield(self._starting)
+
+    async def _begin(self) -> Connection:
+        self._process, connection = await asyncio.to_thread(self._start)
+        is_ready = False
+        if not self._is_closed:
+            with contextlib.suppress(EOFError, OSError):
+                is_ready = await asyncio.to_thread(connection.poll, _START_SECONDS) and connection.recv() == "ready"
+        if is_ready and not self._is_closed:
+            self._connection = connection
+            return connection
+        connection.close()
+        self._kill()
+        self._raise_if_closed()
         logger.error("the process that tries out constraints did not start")
         raise errors.UnavailableError(
             "Constraints on the answer cannot be checked just now.", code="unavailable", retry_after_seconds=5
         )
+
+    def _raise_if_closed(self) -> None:
+        if self._is_closed:
+            raise engine_dead()
 
 
 _NAMES = {"json": "JSON schema", "regex": "regular expression", "choice": "list of choices"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import time
@@ -14,10 +15,12 @@ import pytest
 
 from registry import errors
 from serve.constraints import ConstraintTrials
+from tests.serve.running import eventually
 
 
-def trial_process(connection: Connection) -> None:
+def trial_process(connection: Connection, start_seconds: float) -> None:
     """Does what it is told instead of compiling anything."""
+    time.sleep(start_seconds)
     connection.send("ready")
     while True:
         try:
@@ -32,15 +35,16 @@ def trial_process(connection: Connection) -> None:
 
 
 class Trials(ConstraintTrials):
-    def __init__(self) -> None:
+    def __init__(self, start_seconds: float = 0) -> None:
         super().__init__(self._start_process, slowest_seconds=0.5)
+        self._start_seconds = start_seconds
         self.starts = 0
 
     def _start_process(self) -> tuple[BaseProcess, Connection]:
         self.starts += 1
         context = multiprocessing.get_context("forkserver")
         ours, theirs = context.Pipe()
-        process = context.Process(target=trial_process, args=(theirs,), daemon=True)
+        process = context.Process(target=trial_process, args=(theirs, self._start_seconds), daemon=True)
         process.start()
         theirs.close()
         return process, ours
@@ -103,3 +107,29 @@ async def test_a_client_that_leaves_does_not_pass_its_answer_on_to_the_next(tria
     with pytest.raises(asyncio.CancelledError):
         await task
     assert "not usable: another" in await refused(trials, "another")
+
+
+async def test_a_client_that_leaves_while_the_process_starts_leaves_every_verdict_to_its_own_constraint() -> None:
+    with contextlib.closing(Trials(start_seconds=0.7)) as trials:
+        task = asyncio.create_task(trials.check("regex", "first"))
+        await eventually(lambda: trials.starts == 1)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for kind in ("regex", "json"):
+            await trials.check(kind, "fine")
+            assert f"not usable: no {kind}" in await refused(trials, f"no {kind}")
+        assert trials.starts == 1, "what the first client began served the next one"
+
+
+@pytest.mark.parametrize("start_seconds", [0, 0.7], ids=["during a trial", "during the start"])
+async def test_an_engine_that_ends_tells_everybody_who_waits_for_a_verdict(start_seconds: float) -> None:
+    trials = Trials(start_seconds)
+    waiting = [asyncio.create_task(trials.check("regex", told)) for told in ("hang", "fine")]
+    await eventually(lambda: trials.starts == 1)
+    await asyncio.sleep(0.2)
+    trials.close()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [errors.EngineDeadError] * 2
+    assert trials.starts == 1, "nothing starts again for an engine that is gone"
