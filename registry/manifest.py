@@ -32,8 +32,9 @@ MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 32 << 20
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-TokenId = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+"""Up to what every reader of JSON takes exactly (RFC 8259, section 6), and int64 on the wire holds it."""
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -61,8 +62,8 @@ class BaseModelIdentity(Record):
 
 
 class LoraShape(Record):
-    rank: Annotated[int, Field(ge=1)]
-    """The largest rank of any module: what the engine must have room for."""
+    rank: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    """The largest rank of any module: what the engine must have room for. The wire has 32 bits for it."""
     alpha: FiniteFloat
     target_modules: list[str]
     use_rslora: bool = False

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,3 +105,25 @@ async def test_a_damaged_directory_is_listed_among_the_refused_and_counted_once(
         with pytest.raises(Refused) as unknown:
             await admin.ask("help")
         assert unknown.value.status == 404
+
+
+@pytest.mark.parametrize("face", ["http", "grpc"])
+@pytest.mark.parametrize("place", ["created_at", "lora.rank"])
+async def test_a_number_in_a_manifest_that_no_wire_carries_is_a_damaged_artifact_beside_the_whole_ones(
+    tmp_path: Path, face: str, place: str
+) -> None:
+    registry = Registry(tmp_path)
+    whole = publish(registry, "whole", alias="help")
+    manifest = json.loads(whole.manifest.to_bytes())
+    outer, _, inner = place.rpartition(".")
+    (manifest[outer] if outer else manifest)[inner] = 2**64
+    content = json.dumps(manifest).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    shutil.copytree(whole.path, whole.path.with_name(digest))
+    (whole.path.with_name(digest) / "manifest.json").write_bytes(content)
+    async with admin_of(face, FakeEngine(), tmp_path) as admin:
+        listed = await admin.adapters()
+        damaged = listed[f"whole@{digest[:16]}"]
+        assert (damaged["state"], damaged["reason"]["code"]) == ("refused", "invalid_manifest")
+        assert listed[whole.revision]["state"] in ("available", "loading", "loaded")
+        assert await admin.ask("help") == whole.revision
