@@ -29,6 +29,7 @@ from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.limits import Limits
 from tune.jobs.database_url import sqlite_url
 from tune.jobs.limits import MAX_FILE_BYTES, MAX_FILE_ROWS
+from tune.jobs.settings import STOP_GRACE_SECONDS
 
 DEFAULT_DATA_DIR = Path("capo-data")
 _LIMITS = Limits()
@@ -153,6 +154,13 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         description="OpenMP threads of a CPU engine; not set: one less than there are cores.",
+    )
+    worker_stop_seconds: float = Field(
+        default=STOP_GRACE_SECONDS,
+        gt=0,
+        description="How long a pause, or SIGTERM to a worker, waits for the training to stop at its next step with a "
+        "checkpoint; one that is killed goes on from an older checkpoint. With what follows, below the 60 s that "
+        "Kubernetes gives a worker. A cancel does not wait for so long.",
     )
     organization: str = Field(
         default="capo",

@@ -34,7 +34,11 @@ def make_launcher(settings: Settings, environment: dict[str, str], database: Dat
         InvalidRequestError: the launcher cannot work here.
     """
     if database is None or settings.launcher is LauncherKind.LOCAL:
-        return LocalLauncher(_local_command(settings), _local_environments(settings, environment))
+        return LocalLauncher(
+            _local_command(settings),
+            _local_environments(settings, environment),
+            stop_grace_seconds=settings.worker_stop_seconds,
+        )
     return ClusterLauncher(
         _CLUSTERS[settings.launcher](settings),
         WorkQueue(
@@ -74,6 +78,7 @@ def _kubernetes(settings: Settings) -> Cluster:
             environment=cluster_environment(settings),
             cpu=settings.kubernetes_cpu,
             memory=settings.kubernetes_memory,
+            stop_grace_seconds=settings.worker_stop_seconds,
         ),
     )
 
@@ -100,6 +105,7 @@ def cluster_environment(settings: Settings) -> dict[str, str]:
         "CAPO_LOG_LEVEL": settings.log_level,
         "CAPO_LOG_FORMAT": settings.log_format,
         "CAPO_ORGANIZATION": settings.organization,
+        "CAPO_WORKER_STOP_SECONDS": str(settings.worker_stop_seconds),
     }
     if settings.otlp_endpoint is not None:
         given["CAPO_OTLP_ENDPOINT"] = settings.otlp_endpoint
@@ -134,7 +140,10 @@ def _local_environments(settings: Settings, environment: dict[str, str]) -> list
 
 
 def _local_environment(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
-    given = dict(environment) | {"CAPO_LOG_FORMAT": settings.log_format}
+    given = dict(environment) | {
+        "CAPO_LOG_FORMAT": settings.log_format,
+        "CAPO_WORKER_STOP_SECONDS": str(settings.worker_stop_seconds),
+    }
     if settings.otlp_endpoint is not None:
         given["CAPO_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.database_url is not None:  # it may hold a password, and arguments are for all to see

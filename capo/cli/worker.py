@@ -55,6 +55,7 @@ def worker(
             gpus=visible_gpus() if settings.worker_gpus is None else settings.worker_gpus,
             max_running_per_tenant=settings.max_running_jobs_per_tenant,
             otlp_endpoint=settings.otlp_endpoint,
+            stop_grace_seconds=settings.worker_stop_seconds,
             job_id=job,
             parent_pid=parent_pid,
         )

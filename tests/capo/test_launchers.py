@@ -82,6 +82,24 @@ def test_local_workers_are_started_with_different_gpus(
     assert started == ["0", "1"]
 
 
+async def test_what_a_worker_may_take_to_stop_is_told_to_it_and_waited_for(tmp_path: Path, database: Database) -> None:
+    settings = read_settings(data_dir=tmp_path, worker_stop_seconds=1.5)
+    launcher = make_launcher(settings, dict(os.environ), database)
+    assert isinstance(launcher, LocalLauncher)
+    told = tmp_path / "told"
+    # Ends two seconds after SIGTERM, and says then what it was told.
+    script = (
+        f'trap "sleep 2; echo $CAPO_WORKER_STOP_SECONDS > {told}; exit" TERM; touch {told}; while :; do sleep 0.1; done'
+    )
+    launcher._command = ["sh", "-c", script]
+    launcher.start()
+    await eventually(told.exists)
+    await launcher.stop()
+    assert told.read_text() == "1.5\n"
+    cluster = read_settings(**KUBERNETES, worker_stop_seconds=90)
+    assert cluster_environment(cluster)["CAPO_WORKER_STOP_SECONDS"] == "90.0"
+
+
 @pytest.mark.parametrize("missing", ["kubernetes_image", "kubernetes_volume_claim", "database_url"])
 def test_a_launcher_says_what_it_needs(missing: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"needs {missing}.*CAPO_{missing.upper()}"):
@@ -128,6 +146,8 @@ def _check_manifest(server: ApiServer, job_id: str) -> None:
     assert environment["CAPO_MODEL"] == "capo-tiny"
     assert environment["CAPO_SECRETS_DIR"]
     assert container["args"][:3] == ["worker", "--job", job_id]
+    grace_seconds = manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace_seconds > float(environment["CAPO_WORKER_STOP_SECONDS"])
     assert container["resources"]["limits"]["memory"] == "3Gi"
 
 

@@ -294,8 +294,8 @@ DEFECTS: list[Defect] = [
     Defect("endpoints_have_time_to_forget_a_pod", "no preStop", lambda r: container(r).pop("lifecycle")),
     Defect(
         "a_worker_has_time_to_put_its_job_back",
-        "ten seconds",
-        lambda r: r.pod("capo-worker").spec.update(terminationGracePeriodSeconds=10),
+        "half a minute",
+        lambda r: r.pod("capo-worker").spec.update(terminationGracePeriodSeconds=30),
         "postgresql",
     ),
     Defect(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tests.deploy.render import Pod, Render, gibibytes, selects
 from tests.deploy.rules import CLOSE_SECONDS, ENGINE_STOP_SECONDS, MARGIN_SECONDS, capo_rule, pod_rule, rule, serving
+from tune.jobs.settings import STOP_GRACE_SECONDS
 
 # -- resources and volumes ------------------------------------------------------------------------------------------
 
@@ -168,7 +169,8 @@ def endpoints_have_time_to_forget_a_pod(render: Render) -> Iterator[str]:
 @rule
 def a_worker_has_time_to_put_its_job_back(render: Render) -> Iterator[str]:
     for pod in render.capo_pods():
-        if pod.component == "worker" and pod.spec.get("terminationGracePeriodSeconds", 30) < 30:
+        grace = float(render.settings(pod).get("CAPO_WORKER_STOP_SECONDS", STOP_GRACE_SECONDS))
+        if pod.component == "worker" and pod.spec.get("terminationGracePeriodSeconds", 30) < grace + MARGIN_SECONDS:
             yield pod.name
 
 

@@ -17,6 +17,7 @@ from capo.settings import Settings
 from tests.deploy.dockerfile import Stage, environment, line_of, read_stages, values
 from tests.deploy.render import CONTAINER, ROOT
 from tests.programs import program
+from tune.jobs.settings import STOP_GRACE_SECONDS
 
 TARGETS = ("cpu", "gpu", "ray")
 
@@ -191,7 +192,8 @@ def test_one_box_is_hardened_and_only_on_loopback() -> None:
     of_capo = {key.removeprefix("CAPO_").lower() for key in capo["environment"]}
     assert of_capo <= Settings.model_fields.keys()
     seconds = int(capo["stop_grace_period"].removesuffix("s"))
-    assert seconds >= int(capo["environment"]["CAPO_DRAIN_SECONDS"]) + 3 + 5 + 5
+    drain_seconds = int(capo["environment"]["CAPO_DRAIN_SECONDS"])
+    assert seconds >= max(drain_seconds, STOP_GRACE_SECONDS + 5) + 3 + 5
 
 
 def test_one_box_scrapes_what_it_serves_and_shows_what_it_scrapes() -> None:

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+STOP_GRACE_SECONDS = 45.0
+"""A step of a large model takes tens of seconds, and the training stops between two. With what the worker does after it
+this fits into the 60 s that its pods have for their end (deploy/kubernetes)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
@@ -34,8 +38,10 @@ class WorkerSettings:
     heartbeat_seconds: float = 5.0
     poll_seconds: float = 0.1
     """Between two looks at the queue; each is one indexed query."""
-    stop_grace_seconds: float = 8.0
-    """Between asking the training process to stop and killing it; a cancel must end within 10 s."""
+    stop_grace_seconds: float = STOP_GRACE_SECONDS
+    """Between asking the training process to stop with a checkpoint and killing it, for a pause or the worker's end."""
+    cancel_grace_seconds: float = 8.0
+    """The same for a cancel, which needs no checkpoint and must end within 10 s."""
     max_attempts: int = 3
     retry_delay_seconds: float = 2.0
     """Before the second attempt; doubled before each further one."""

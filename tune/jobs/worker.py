@@ -90,9 +90,12 @@ class _Child:
         """Set when it was asked to stop."""
 
     def ask_to_stop(self, grace_seconds: float) -> None:
+        """A later call may only leave it less time: a cancel that comes after a pause."""
+        kill_at = time.monotonic() + grace_seconds
         if self.kill_at is None:
-            self.kill_at = time.monotonic() + grace_seconds
+            self.kill_at = kill_at
             self.process.terminate()
+        self.kill_at = min(self.kill_at, kill_at)
 
     def kill(self) -> None:
         self.process.kill()
@@ -223,12 +226,15 @@ class Worker:
             if time.monotonic() - child.beat_at >= self._settings.heartbeat_seconds:
                 self._queue.heartbeat(child.job)
                 child.beat_at = time.monotonic()
-            if self._stop.is_set or self._queue.asked(child.job) is not None:
+            asked = self._queue.asked(child.job)
+            if asked == "cancel":
+                child.ask_to_stop(self._settings.cancel_grace_seconds)
+            elif asked == "pause" or self._stop.is_set:
                 child.ask_to_stop(self._settings.stop_grace_seconds)
         except ConflictError as lost:
             if self._store.job(child.job.id).epoch == child.job.epoch:
                 # The child itself has just ended the job; it may still tidy up, but not for ever.
-                child.kill_at = child.kill_at or time.monotonic() + self._settings.stop_grace_seconds
+                child.kill_at = child.kill_at or time.monotonic() + self._settings.cancel_grace_seconds
             else:
                 log.warning("%s", lost)
                 child.kill()

@@ -171,6 +171,23 @@ def takes_long(
     raise StopRequested(reason)
 
 
+def takes_a_long_step(
+    recipe: Recipe,
+    *,
+    registry: Registry,
+    work_dir: Path,
+    should_stop: Callable[[], str | None],
+    job_id: str | None,
+    **_: object,
+) -> Trained:
+    """As a large model: hears that it should stop only after a step of 1.5 s, and then leaves a checkpoint."""
+    _note(registry, job_id)
+    while (reason := should_stop()) is None:
+        time.sleep(1.5)
+    (work_dir / "checkpoint").touch()
+    raise StopRequested(reason)
+
+
 def holds_its_directory(
     recipe: Recipe,
     *,

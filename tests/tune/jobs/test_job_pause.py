@@ -82,6 +82,28 @@ def test_a_running_job_stops_within_seconds_and_goes_on_from_its_checkpoint(plac
     assert done.fine_tuned_model == job.reserved_name
 
 
+def test_a_pause_waits_for_the_end_of_a_step_that_is_longer_than_a_cancel_would_wait_and_than_the_lease(
+    place: Place, training_file: str
+) -> None:
+    job = place.queue_job(training_file)
+    with worker(place, standins.takes_a_long_step, stop_grace_seconds=20.0, lease_seconds=1.0):
+        wait_for_attempts(place, 1)
+        place.store.pause(job.id)
+        paused = wait_for(place, job.id, "queued")
+        assert (paused.epoch, paused.attempts) == (1, 0)
+        assert (place.data_dir / "jobs" / job.id / "checkpoint").exists()
+
+
+def test_a_cancel_does_not_wait_for_as_long_as_the_pause_before_it(place: Place, training_file: str) -> None:
+    job = place.queue_job(training_file)
+    with worker(place, standins.hangs, stop_grace_seconds=60.0):
+        wait_for_attempts(place, 1)
+        place.store.pause(job.id)
+        time.sleep(0.2)
+        place.store.cancel(job.id)
+        wait_for(place, job.id, "cancelled", seconds=10)
+
+
 def test_the_checkpoints_of_a_job_that_is_cancelled_while_it_is_paused_go_without_a_new_worker(
     place: Place, training_file: str
 ) -> None:

@@ -28,6 +28,7 @@ QUICK: dict[str, Any] = {
     "heartbeat_seconds": 0.2,
     "poll_seconds": 0.02,
     "stop_grace_seconds": 0.7,
+    "cancel_grace_seconds": 0.7,
     "retry_delay_seconds": 0.01,
 }
 
@@ -231,7 +232,7 @@ class TestOnePublication:
 class TestCancel:
     def test_a_running_job_stops_at_its_next_step(self, place: Place, training_file: str) -> None:
         job = place.queue_job(training_file)
-        with worker(place, standins.takes_long, stop_grace_seconds=8.0):
+        with worker(place, standins.takes_long, cancel_grace_seconds=8.0):
             wait_for_attempts(place, 1)
             asked = time.monotonic()
             place.store.cancel(job.id)
@@ -250,7 +251,7 @@ class TestCancel:
             asked = time.monotonic()
             place.store.cancel(job.id)
             wait_for(place, job.id, "cancelled")
-            assert time.monotonic() - asked < QUICK["stop_grace_seconds"] + 2.0
+            assert time.monotonic() - asked < QUICK["cancel_grace_seconds"] + 2.0
             wait_until(lambda: children(process.pid) == [], seconds=5)
 
     def test_a_job_cancelled_while_queued_is_never_started(self, place: Place, training_file: str) -> None:
@@ -319,6 +320,15 @@ class TestLostWorkers:
             assert process.exitcode == 0
         put_back = place.store.job(job.id)
         assert (put_back.status, put_back.attempts, put_back.owner) == ("queued", 0, None)
+        assert (place.data_dir / "jobs" / job.id / "checkpoint").exists()
+
+    def test_sigterm_waits_for_the_end_of_a_long_step(self, place: Place, training_file: str) -> None:
+        job = place.queue_job(training_file)
+        with worker(place, standins.takes_a_long_step, stop_grace_seconds=20.0) as process:
+            wait_for_attempts(place, 1)
+            process.terminate()
+            process.join(9)
+            assert process.exitcode == 0
         assert (place.data_dir / "jobs" / job.id / "checkpoint").exists()
 
     def test_sigterm_with_a_deaf_child_puts_the_job_back_too(self, place: Place, training_file: str) -> None:

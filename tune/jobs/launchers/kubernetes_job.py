@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from tune.jobs.settings import STOP_GRACE_SECONDS
 
 JOB_LABEL = "capo/job"
 MANAGED_BY = "app.kubernetes.io/managed-by"
@@ -13,8 +16,8 @@ SELECTOR = f"{MANAGED_BY}=capo,app.kubernetes.io/component=training"
 DATA_PATH = "/data"
 SECRETS_PATH = "/run/secrets/capo"
 _LONGEST_LABEL = 63
-_STOP_SECONDS = 30
-"""A worker gives its training process 8 s to stop (tune/jobs/settings.py), and has the rest for the store."""
+_END_SECONDS = 15
+"""For a worker to write how its job stands and to end, once the training process has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class KubernetesSettings:
     """Owns what the workers write; the image's user."""
     kept_seconds: int = 3600
     """How long an ended Job stays to be looked at."""
+    stop_grace_seconds: float = STOP_GRACE_SECONDS
+    """What a worker gives its training process to stop with a checkpoint."""
 
 
 def job_manifest(settings: KubernetesSettings, name: str, *, job_id: str, tenant: str, gpus: int) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def _pod(settings: KubernetesSettings, job_id: str, gpus: int) -> dict[str, Any]
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": _STOP_SECONDS,
+        "terminationGracePeriodSeconds": math.ceil(settings.stop_grace_seconds) + _END_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": settings.user_id,

@@ -8,9 +8,12 @@ import logging
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from tune.jobs.settings import STOP_GRACE_SECONDS
+
 logger = logging.getLogger(__name__)
 
-_STOP_SECONDS = 15.0
+_END_SECONDS = 5.0
+"""For a worker to write how its job stands and to end, once the training process has."""
 _RESTART_PAUSE_SECONDS = 2.0
 
 
@@ -20,9 +23,16 @@ class LocalLauncher:
     Each is the whole environment of its worker: what vLLM adds to this process's must not reach training.
     """
 
-    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        *,
+        stop_grace_seconds: float = STOP_GRACE_SECONDS,
+    ) -> None:
         self._command = list(command)
         self._environments = [dict(environment) for environment in environments]
+        self._stop_seconds = stop_grace_seconds + _END_SECONDS
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -41,13 +51,14 @@ class LocalLauncher:
                         logger.warning("a training worker could not be started, the next try is soon: %s", error)
 
     async def stop(self) -> None:
-        """SIGTERM (a running job goes back to the queue), then SIGKILL after 15 s."""
+        """SIGTERM (a running job goes back to the queue), then SIGKILL where that takes too long."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_SECONDS):
-                await asyncio.gather(*(asyncio.to_thread(process.wait, _STOP_SECONDS) for process in self._processes))
+            async with asyncio.timeout(self._stop_seconds):
+                waits = (asyncio.to_thread(process.wait, self._stop_seconds) for process in self._processes)
+                await asyncio.gather(*waits)
         self.kill()
 
     def kill(self) -> None:
