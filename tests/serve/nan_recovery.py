@@ -70,7 +70,7 @@ def main() -> None:
             call = Call(Endpoint.COMPLETION, body, adapter, "x", "request")
             return json.loads(await engine.complete(call))["choices"][0]["text"]
 
-        ids = await compare(engine, base, folder)
+        ids = await compare(engine, base, folder) if mode == "repaired" else []
         prompts = [f"{number} In the village there is a" for number in range(24)]
         before = [await ask(None, prompt) for prompt in prompts]
         nan = EngineAdapter("nan@0", 1, folder / "nan")
