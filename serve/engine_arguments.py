@@ -18,6 +18,8 @@ from serve.tool_formats import tool_parser
 
 MAX_LORAS = 8
 MAX_LORA_RANK = 16
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` takes (vLLM 0.32, vllm/config/lora.py, MaxLoRARanks)."""
 
 _AUTO_TOOLS = "--enable-auto-tool-choice"
 _TOOL_PARSER = "--tool-call-parser"
@@ -97,6 +99,7 @@ _FRONT_END_ARGUMENTS = {
     "--port": "use capo serve --port",
     "--model": "use capo serve --model",
     "--served-model-name": "the base model goes by its own id",
+    "--no-enable-lora": "adapters are what Capo serves; --max-loras 1 takes the least memory for them",
     "--lora-modules": "publish adapters to the registry; capo registry import takes a directory",
     "--grpc": "Capo has its own gRPC server",
     "--grpc-port": "use capo serve --grpc-port",

@@ -49,7 +49,14 @@ def test_the_largest_rank_is_known_before_the_engine_is_up(arguments: list[str],
 
 @pytest.mark.parametrize(
     "arguments",
-    [["foo"], ["--api-key", "x"], ["--ssl-keyfile=x"], ["--lora-modules", "a=b"], ["--served_model_name", "x"]],
+    [
+        ["foo"],
+        ["--api-key", "x"],
+        ["--ssl-keyfile=x"],
+        ["--lora-modules", "a=b"],
+        ["--served_model_name", "x"],
+        ["--no-enable-lora"],
+    ],
 )
 def test_an_argument_that_would_be_ignored_or_do_harm_is_refused(model: Path, arguments: list[str]) -> None:
     with pytest.raises(errors.InvalidRequestError) as caught:
