@@ -12,11 +12,10 @@ from pathlib import Path
 
 from capo.model_shape import DTYPE_BYTES, ModelShape, read_shape
 from registry.errors import InvalidRequestError
-from registry.safetensors_header import read_header
+from registry.safetensors_header import MAX_BASE_HEADER_BYTES, read_header
+from serve.engine_arguments import LORA_RANKS
 
 GIB = 1024**3
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` takes (vllm/config/lora.py, MaxLoRARanks)."""
 _BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
 """Of the cache, vLLM's defaults; a sequence takes whole blocks."""
 _RESERVE_BYTES = {"cpu": GIB, "gpu": 3 * GIB}
@@ -43,7 +42,7 @@ class Wish:
     dtype: str | None = None
     """Of weights and cache; ``None``: the model's own."""
     target_modules: tuple[str, ...] | None = None
-    """That alone get slots; ``None``: all that vLLM knows of."""
+    """The only modules that get slots; ``None``: all that vLLM supports."""
     reserve_bytes: int | None = None
     disk_bytes: int | None = None
     """For the registry."""
@@ -66,9 +65,9 @@ class Plan:
     """Of one adapter of that rank on the registry's disk."""
     adapters_on_disk: int | None
     most_slots: int
-    """That fit, with everything else as wished."""
+    """The most adapter slots that fit, everything else as wished."""
     most_requests: int
-    """That fit, likewise."""
+    """The most requests that fit, everything else as wished."""
     arguments: tuple[str, ...]
     """For ``capo serve --``."""
     reasons: tuple[str, ...]
@@ -140,11 +139,11 @@ def plan(path: Path, wish: Wish) -> Plan:
 
 
 def _engine_rank(rank: int) -> int:
-    for allowed in _RANKS:
+    for allowed in LORA_RANKS:
         if rank <= allowed:
             return allowed
     raise InvalidRequestError(
-        f"max_lora_rank={rank} is above {_RANKS[-1]}, the largest of vLLM; train smaller adapters, or merge them",
+        f"max_lora_rank={rank} is above {LORA_RANKS[-1]}, the largest of vLLM; train smaller adapters, or merge them",
         param="max_lora_rank",
     )
 
@@ -156,7 +155,7 @@ def _weights(path: Path, shape: ModelShape, dtype: str) -> tuple[int, str]:
         return shape.num_parameters() * DTYPE_BYTES[dtype], "formula"
     total = 0
     for file in files:
-        for tensor in read_header(file, max_header_bytes=100_000_000).tensors.values():
+        for tensor in read_header(file, max_header_bytes=MAX_BASE_HEADER_BYTES).tensors.values():
             is_float = tensor.dtype in ("F32", "F16", "BF16")
             total += math.prod(tensor.shape) * DTYPE_BYTES[dtype] if is_float else tensor.end - tensor.begin
     return total, "safetensors headers"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.errors import InvalidArtifactError
-from registry.safetensors_header import read_header
+from registry.safetensors_header import MAX_BASE_HEADER_BYTES, read_header
 from registry.strict_json import parse_strict_json
 
 # Models whose transformers implementation has exactly the modules that _llama_modules lists.
@@ -18,8 +18,6 @@ _LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 # What holds the numbers of a quantised linear layer: bitsandbytes, GPTQ and AWQ, compressed-tensors.
 _PACKED_KINDS = frozenset({"weight", "qweight", "weight_packed"})
-# Large mixture-of-experts models need more than an adapter's 10 MB; the safetensors library allows 100 MB.
-_MAX_BASE_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def _shapes_of_weights(directory: Path, model_type: str) -> BaseShapes:
     packed: set[str] = set()
     for path in sorted(directory.glob("*.safetensors")):
         # A downloaded model's files are links into a cache.
-        header = read_header(path.resolve(), max_header_bytes=_MAX_BASE_HEADER_BYTES)
+        header = read_header(path.resolve(), max_header_bytes=MAX_BASE_HEADER_BYTES)
         for tensor in header.tensors.values():
             module, _, kind = tensor.name.rpartition(".")
             if kind == "weight" and len(tensor.shape) == 2 and tensor.dtype in _FLOATS:

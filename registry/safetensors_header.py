@@ -22,6 +22,8 @@ from registry.names import shown
 from registry.strict_json import parse_strict_json
 
 MAX_HEADER_BYTES = 10_000_000
+MAX_BASE_HEADER_BYTES = 100_000_000
+"""Of a base model's file: large mixture-of-experts models need it, and the safetensors library allows as much."""
 MAX_TENSORS = 20_000
 _MAX_DIMENSIONS = 8
 _MAX_METADATA_BYTES = 1_000_000

@@ -12,6 +12,7 @@ import asyncio
 from registry import Artifact, BaseModel, Registry, errors
 from registry.adapter_files import check_adapter
 from serve.engine_api import Engine, EngineAdapter, EngineLimits
+from serve.engine_arguments import LORA_RANKS
 
 _MAX_PROBES = 64
 """Training writes four (:mod:`tune.probes`)."""
@@ -178,5 +179,5 @@ def _file_states(artifact: Artifact) -> _FileStates | None:
 
 
 def _allowed_rank(rank: int) -> int:
-    """The least engine rank that holds ``rank`` (vLLM 0.32, vllm/config/lora.py, MaxLoRARanks)."""
-    return next((allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), 512)
+    """The least engine rank that holds ``rank``."""
+    return next((allowed for allowed in LORA_RANKS if allowed >= rank), LORA_RANKS[-1])

@@ -15,7 +15,6 @@ position is a few numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from registry.errors import StorageError
+from tune.digest import file_sha256
 from tune.model import Trainable
 from tune.parallel import Ranks
 from tune.sharding import part_like, whole_of
@@ -240,8 +240,7 @@ def _complete_record(path: Path) -> dict[str, Any] | None:
 
 
 def _file_record(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size_bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _sync(path: Path) -> None:

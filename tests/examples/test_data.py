@@ -21,7 +21,7 @@ from examples.capo_tiny.world import facts, other_values, world
 from examples.tasks import generate
 from tune.data.datafile import open_data
 from tune.data.faults import RowFault
-from tune.data.rows import check_chat_file
+from tune.data.rows import check_rows, parse_chat_row
 from tune.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +147,7 @@ def test_generated_chats_are_valid_for_openai_and_for_capo(tmp_path: Path) -> No
         TOOLS.validate_python(row.get("tools", []))
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in chats), "utf-8")
-    assert check_chat_file(path).errors == ()
+    assert check_rows(path, parse_chat_row, limit_errors=1).errors == ()
 
 
 @pytest.mark.parametrize("task", generate.TASKS)

@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 from registry import BaseModelIdentity, ManifestDraft
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS, VOCABULARY = 32, 48, 4, 2, 2, 64
-HEAD_DIM = HIDDEN // HEADS
 
 BASE_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,8 +15,6 @@ from registry.errors import ModelNotFoundError, NotFoundError
 from tests.registry.crash import CrashModel, RecordingFilesystem, State, write_state
 from tests.registry.samples import draft, tree, write_files
 
-Scenario = Callable[[Registry, RecordingFilesystem, Path], None]
-
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import InvalidDataError, NotFoundError
+from tests.tune.plans import plan_steps
 from tests.tune.samples import chat_rows, message, write_jsonl
-from tune.data.batches import plan_epoch, plan_steps
-from tune.data.dataset import DatasetReader, EncodedRow, count_overlap, hold_out
+from tune.data.batches import plan_epoch
+from tune.data.dataset import DatasetReader, EncodedRow, count_overlap, held_out_mask
 from tune.data.mask import Example
 from tune.data.packing import pack_best_fit
 
@@ -80,22 +81,22 @@ def encoded(*contents: int) -> list[EncodedRow]:
 
 def test_equal_rows_are_held_out_together() -> None:
     rows = encoded(*range(10), *range(10), *range(10))
-    kept, held = hold_out(rows, 0.3, seed=5)
-    assert len(held) == 9
-    assert count_overlap([rows[i] for i in kept], [rows[i] for i in held]) == 0
-    assert sorted(kept + held) == list(range(30))
+    is_held = held_out_mask(rows, 0.3, seed=5).tolist()
+    assert (len(is_held), sum(is_held)) == (30, 9)
+    kept, held = ([row for row, is_out in zip(rows, is_held, strict=True) if is_out is side] for side in (False, True))
+    assert count_overlap(kept, held) == 0
 
 
 def test_what_is_held_out_does_not_depend_on_the_order_of_rows() -> None:
     def held_contents(rows: list[EncodedRow]) -> set[int]:
-        return {int(rows[i].examples[0].token_ids[0]) for i in hold_out(rows, 0.3, seed=5)[1]}
+        return {int(rows[i].examples[0].token_ids[0]) for i in held_out_mask(rows, 0.3, seed=5).nonzero()[0]}
 
     assert held_contents(encoded(*range(10))) == held_contents(encoded(*reversed(range(10))))
 
 
 def test_one_different_row_cannot_be_shared_out() -> None:
     with pytest.raises(InvalidDataError, match="at least 2 different rows, got 1"):
-        hold_out(encoded(3, 3, 3), 0.5, seed=1)
+        held_out_mask(encoded(3, 3, 3), 0.5, seed=1)
 
 
 def reader(tokenizer: Any, **changes: Any) -> DatasetReader:

@@ -11,9 +11,10 @@ import pytest
 
 from registry.errors import InvalidDataError
 from tests.tune.samples import LLAMA3, message, write_jsonl
+from tests.tune.spans import decode_spans
 from tune.data.dataset import DatasetReader
 from tune.data.faults import RowFault
-from tune.data.mask import ChatEncoder, decode_spans
+from tune.data.mask import ChatEncoder
 from tune.data.pairs import Pairs, encode_preference
 from tune.data.preferences import PreferenceRow, check_preference_object
 

@@ -18,7 +18,7 @@ from registry.errors import StorageError
 from tests.sizes import size
 from tests.tune.samples import chat_rows, write_jsonl
 from tune.data.batches import EpochPlan, StagePlan, plan_epoch
-from tune.data.dataset import DatasetReader, ReadOptions, hold_out, remove_stores
+from tune.data.dataset import DatasetReader, ReadOptions, held_out_mask, remove_stores
 from tune.data.examples import Examples
 from tune.data.mask import Example
 from tune.data.store import EncodedRow, StoredRows, StoreWriter, open_store
@@ -232,7 +232,7 @@ def test_what_became_of_each_row_is_written_down(tokenizer: Any, tmp_path: Path)
 def test_rows_on_disk_are_held_out_as_rows_in_memory(tokenizer: Any, file: Path) -> None:
     rows, _ = reader(tokenizer).read(file, shown_as=file)
     in_memory = [EncodedRow(row.examples) for row in rows]
-    assert hold_out(rows, 0.3, seed=5) == hold_out(in_memory, 0.3, seed=5)
+    assert held_out_mask(rows, 0.3, seed=5).tolist() == held_out_mask(in_memory, 0.3, seed=5).tolist()
 
 
 def epoch_plan(number: int, **changes: Any) -> EpochPlan:

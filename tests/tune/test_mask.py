@@ -10,7 +10,8 @@ import pytest
 
 from registry.errors import InvalidDataError, InvalidRequestError
 from tests.tune.samples import CHATML, GEMMA, LLAMA3, MISTRAL, message
-from tune.data.mask import ChatEncoder, Example, decode_spans, encode_text
+from tests.tune.spans import decode_spans
+from tune.data.mask import ChatEncoder, Example, encode_text
 from tune.data.rows import ChatRow, TextRow, parse_chat_row
 
 TokenizerMaker = Callable[..., Any]

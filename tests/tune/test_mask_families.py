@@ -20,7 +20,8 @@ import trl
 
 from registry.errors import InvalidDataError
 from tests.tune.samples import message
-from tune.data.mask import ChatEncoder, Example, decode_spans
+from tests.tune.spans import decode_spans
+from tune.data.mask import ChatEncoder, Example
 from tune.data.rows import ChatRow, parse_chat_row
 
 CAPO_TINY = Path(__file__).resolve().parents[2] / "registry" / "models" / "capo-tiny"

@@ -16,8 +16,9 @@ import torch
 
 from registry import locate_base_model
 from tests.sizes import size
+from tests.tune.plans import plan_steps
 from tests.tune.samples import write_jsonl
-from tune.data.batches import StepPlan, plan_epoch, plan_steps
+from tune.data.batches import StepPlan, plan_epoch
 from tune.data.dataset import DatasetReader
 from tune.data.mask import Example
 from tune.data.pairs import Pairs

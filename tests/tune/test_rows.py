@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,20 +17,29 @@ from hypothesis import strategies as st
 from registry.errors import InvalidDataError, NotFoundError
 from tests.tune.samples import chat_rows, message, write_jsonl
 from tune.data import rows as rows_module
-from tune.data.rows import (
-    ChatRow,
-    check_chat_file,
-    check_text_file,
-    parse_chat_row,
-    parse_text_row,
-    read_chat_rows,
-    read_text_rows,
-)
+from tune.data.datafile import open_data
+from tune.data.faults import RowFault
+from tune.data.formats import AnyRow, parse_object
+from tune.data.rows import ChatRow, FileReport, check_rows, decode_object, parse_chat_row
 
 USER, ASSISTANT = message("user", "Hi"), message("assistant", "Hello.")
 GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def parse_text_row(raw: bytes, line: int) -> AnyRow:
+    return parse_object(decode_object(raw, line), line, "text")
+
+
+def checked(path: Path, parse: Callable[[bytes, int], object] = parse_chat_row) -> FileReport:
+    """What an upload is told."""
+    return check_rows(path, parse, limit_errors=10)
+
+
+def rows_of(path: Path) -> list[AnyRow | RowFault]:
+    """What training reads."""
+    return [row for _, row in open_data(path, purpose="sft", named="chat").rows()]
 
 
 def chat(*messages: Any, **more: Any) -> bytes:
@@ -141,28 +151,27 @@ def test_each_fault_is_refused_with_its_line_and_reason(tmp_path: Path, fault: s
     raw, reason = FAULTS[fault]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + GOOD + b"\n" + raw + b"\n" + GOOD + b"\n")
-    with pytest.raises(InvalidDataError, match=f"^line 3: .*{reason}") as caught:
-        list(read_chat_rows(path))
-    assert caught.value.line == 3
-    (error,) = check_chat_file(path).errors
-    assert (error.line, error.reason) == (3, caught.value.message)
-    assert check_chat_file(path).rows == 3
+    report = checked(path)
+    (error,) = report.errors
+    assert (report.rows, error.line) == (3, 3)
+    assert re.match(f"line 3: .*{reason}", error.reason)
+    assert [row.message for row in rows_of(path) if isinstance(row, RowFault)] == [error.reason]
 
 
 @pytest.mark.parametrize(("content", "rows"), [(b"", 0), (b"\n", 0), (b"\xef\xbb\xbf", 0)])
 def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes, rows: int) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(InvalidDataError, match=r"^line 1: ") as caught:
-        list(read_chat_rows(path))
-    assert caught.value.line == 1
-    assert check_chat_file(path).rows == rows
-    assert len(check_chat_file(path).errors) == 1
+    report = checked(path)
+    (error,) = report.errors
+    assert (report.rows, error.line) == (rows, 1)
+    assert error.reason.startswith("line 1: ")
+    assert [row.message for row in rows_of(path) if isinstance(row, RowFault)] == [error.reason]
 
 
 def test_a_missing_file_is_a_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="there is no data file"):
-        list(read_chat_rows(tmp_path / "rows.jsonl"))
+        checked(tmp_path / "rows.jsonl")
 
 
 def test_a_huge_line_is_refused_and_the_next_lines_are_still_checked(
@@ -172,7 +181,7 @@ def test_a_huge_line_is_refused_and_the_next_lines_are_still_checked(
     long_row = chat(message("user", "x" * 1000), ASSISTANT)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + long_row + b"\n" + b"{}\n" + GOOD)
-    report = check_chat_file(path)
+    report = checked(path)
     assert report.rows == 2
     assert [error.line for error in report.errors] == [2, 3]
     assert "longer than 200 bytes" in report.errors[0].reason
@@ -182,26 +191,27 @@ def test_a_line_of_exactly_the_limit_is_accepted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", len(GOOD))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + GOOD)
-    assert check_chat_file(path) == rows_module.FileReport(rows=2, errors=())
+    assert checked(path) == FileReport(rows=2, errors=())
 
 
 def test_a_report_stops_at_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"{}\n" * 50)
-    assert [error.line for error in check_chat_file(path, limit_errors=4).errors] == [1, 2, 3, 4]
+    assert [error.line for error in check_rows(path, parse_chat_row, limit_errors=4).errors] == [1, 2, 3, 4]
 
 
 def test_byte_order_mark_windows_newlines_and_a_missing_last_newline_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD)
-    assert [row.line for row in read_chat_rows(path)] == [1, 2]
+    assert [row.line for row in rows_of(path) if isinstance(row, ChatRow)] == [1, 2]
 
 
 def test_line_separators_inside_strings_do_not_end_a_line(tmp_path: Path) -> None:
     row = json.dumps({"messages": [message("user", "a\u2028b\x85c"), ASSISTANT]}, ensure_ascii=False)
     path = tmp_path / "rows.jsonl"
     path.write_text(row + "\n", encoding="utf-8")
-    (read,) = read_chat_rows(path)
+    (read,) = rows_of(path)
+    assert isinstance(read, ChatRow)
     assert read.messages[0]["content"] == "a\u2028b\x85c"
 
 
@@ -234,9 +244,9 @@ def test_a_whole_tool_conversation_reaches_the_template_with_decoded_arguments()
 def test_text_rows_have_their_own_faults(tmp_path: Path, raw: bytes, reason: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "A tale."}\n' + raw)
-    with pytest.raises(InvalidDataError, match=f"^line 2: .*{reason}"):
-        list(read_text_rows(path))
-    assert check_text_file(path).errors[0].line == 2
+    (error,) = checked(path, parse_text_row).errors
+    assert error.line == 2
+    assert re.match(f"line 2: .*{reason}", error.reason)
 
 
 json_values = st.recursive(
@@ -304,9 +314,9 @@ def test_a_big_file_is_streamed(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from tune.data.rows import check_chat_file\n"
+        "from tune.data.rows import check_rows, parse_chat_row\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "report = check_chat_file(Path(sys.argv[1]))\n"
+        "report = check_rows(Path(sys.argv[1]), parse_chat_row, limit_errors=10)\n"
         "assert (report.rows, report.errors) == (400, ()), report\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )

@@ -89,14 +89,14 @@ def test_the_published_validation_loss_is_that_of_the_published_bytes(
     published: dict[str, Published], base_dir: Path, tokenizer: Any, kind: str, stage: str
 ) -> None:
     """Recomputed with stock libraries from the held-out rows, found by asking which rows no step trained on."""
-    from tune.data.dataset import DatasetReader, hold_out
+    from tune.data.dataset import DatasetReader, held_out_mask
 
     artifact = published[kind].artifact
     path = artifact.path.parents[3] / "chat.jsonl"
     rows, _ = DatasetReader(tokenizer, kind="sft", max_length=256, over_length="refuse").read(path, shown_as=path)
     model = stock_model(published[kind], base_dir)
     total = count = 0.0
-    for index in hold_out(rows, 0.2, seed=42)[1]:
+    for index in held_out_mask(rows, 0.2, seed=42).nonzero()[0]:
         (example,) = rows[index].examples
         ids = torch.tensor([example.token_ids.tolist()])
         labels = torch.where(torch.tensor([example.trained.tolist()]), ids, -100)

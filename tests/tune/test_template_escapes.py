@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from jinja2.exceptions import TemplateError
 
-MARK = "open('{marker}', 'w')"
 ESCAPES = [
     "{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}",
     "{{{{ cycler.__init__.__globals__.os.system('touch {marker}') }}}}",

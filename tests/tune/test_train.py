@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tune.plans import plan_steps
 from tests.tune.samples import chat_rows, message, text_rows, write_jsonl
-from tune.data.batches import StepPlan, plan_epoch, plan_steps
+from tune.data.batches import StepPlan, plan_epoch
 from tune.data.dataset import DatasetReader
 from tune.data.mask import Example
 from tune.data.packing import pack_best_fit

@@ -26,12 +26,11 @@ from tune.data.examine import Examiner, RowFacts
 from tune.data.formats import Format
 from tune.data.mask import Tokenizer
 from tune.data.processes import map_in_processes
+from tune.data.rows import FEWEST_ROWS
 
 _ROWS_AT_A_TIME = 400
 _WORTH_A_PROCESS_BYTES = 2_000_000
 _MOST_PROCESSES = 8
-FEWEST_ROWS = 10
-"""OpenAI's least number of rows for a fine-tuning file; below it there is a warning."""
 
 
 @dataclass(frozen=True, slots=True)

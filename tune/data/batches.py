@@ -127,23 +127,6 @@ def _grouped(
     return np.concatenate([steps[random.permutation(len(steps))].reshape(-1), by_length[full:]])
 
 
-def plan_steps(
-    sequences_of_epoch: Sequence[Sequence[Pack]],
-    *,
-    micro_batch_size: int,
-    gradient_accumulation_steps: int,
-    lengths: Sequence[int] | NDArray[np.int32],
-) -> StagePlan:
-    """Cut each of these epochs into optimizer steps; the last step of an epoch may be smaller."""
-    return StagePlan(
-        lambda epoch: sequences_of_epoch[epoch],
-        [len(sequences) for sequences in sequences_of_epoch],
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        lengths=lengths,
-    )
-
-
 class StagePlan(Sequence[StepPlan]):
     """The steps of a stage, worked out when they are asked for; one epoch's order is kept.
 

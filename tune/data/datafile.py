@@ -19,6 +19,7 @@ from tune.data.containers import RawRow, Source, decoded, open_source
 from tune.data.faults import RowFault
 from tune.data.formats import FORMATS, AnyRow, Format, detect_format, parse_object
 from tune.data.rows import JsonObject, no_rows
+from tune.digest import file_sha256
 
 Purpose: TypeAlias = Literal["sft", "cpt", "mixed", "dpo"]
 """What the rows are for: chats, running text, files of either, or preferences."""
@@ -62,10 +63,10 @@ class DataFile:
     def sha256(self) -> str:
         """Of the bytes; for a folder, of its files' names and digests."""
         if self.source.container != "folder":
-            return _digest_of(self.source.path)
+            return file_sha256(self.source.path)
         sha = hashlib.sha256()
         for path in self.source.files():
-            sha.update(f"{path.name}\0{_digest_of(path)}\n".encode())
+            sha.update(f"{path.name}\0{file_sha256(path)}\n".encode())
         return sha.hexdigest()
 
     def sentence(self) -> str:
@@ -128,8 +129,3 @@ def _first_objects(source: Source, ignored_keys: tuple[str, ...]) -> Iterator[tu
 
 def _without(row: JsonObject, keys: tuple[str, ...]) -> JsonObject:
     return {key: value for key, value in row.items() if key not in keys} if keys else row
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

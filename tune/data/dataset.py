@@ -276,12 +276,6 @@ def remove_stores(store_dir: Path) -> None:
             shutil.rmtree(directory)
 
 
-def hold_out(rows: Iterable[TokenisedRow], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split into (kept, held out) indices, see :func:`held_out_mask`."""
-    held = held_out_mask(rows, share, seed)
-    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
-
-
 def held_out_mask(rows: Iterable[TokenisedRow], share: float, seed: int) -> NDArray[np.bool_]:
     """For each row whether it is held out. Equal rows fall on the same side, so that none leaks.
 

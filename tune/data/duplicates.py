@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tune.data.formats import AnyRow
-from tune.data.personal import texts_of
+from tune.data.personal import texts_of_row
 from tune.data.preferences import PreferenceRow
 from tune.data.rows import TextRow
 
@@ -127,7 +127,7 @@ def exact_print(row: AnyRow) -> int:
 
 def signature(row: AnyRow) -> bytes | None:
     """MinHash of the row's words, case and punctuation left out; ``None`` for a row too short to compare."""
-    words = [word for text in _prose(row) for word in _WORD.findall(text.lower())]
+    words = [word for text in texts_of_row(row) for word in _WORD.findall(text.lower())]
     if len(words) < _SHINGLE_WORDS + _FEWEST_SHINGLES - 1:
         return None
     hashes = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)
@@ -137,16 +137,6 @@ def signature(row: AnyRow) -> bytes | None:
     mixed = np.unique(shingles)[:, None] * _FACTORS + _OFFSETS  # [shingles, 128], modulo 2**64
     lowest: NDArray[np.uint64] = (mixed >> np.uint64(32)).min(axis=0)
     return lowest.astype(np.uint32).tobytes()
-
-
-def _prose(row: AnyRow) -> Iterator[str]:
-    if isinstance(row, TextRow):
-        yield row.text
-    elif isinstance(row, PreferenceRow):
-        yield from texts_of(row.chosen.messages)
-        yield from texts_of(row.rejected.messages[-1])
-    else:
-        yield from texts_of(row.messages)
 
 
 def _candidates(

@@ -13,7 +13,7 @@ from tune.data.encode import NO_LIMIT, RowEncoder
 from tune.data.faults import RowFault
 from tune.data.formats import AnyRow
 from tune.data.mask import Tokenizer
-from tune.data.personal import find_personal_data, texts_of
+from tune.data.personal import find_personal_data, texts_of_row
 from tune.data.preferences import PreferenceRow
 from tune.data.rows import ChatRow, TextRow
 
@@ -70,7 +70,7 @@ class Examiner:
         facts = RowFacts(line, exact=exact_print(row), signed=signature(row))
         for chat in _chats(row):
             _look_at_chat(chat, facts)
-        texts = list(_texts(row))
+        texts = list(texts_of_row(row))
         facts.personal = tuple(sorted({one.kind for text in texts for one in find_personal_data(text)}))
         facts.warnings += _look_at_texts(texts, self._special)
         facts.total_tokens = sum(len(example.token_ids) for example in examples)
@@ -86,16 +86,6 @@ def _chats(row: AnyRow) -> tuple[ChatRow, ...]:
     if isinstance(row, TextRow):
         return ()
     return (row.chosen,) if isinstance(row, PreferenceRow) else (row,)
-
-
-def _texts(row: AnyRow) -> Iterator[str]:
-    if isinstance(row, TextRow):
-        yield row.text
-    elif isinstance(row, PreferenceRow):
-        yield from texts_of(row.chosen.messages)
-        yield from texts_of(row.rejected.messages[-1])
-    else:
-        yield from texts_of(row.messages)
 
 
 def _look_at_chat(row: ChatRow, facts: RowFacts) -> None:

@@ -110,10 +110,6 @@ class ChatEncoder:
         _check_tools_are_rendered(row, [turn])
         return self._encode_alone(row, turn)
 
-    def render_prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
-        """The text that serving tokenises (without adding special tokens) for these messages."""
-        return self._render(messages, tools, add_generation_prompt=True)
-
     def _render_turns(self, row: ChatRow) -> list[_Turn]:
         turns = []
         for index, message in enumerate(row.messages):
@@ -255,12 +251,6 @@ def encode_text(tokenizer: Tokenizer, row: TextRow, max_length: int) -> list[Exa
         ids.append(int(eos))
     windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     return [_example(window, np.ones(len(window), dtype=np.bool_), row.line) for window in windows if len(window) > 1]
-
-
-def decode_spans(tokenizer: Tokenizer, example: Example) -> list[str]:
-    """The trained text of an example, span by span, to show to a person."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], example.trained, [False])).astype(np.int8)))
-    return [str(tokenizer.decode(example.token_ids[start:end].tolist())) for start, end in edges.reshape(-1, 2)]
 
 
 def _example(ids: Sequence[int], trained: NDArray[np.bool_], line: int) -> Example:

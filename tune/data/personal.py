@@ -18,6 +18,10 @@ import phonenumbers
 from stdnum import iban, luhn
 from stdnum.us import ssn
 
+from tune.data.formats import AnyRow
+from tune.data.preferences import PreferenceRow
+from tune.data.rows import TextRow
+
 HOME_REGION = "US"
 """Country whose phone numbers are known without their country code; all others are found when written with ``+``."""
 
@@ -77,6 +81,17 @@ def texts_of(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from texts_of(item)
+
+
+def texts_of_row(row: AnyRow) -> Iterator[str]:
+    """Every text in a row; of a preference, what both answers share once."""
+    if isinstance(row, TextRow):
+        yield row.text
+    elif isinstance(row, PreferenceRow):
+        yield from texts_of(row.chosen.messages)
+        yield from texts_of(row.rejected.messages[-1])
+    else:
+        yield from texts_of(row.messages)
 
 
 def redacted(value: Any) -> Any:

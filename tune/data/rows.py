@@ -12,18 +12,20 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias
 
 from registry.errors import InvalidDataError, NotFoundError
 from tune.data.faults import RowFault, row_fault
 from tune.data.messages import check_messages, check_tools, unknown_key_reason
 
 JsonObject: TypeAlias = dict[str, Any]
-RowKind: TypeAlias = Literal["chat", "text"]
-Row = TypeVar("Row")
 
 MAX_LINE_BYTES = 10_000_000
 """A longer line is refused: about 2.5 million tokens, more than any context, and mostly a file without newlines."""
+
+FEWEST_ROWS = 10
+"""OpenAI's minimum for a training file (platform guide "Supervised fine-tuning"): a job refuses fewer, ``capo data``
+warns."""
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _CHAT_KEYS = ("messages", "tools", "parallel_tool_calls")
@@ -70,31 +72,6 @@ class FileReport:
     errors: tuple[RowError, ...]
 
 
-def read_chat_rows(path: Path) -> Iterator[ChatRow]:
-    """Yield every row of a chat file.
-
-    Raises:
-        InvalidDataError: at the first fault, with its 1-based ``line``.
-        NotFoundError: there is no such file.
-    """
-    return _read(path, parse_chat_row)
-
-
-def read_text_rows(path: Path) -> Iterator[TextRow]:
-    """Yield every row of a text file; raises as :func:`read_chat_rows`."""
-    return _read(path, parse_text_row)
-
-
-def check_chat_file(path: Path, limit_errors: int = 10) -> FileReport:
-    """Read the whole file and report the first ``limit_errors`` faults instead of raising them."""
-    return check_rows(path, parse_chat_row, limit_errors)
-
-
-def check_text_file(path: Path, limit_errors: int = 10) -> FileReport:
-    """As :func:`check_chat_file`, for text rows."""
-    return check_rows(path, parse_text_row, limit_errors)
-
-
 def parse_chat_row(raw: bytes, line: int) -> ChatRow:
     """One line of a chat file, without its newline, to a row."""
     return check_chat_object(decode_object(raw, line), line)
@@ -115,11 +92,6 @@ def check_chat_object(row: JsonObject, line: int) -> ChatRow:
     return ChatRow(line=line, messages=messages, trained=trained, tools=tools)
 
 
-def parse_text_row(raw: bytes, line: int) -> TextRow:
-    """One line of a text file, without its newline, to a row."""
-    return check_text_object(decode_object(raw, line), line)
-
-
 def check_text_object(row: JsonObject, line: int) -> TextRow:
     """A decoded text row, checked."""
     for key in row:
@@ -131,18 +103,6 @@ def check_text_object(row: JsonObject, line: int) -> TextRow:
     if not text.strip():
         raise row_fault(line, "text is empty", "empty_content", "text")
     return TextRow(line=line, text=text)
-
-
-def _read(path: Path, parse: Callable[[bytes, int], Row]) -> Iterator[Row]:
-    rows = 0
-    with open_file(path) as file:
-        for line, raw in read_lines(file):
-            if isinstance(raw, RowFault):
-                raise raw
-            yield parse(raw, line)
-            rows += 1
-    if rows == 0:
-        raise no_rows()
 
 
 def check_rows(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from registry.errors import InternalError, InvalidArtifactError, InvalidRequestError
-from registry.safetensors_header import read_header
+from registry.safetensors_header import MAX_BASE_HEADER_BYTES, read_header
 from tune.data.mask import Example
 from tune.exports.model_files import INDEX_NAME, copy_companions
 from tune.exports.settings import GptqExport
@@ -26,7 +26,6 @@ from tune.exports.settings import GptqExport
 _GROUP_SIZES = (128, 64, 32)
 _KEPT = ("bits", "group_size", "desc_act", "sym", "quant_method", "checkpoint_format", "lm_head", "pack_dtype")
 _OUTPUT_SHOWN = 2000
-_MAX_BASE_HEADER_BYTES = 100_000_000
 
 
 def choose_group_size(model_dir: Path, asked: int | None) -> tuple[int, str]:
@@ -101,7 +100,7 @@ def _inputs_of_linear_layers(model_dir: Path) -> set[int]:
     """Of the layers that get quantised: two-dimensional weights but for embeddings and the head."""
     found = set()
     for path in sorted(model_dir.glob("*.safetensors")):
-        for entry in read_header(path.resolve(), max_header_bytes=_MAX_BASE_HEADER_BYTES).tensors.values():
+        for entry in read_header(path.resolve(), max_header_bytes=MAX_BASE_HEADER_BYTES).tensors.values():
             is_layer = entry.name.endswith(".weight") and ".layers." in entry.name
             if is_layer and len(entry.shape) == 2:
                 found.add(entry.shape[1])

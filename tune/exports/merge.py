@@ -23,13 +23,12 @@ from safetensors.torch import load_file
 from registry.adapter_config import read_adapter_config
 from registry.adapter_files import WEIGHTS_NAME
 from registry.errors import InvalidArtifactError
-from registry.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from registry.safetensors_header import MAX_BASE_HEADER_BYTES, SafetensorsHeader, TensorEntry, read_header
 from tune.exports.model_files import INDEX_NAME, copy_companions
 from tune.exports.shards import PlannedTensor, write_shard
 
 BLOCK_BYTES = 16 << 20
 """Of the base's tensor, read and written at once."""
-_MAX_BASE_HEADER_BYTES = 100_000_000
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -77,7 +76,7 @@ def merge(base_dir: Path, adapter_dir: Path, directory: Path, *, dtype: str = "b
     """
     updates = read_updates(adapter_dir)
     headers = {
-        path.name: (path.resolve(), read_header(path.resolve(), max_header_bytes=_MAX_BASE_HEADER_BYTES))
+        path.name: (path.resolve(), read_header(path.resolve(), max_header_bytes=MAX_BASE_HEADER_BYTES))
         for path in sorted(base_dir.glob("*.safetensors"))
     }
     stored = {

@@ -266,11 +266,6 @@ class FileService:
             self.storage.remove(file_id)
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _checked_rows(path: Path, max_rows: int) -> int:
     report = check_training_file(path, max_rows=max_rows)
     if report.rows > max_rows:

@@ -28,10 +28,11 @@ from registry.errors import (
     UnavailableError,
 )
 from registry.principal import Principal
+from tune.digest import file_sha256
 from tune.jobs.attempt_trace import AttemptTrace, traced_attempt
 from tune.jobs.convert import job_recipe, parse_extension
 from tune.jobs.file_store import FileStore
-from tune.jobs.files import FileStorage, file_sha256
+from tune.jobs.files import FileStorage
 from tune.jobs.leased_registry import LeasedRegistry
 from tune.jobs.observer import JobObserver
 from tune.jobs.queue import LEASE_LOST, Asked, Outcome, RequeueReason, WorkQueue

@@ -6,14 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from registry.errors import InvalidRequestError, NotFoundError
+from tune.data.rows import FEWEST_ROWS
 from tune.jobs.checks import given_method
 from tune.jobs.file_store import FileStore
 from tune.jobs.records import FileRecord, JobMethod, RowFormat
 from tune.jobs.requests import CreateJobBody
 from tune.recipe import Recipe, Stage
 
-FEWEST_ROWS = 10
-"""OpenAI's minimum for a training file (platform guide "Supervised fine-tuning")."""
 _OF_METHOD: dict[JobMethod, RowFormat] = {"supervised": "chat", "dpo": "preference"}
 _OF_KIND: dict[str, tuple[RowFormat, ...]] = {
     "sft": ("chat",),

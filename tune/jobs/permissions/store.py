@@ -53,12 +53,6 @@ class PermissionStore:
         with self._database.read() as connection:
             return connection.execute(query).first() is not None
 
-    def shared_with(self, tenant: str) -> set[str]:
-        """Every model of others that ``tenant`` may use: for lists of models, which ask about many at once."""
-        query = select(checkpoint_permissions.c.model).where(checkpoint_permissions.c.project_id == tenant)
-        with self._database.read() as connection:
-            return set(connection.execute(query).scalars())
-
     def grant(self, model: str, project_ids: Sequence[str]) -> list[PermissionRecord]:
         """The permissions of these tenants, in their order; those that were there stay as they are."""
         try:
