@@ -54,4 +54,4 @@ capo-tiny: setup ## Make the embedded base model again from its recipe
 	@$(BIN)/python -m examples.capo_tiny.build
 
 clean:           ## Remove what the commands above made, .venv included
-	rm -rf .venv build capo-data *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build capo-data *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -82,7 +82,7 @@ class Door:
         return self._ring.is_empty
 
     def count_refusal(self, protocol: str, code: str) -> None:
-        """Of what was refused before it was a request, which nobody could be asked about."""
+        """Count a refusal made before there was a request to decide about, such as an oversized head."""
         self._metrics.errors.labels(protocol, code).inc()
 
     @contextmanager

@@ -226,7 +226,7 @@ class BugAnswers:
 
 
 class BodyLimit:
-    """Refuses bodies over :data:`~serve.faces.MAX_REQUEST_BYTES` while they are read, except of uploads."""
+    """Refuses bodies over ``max_body_bytes`` while they are read, except of uploads."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = faces.MAX_REQUEST_BYTES) -> None:
         self._app = app
@@ -253,7 +253,7 @@ class BodyLimit:
 
 
 class StalledReaders:
-    """Gives up on a client that takes nothing for a minute: it would hold its adapter in the engine for ever."""
+    """Gives up on a client that takes nothing for ``seconds``: it would hold its adapter in the engine for ever."""
 
     def __init__(self, app: ASGIApp, seconds: float = faces.STALLED_READER_SECONDS) -> None:
         self._app = app

@@ -65,10 +65,7 @@ class _Faces:
 
 
 class CapoServer:
-    """One service, from settings to a clean end.
-
-    ``on_ready`` is called once, on the event loop, when the first request can be answered.
-    """
+    """One service, from settings to a clean end."""
 
     def __init__(
         self,
@@ -113,7 +110,10 @@ class CapoServer:
         return next((reason for reason in reasons if reason is not None), None)
 
     async def run(self, on_ready: Callable[[StartupReport], None]) -> None:
-        """Serve until SIGTERM or SIGINT; a second one ends at once. Returns after a drain."""
+        """Serve until SIGTERM or SIGINT; a second one ends at once. Returns after a drain.
+
+        ``on_ready`` is called once, on the event loop, when the first request can be answered.
+        """
         self._install_signal_handlers()
         try:
             async with self._faces() as faces:

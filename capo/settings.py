@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         gt=0,
         description="How long a pause, or SIGTERM to a worker, waits for the training to stop at its next step with a "
         "checkpoint; one that is killed goes on from an older checkpoint. With what follows, below the 60 s that "
-        "Kubernetes gives a worker. A cancel does not wait for so long.",
+        "Kubernetes gives a worker. A cancel does not wait for this long.",
     )
     organization: str = Field(
         default="capo",
@@ -232,7 +232,7 @@ class Settings(BaseSettings):
         default=faces.STALLED_READER_SECONDS,
         gt=0,
         le=faces.STALLED_READER_SECONDS,
-        description="A client that takes nothing of its answer for so long is given up.",
+        description="A client that takes nothing of its answer for this long is given up.",
     )
     max_file_bytes: int = Field(
         default=MAX_FILE_BYTES, ge=1024, le=MAX_FILE_BYTES, description="Of an uploaded file; then 413."

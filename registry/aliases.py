@@ -54,7 +54,7 @@ class Canary(Record):
     revision: str
     digest: Sha256
     percent: Annotated[int, Field(ge=1, le=99)]
-    """Of a hundred requests to the alias, so many go to this revision."""
+    """How many of a hundred requests to the alias go to this revision."""
 
 
 class Alias(Record):

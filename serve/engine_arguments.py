@@ -20,8 +20,6 @@ MAX_LORAS = 8
 MAX_LORA_RANK = 16
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes (vLLM 0.32, vllm/config/lora.py, MaxLoRARanks)."""
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` takes (vLLM 0.32, vllm/config/lora.py, MaxLoRARanks)."""
 
 _AUTO_TOOLS = "--enable-auto-tool-choice"
 _TOOL_PARSER = "--tool-call-parser"

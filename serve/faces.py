@@ -13,7 +13,7 @@ MAX_HEAD_BYTES = 16 * 1024
 """The largest request line and headers of HTTP, and metadata of gRPC: room for long trace states and cookies."""
 
 STALLED_READER_SECONDS = 60.0
-"""A client that takes nothing for so long is given up: it would hold its adapter in the engine for ever."""
+"""A client that takes nothing for this long is given up: it would hold its adapter in the engine for ever."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context, passed on to the engine."""

@@ -26,7 +26,7 @@ from tune.stages import ReadyStage
 from tune.train import evaluate
 
 _PROBE_EXAMPLES = 10_000
-"""Probes are the shortest prompts among so many examples."""
+"""Probes are the shortest prompts among this many examples."""
 _RECORDED_LIBRARIES = ("capo-llm", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "safetensors")
 
 

@@ -22,7 +22,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, in (0, 1].")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens for each answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of each answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     message: Annotated[str | None, typer.Option(help="Ask this alone, print the answer, and end.")] = None,
 ) -> None:

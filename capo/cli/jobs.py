@@ -54,7 +54,7 @@ def create(
 
 @app.command("list")
 def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="At most so many, the newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="How many to list at most, newest first.")] = 20,
     url: Url = DEFAULT_URL,
 ) -> None:
     """One job on each line: id, state, base model, result."""

@@ -50,7 +50,9 @@ class _Scanner:
         self._position = 0
 
     def elements(self) -> Iterator[tuple[int, bool]]:
-        """Of each element its end in ``buffer`` (it starts at 0), and whether it is the last; valid until the next."""
+        """Yield for each element where it ends in ``buffer`` (it starts at 0) and whether it is the last; valid until
+        the next one is asked for.
+        """
         while not self.buffer.lstrip(b"\xef\xbb\xbf" + _SPACE):
             if not self._read():
                 return

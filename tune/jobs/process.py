@@ -11,7 +11,7 @@ from pathlib import Path
 from registry.errors import InternalError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_NAME_BYTES = 15  # of a process's name, the kernel keeps so many: proc_pid_comm(5)
+_NAME_BYTES = 15  # the kernel keeps this many of a process's name: proc_pid_comm(5)
 
 
 def die_with_parent(parent_pid: int, signal_number: signal.Signals) -> None:

@@ -41,7 +41,7 @@ class InRanks:
     before_fork: Callable[[], None]
     """Closes what no fork may inherit."""
     grace_seconds: float = 10.0
-    """What ends one process mostly ends the first one too, which has so long to say why before it is killed."""
+    """What ends one process mostly ends the first one too, which has this long to say why before it is killed."""
 
     def __call__(
         self,

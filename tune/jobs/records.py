@@ -120,6 +120,9 @@ class JobRecord:
     finished_at: int | None
     estimated_finish: int | None
     trained_tokens: int | None
+    """All that went through the model, as OpenAI counts ("billable tokens processed"); training itself
+    (:mod:`tune.progress`) calls those ``processed_tokens``, and ``trained_tokens`` those that have a loss. ``None``
+    until the job has succeeded."""
     result_files: Sequence[str]
     error: JobError | None
     owner: str | None

@@ -25,9 +25,9 @@ _POLL_SECONDS = 1.0
 _FIRST_DELAY_SECONDS = 5.0
 _LONGEST_DELAY_SECONDS = 300.0
 _LEAVING_SECONDS = 60.0
-"""A worker whose job has ended may take so long to end, too."""
+"""A worker whose job has ended may take this long to end, too."""
 _KEPT_SECONDS = 3600.0
-"""What has ended stays in the cluster for so long, to be looked at; but no more than may be launched at once."""
+"""What has ended stays in the cluster for this long, to be looked at; but no more than may be launched at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ PENDING_UPLOADS_OF_FULL_SIZE = 4
 """What a tenant's pending uploads may announce together, in uploads of the largest size: it lies on the disk twice
 while one of them is completed."""
 _SURPLUS_PARTS = 8
-"""A client that saw no answer sends a part again; what it sends may pass what it announced by so many parts."""
+"""A client that saw no answer sends a part again; what it sends may pass what it announced by this many parts."""
 
 
 class UploadStore:

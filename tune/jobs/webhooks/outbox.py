@@ -34,7 +34,7 @@ class Delivery:
     secret: str = field(repr=False)
     payload: str
     attempts: int
-    """With this one."""
+    """This attempt included."""
     created_at: int
 
 
@@ -74,9 +74,10 @@ class Outbox:
         self._clock = clock
 
     def take_due(self, busy: Mapping[str, int], *, per_endpoint: int, for_seconds: float) -> list[Delivery]:
-        """What is due, the oldest first, at most so many for an endpoint with those that are on their way (``busy``).
+        """What is due, the oldest first, at most ``per_endpoint`` for each endpoint, those on their way (``busy``)
+        included.
 
-        Nobody else gets it for so long; a sender that dies leaves it due again.
+        Nobody else gets it for ``for_seconds``; a sender that dies leaves it due again.
         """
         now = self._clock()
         table = webhook_deliveries

@@ -46,7 +46,7 @@ class WebhookSender:
         self._poll_seconds = poll_seconds
         self._clock = clock
         self._running: dict[asyncio.Task[None], str] = {}
-        """And the endpoint of each."""
+        """Sends under way, each with its endpoint's id."""
 
     async def run(self) -> None:
         """Send for ever; ends when it is cancelled, and what is on its way then is sent again later."""
