@@ -465,6 +465,8 @@ class VllmEngine(Engine):
         # migrated"); it counts them as the client's, and so do we. jinja2's TemplateError is one of the template's.
         if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):
             return errors.InvalidRequestError(engine_reason(error))
+        if isinstance(error, RecursionError):
+            return errors.InvalidRequestError("Something in the request is nested too deeply. Send it flatter.")
         if any(base.__name__ == "TemplateError" for base in type(error).__mro__):
             return errors.InvalidRequestError(f"The chat template refused the messages: {error}", param="messages")
         logger.error("engine call failed", exc_info=error)

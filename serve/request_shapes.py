@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry import errors
+from registry.strict_json import parse_strict_json
 
 # The largest schema that is tried (serve/constraints.py says how), and the largest of the other forms of a constraint.
 MAX_SCHEMA_BYTES = 64 * 1024
@@ -72,7 +73,31 @@ def _check_message(place: str, message: dict[str, Any]) -> None:
     _check_content(f"{place}.content", message.get("content"), ("text",))
     for call_place, call in _entries(message, "tool_calls", place):
         _check_keys(call_place, call, {"id", "type", "function", "index"})
-        _check_keys(f"{call_place}.function", call.get("function"), {"name", "arguments"})
+        function = call.get("function")
+        _check_keys(f"{call_place}.function", function, {"name", "arguments"})
+        if isinstance(function, dict):
+            _check_arguments(f"{call_place}.function.arguments", function.get("arguments"))
+
+
+def _check_arguments(place: str, arguments: Any) -> None:
+    """Of an earlier call of a tool, a JSON object as text. vLLM makes an empty object of any other text.
+
+    Of an empty text too, which stays allowed: a call of a function without parameters may have come with one.
+    """
+    if not isinstance(arguments, str) or not arguments:
+        return
+    try:
+        value = parse_strict_json(arguments.encode())
+        json.dumps(value, ensure_ascii=False).encode()  # fails on the lone half of a surrogate pair
+        reason = "" if isinstance(value, dict) else "it is no object"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    if reason:
+        raise errors.InvalidRequestError(
+            f"{place} must be a JSON object as text, got {_shown(arguments)}: {reason}. If a model wrote it so, send "
+            '"{}" in its place or leave the call and its answer out.',
+            param=place,
+        )
 
 
 def _check_content(place: str, content: Any, kinds: tuple[str, ...]) -> None:
@@ -101,6 +126,7 @@ def _check_input_item(place: str, item: dict[str, Any]) -> None:
                 )
         case "function_call":
             _check_keys(place, item, {"type", "id", "call_id", "name", "arguments", "status", "namespace"})
+            _check_arguments(f"{place}.arguments", item.get("arguments"))
         case "function_call_output":
             _check_keys(place, item, {"type", "id", "call_id", "output", "status"})
             if not isinstance(item.get("output"), str):

@@ -41,12 +41,12 @@ class Trials(ConstraintTrials):
         self.starts = 0
 
     def _start_process(self) -> tuple[BaseProcess, Connection]:
-        self.starts += 1
         context = multiprocessing.get_context("forkserver")
         ours, theirs = context.Pipe()
         process = context.Process(target=trial_process, args=(theirs, self._start_seconds), daemon=True)
         process.start()
         theirs.close()
+        self.starts += 1
         return process, ours
 
 

@@ -24,7 +24,13 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
     Endpoint.TOKENIZE: {"model": "m", "prompt": "hello"},
     Endpoint.DETOKENIZE: {"model": "m", "tokens": [1]},
 }
+BAD_ARGUMENTS = ("{bad", "[1, 2]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', "[" * 100_000)
 CHAT, COMPLETION, RESPONSES, TOKENIZE = Endpoint.CHAT, Endpoint.COMPLETION, Endpoint.RESPONSES, Endpoint.TOKENIZE
+
+
+def after_call(arguments: str) -> list[dict[str, Any]]:
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return [HELLO, {"role": "assistant", "tool_calls": [call]}]
 
 
 def check(endpoint: Endpoint, **fields: Any) -> dict[str, Any]:
@@ -47,6 +53,10 @@ def nested(levels: int) -> Any:
     [
         (CHAT, {"messages": [{**HELLO, "contnet": "x"}]}, "messages.0.contnet"),
         (CHAT, {"messages": [{**HELLO, "tool_calls": [{"id": "c"}]}]}, "messages.0.tool_calls"),
+        *((CHAT, {"messages": after_call(arguments)}, "messages.1.tool_calls.0.function.arguments")
+          for arguments in BAD_ARGUMENTS),
+        *((RESPONSES, {"input": [{"type": "function_call", "call_id": "c", "name": "a", "arguments": arguments}]},
+           "input.0.arguments") for arguments in BAD_ARGUMENTS),
         (CHAT, {"messages": ["hello"]}, "messages.0"),
         (CHAT, {"messages": [{**HELLO, "name": 7}]}, "messages.0.name"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
@@ -117,6 +127,7 @@ def test_what_would_be_ignored_is_refused_by_its_place(endpoint: Endpoint, field
         (CHAT, {"messages": [HELLO, {"role": "assistant", "content": "a", "refusal": None, "annotations": [],
                                      "audio": None, "function_call": None, "tool_calls": None}]}),
         (CHAT, {"messages": [HELLO, {"role": "assistant", "content": "a", "provider_specific_fields": {"a": 1}}]}),
+        *((CHAT, {"messages": after_call(arguments)}) for arguments in ("", "{}", ' {"a": [1, {"b": null}]} ')),
         (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "text"}}),
         (CHAT, {"tools": [TOOL], "response_format": schema_format({"type": "object"})}),
         (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH))}),
