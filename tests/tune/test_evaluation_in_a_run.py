@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from registry import Registry
 from registry.errors import InvalidRequestError, ModelNotFoundError
 from tests.tune.samples import chat_rows, text_rows, write_jsonl
+from tune.exports.session import export
 from tune.progress import StepMetrics, TrainingEvent
 from tune.recipe_file import parse_recipe
 from tune.session import run
@@ -72,6 +74,26 @@ def test_a_run_reports_base_against_tuned_moves_its_alias_and_makes_its_exports(
     ]
     assert len(failed) == 1
     assert "is not published" in failed[0]
+
+
+def test_an_export_that_runs_out_of_memory_is_told_and_the_next_one_is_made(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def export_once_failed(*arguments: Any, **named: Any) -> Any:
+        if failing:
+            raise failing.pop()
+        return export(*arguments, **named)
+
+    monkeypatch.setattr("tune.evaluation.after_training.export", export_once_failed)
+    heard, registry = Heard(), Registry(tmp_path / "registry")
+    asked = recipe(tmp_path, base_dir, exports=[{"kind": "merge", "name": "first"}, {"kind": "merge"}], evaluation=None)
+    run(asked, registry=registry, work_dir=tmp_path / "work", observer=heard, recipe_dir=tmp_path)
+    warnings = [event.message for event in heard.events if event.level == "warn" and "export" in event.message]
+    assert warnings == ["export merge failed: OutOfMemoryError; the log of the training has more"]
+    assert len(registry.artifacts("colours-merged")) == 1
+    assert registry.artifacts("first") == []
 
 
 def test_a_gate_that_does_not_hold_leaves_the_alias_and_still_publishes(tmp_path: Path, base_dir: Path) -> None:

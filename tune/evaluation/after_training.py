@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -12,10 +13,12 @@ from tune.data.mask import Example
 from tune.evaluation.curves import CurveLog
 from tune.evaluation.loading import Judged
 from tune.evaluation.session import Contest, Outcome, judge, rows_for
-from tune.exports.session import ExportRows, Source, export
+from tune.exports.session import AnyExport, ExportRows, Source, export
 from tune.exports.settings import AwqExport, GptqExport
 from tune.preparation import Prepared
 from tune.progress import Observer, TrainingEvent
+
+logger = logging.getLogger(__name__)
 
 Review: TypeAlias = Callable[[Path, bool], Outcome]
 """Judges the files in a directory (an adapter or not), and writes the report beside them."""
@@ -63,17 +66,24 @@ def make_exports(prepared: Prepared, artifact: Artifact, registry: Registry, wat
     made = []
     for settings in prepared.recipe.exports:
         assert not isinstance(settings, AwqExport), "no record of one can be made"
-        calibration_rows = settings.calibration_rows if isinstance(settings, GptqExport) else 0
-        held_out = _held_out(prepared)
-        trained = _trained(prepared)
-        note = "held-out rows" if len(held_out) else "training rows, as the recipe holds none out"
-        judged_on = (held_out if len(held_out) else trained)[: settings.max_rows]
-        rows = ExportRows(trained[:calibration_rows], judged_on, note)
         try:
+            rows = _export_rows(prepared, settings)
             made.append(export(source, settings, rows, registry=registry, watcher=watcher))
         except CapoError as error:
             watcher.on_event(TrainingEvent("warn", f"export {settings.kind} failed: {error.message}"))
+        except Exception as error:  # out of memory is none of Capo's, and neither is a library's bug
+            logger.exception("export %s of %s failed", settings.kind, artifact.revision)
+            reason = f"{type(error).__name__}; the log of the training has more"
+            watcher.on_event(TrainingEvent("warn", f"export {settings.kind} failed: {reason}"))
     return made
+
+
+def _export_rows(prepared: Prepared, settings: AnyExport) -> ExportRows:
+    calibration_rows = settings.calibration_rows if isinstance(settings, GptqExport) else 0
+    held_out, trained = _held_out(prepared), _trained(prepared)
+    note = "held-out rows" if len(held_out) else "training rows, as the recipe holds none out"
+    judged_on = (held_out if len(held_out) else trained)[: settings.max_rows]
+    return ExportRows(trained[:calibration_rows], judged_on, note)
 
 
 def _held_out(prepared: Prepared) -> Sequence[Example]:

@@ -267,7 +267,8 @@ class WorkQueue:
 
     def _end(self, connection: Connection, job: JobRecord, last: Sequence[NewEvent], **values: Any) -> None:
         now = int(self._clock())
-        self._change(connection, job, owner=None, finished_at=now, estimated_finish=None, **values)
+        # A pause that came too late is over with its job.
+        self._change(connection, job, owner=None, finished_at=now, estimated_finish=None, paused=False, **values)
         append_events(connection, job.id, last, now=now)
         announce(connection, job_id=job.id, tenant=job.tenant, status=values["status"], now=now)
 

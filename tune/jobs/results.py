@@ -1,13 +1,17 @@
-"""The result file of a job: its metrics as CSV."""
+"""What a job leaves behind beside its model: the result file, its metrics as CSV; and which exports it does not."""
 
 from __future__ import annotations
 
 import csv
 import io
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from registry import Artifact, Registry
+from registry.errors import ModelNotFoundError
+from tune.jobs.convert import parse_extension
 from tune.jobs.files import FileStorage
 from tune.jobs.records import FileRecord, JobRecord
 from tune.jobs.rows import new_id
@@ -25,6 +29,9 @@ COLUMNS = (
 )
 """The first five are the columns of OpenAI's result files, the others its newer checkpoint metrics
 (openai/types/fine_tuning/jobs/fine_tuning_job_checkpoint.py)."""
+
+_KIND_OF_EXPORT = {"merged": "merge"}
+"""Where a recipe's word for an export is not the kind of the artifact that it makes."""
 
 
 def store_metrics_table(store: JobStore, storage: FileStorage, job: JobRecord) -> FileRecord | None:
@@ -50,6 +57,28 @@ def store_metrics_table(store: JobStore, storage: FileStorage, job: JobRecord) -
         )
         upload.keep(record.id)
     return record
+
+
+def published_result(job: JobRecord, registry: Registry) -> Artifact | None:
+    """What stands under the job's name, if the job made it. Reads the registry's disk."""
+    try:
+        artifact = registry.resolve(job.reserved_name)
+    except ModelNotFoundError:
+        return None
+    return artifact if artifact.manifest.job_id == job.id else None
+
+
+def missing_exports(job: JobRecord, artifact: Artifact, registry: Registry) -> list[str]:
+    """Kinds of exports that the job asked for and that nobody made of its artifact. Reads the registry's disk."""
+    asked = [str(settings.get("kind")) for settings in parse_extension(job.extensions).exports or []]
+    if not asked:
+        return []
+    made = Counter(
+        _KIND_OF_EXPORT.get(found.manifest.kind, found.manifest.kind)
+        for found in registry.artifacts()
+        if artifact.revision in found.manifest.parents
+    )
+    return sorted((Counter(asked) - made).elements())
 
 
 def _metrics(store: JobStore, job_id: str) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from tune.jobs.integrations import check_integrations
 from tune.jobs.permissions.store import PermissionStore
 from tune.jobs.records import EventRecord, JobRecord, NewEvent, NewJob, Page
 from tune.jobs.requests import CapoBody, CreateJobBody
+from tune.jobs.results import published_result
 from tune.jobs.stages import main_stage_of
 from tune.jobs.starting_model import StartingModel, starting_model
 from tune.jobs.store import JobStore, News, fine_tuned_name
@@ -129,7 +130,9 @@ class JobService:
         return self._store.jobs(after=after, limit=limit, metadata=metadata, without_metadata=without_metadata)
 
     def cancel(self, job_id: str) -> JobRecord:
-        return self._store.cancel(job_id)
+        job = self._store.job(job_id)
+        is_published = job.status == "running" and published_result(job, self._registry) is not None
+        return self._store.cancel(job_id, waits_for_a_worker=is_published)
 
     def pause(self, job_id: str) -> JobRecord:
         return self._store.pause(job_id)

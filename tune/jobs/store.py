@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import and_, exists, insert, or_, select, update
+from sqlalchemy import and_, exists, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from registry.errors import ConflictError
@@ -192,11 +192,12 @@ class JobStore:
             rows = connection.execute(query).all()
         return Page([job_record(row) for row in rows[:limit]], len(rows) > limit)
 
-    def cancel(self, job_id: str) -> JobRecord:
+    def cancel(self, job_id: str, *, waits_for_a_worker: bool = False) -> JobRecord:
         """Cancel a waiting job at once; ask the worker of a running one to stop. Repeating it is fine.
 
         A running job whose worker has long been silent is cancelled at once too: its epoch moves on, so
-        a worker that comes back is refused.
+        a worker that comes back is refused. Not so if it ``waits_for_a_worker``: its result is published, and the next
+        worker will find that it has succeeded.
 
         Raises:
             NotFoundError: there is no such job.
@@ -208,7 +209,7 @@ class JobStore:
             ended = connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job_id, owned(jobs, self._tenant))
-                .where(or_(jobs.c.status.in_(WAITING), silent))
+                .where(or_(jobs.c.status.in_(WAITING), false() if waits_for_a_worker else silent))
                 .values(
                     status="cancelled",
                     cancel_requested=True,

@@ -1,11 +1,12 @@
 """One job, worked inside the forked child: train, publish, and write how it ended.
 
 Exactly one publication: the result's ``ft:`` name is reserved with the job and write-once in the registry.
-An attempt that finds it already bound to an artifact of its own job does not train again; it only writes
-``succeeded``. That closes the window between publishing and writing, in which a worker may be killed. The
-window left open: a worker may lose its lease between the check that :class:`~tune.jobs.leased_registry.LeasedRegistry`
-makes and the publication, before its successor publishes. Then the successor's publication is refused by the registry,
-and it adopts the artifact that is there; clients see one name, one artifact, one final state.
+An attempt that finds it already bound to an artifact of its own job does not train again; it only writes ``succeeded``.
+That closes the window between publishing and writing, in which a worker may be killed, paused or stopped. Exports are
+made in that window; a warning names those that are missing then. The window left open: a worker may lose its lease
+between the check that :class:`~tune.jobs.leased_registry.LeasedRegistry` makes and the publication, before its
+successor publishes. Then the successor's publication is refused by the registry, and it adopts the artifact that is
+there; clients see one name, one artifact, one final state.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tune.jobs.leased_registry import LeasedRegistry
 from tune.jobs.observer import JobObserver
 from tune.jobs.queue import LEASE_LOST, Asked, Outcome, RequeueReason, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
-from tune.jobs.results import store_metrics_table
+from tune.jobs.results import missing_exports, published_result, store_metrics_table
 from tune.jobs.settings import WorkerSettings
 from tune.jobs.starting_model import base_of
 from tune.jobs.store import JobStore
@@ -45,7 +46,7 @@ from tune.jobs.training_files import file_ids_of
 from tune.progress import FanOut, Observer, StopRequested
 from tune.recipe import Recipe
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _WORTH_ANOTHER_ATTEMPT = (StorageError, UnavailableError)
 """Errors of the machine. The same job would meet any other error again."""
@@ -111,7 +112,7 @@ class JobRun:
             except ConflictError as error:
                 if error.code != LEASE_LOST:
                     raise
-                log.warning("%s", error)
+                logger.warning("%s", error)
                 tracing.fail(tracing.current_span(), error)
             else:
                 if trace.is_recorded:
@@ -123,7 +124,7 @@ class JobRun:
                 self._announce()
                 self._train(train, trace)
         except StopRequested as stop:
-            log.info("%s: stopped: %s", self._job.id, stop.reason)
+            logger.info("%s: stopped: %s", self._job.id, stop.reason)
             self.settle_stop()
         except CapoError as error:
             if error.code == LEASE_LOST:
@@ -132,26 +133,27 @@ class JobRun:
                 self._settle_error(error)
         except Exception:
             # Nothing that a library raises by accident may leave the job without an end.
-            log.exception("%s: the training failed", self._job.id)
+            logger.exception("%s: the training failed", self._job.id)
             self.settle_crash("an unexpected error; the worker's log has it under the job's id")
 
     def adopt(self) -> bool:
         """Write ``succeeded`` if the job's artifact is already published; say whether it was."""
-        try:
-            artifact = self._registry.resolve(self._job.reserved_name)
-        except NotFoundError:
+        artifact = published_result(self._job, self._registry)
+        if artifact is None:
             return False
-        if artifact.manifest.job_id != self._job.id:
-            return False
+        if missing := missing_exports(self._job, artifact, self._registry):
+            text = f"The training ended before these exports were made: {', '.join(missing)}; capo export makes them"
+            self._queue.add_events(self._job, [NewEvent(text, level="warn", data={"missing_exports": missing})])
         self._succeed(artifact)
         return True
 
     def settle_stop(self) -> None:
         """The process was asked to stop: by a cancel or a pause, or because the worker is going away."""
+        if self.adopt():  # all three came too late, and clients may call the model already
+            return
         asked = self._queue.asked(self._job)
         if asked == "cancel":
-            if not self.adopt():
-                self._queue.end_cancelled(self._job)
+            self._queue.end_cancelled(self._job)
         elif asked == "pause":
             self._queue.requeue(self._job, "Fine-tuning job paused", reason="paused", counts=False)
         else:
@@ -179,7 +181,7 @@ class JobRun:
         )
 
     def _settle_error(self, error: CapoError) -> None:
-        log.warning("%s: %s", self._job.id, error)
+        logger.warning("%s: %s", self._job.id, error)
         if isinstance(error, InternalError):
             self.settle_crash("an internal error; the worker's log has it under the job's id")
         elif error.code == _WORK_DIR_BUSY:

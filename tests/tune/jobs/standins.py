@@ -150,6 +150,27 @@ def publishes_then_hangs(
         time.sleep(60)
 
 
+def makes_one_export_then_hangs(recipe: Recipe, *, registry: Registry, **rest: Any) -> Trained:
+    """Publishes, makes the first of the exports that it is asked for, and is deaf to everything but SIGKILL."""
+    made = publish(
+        recipe, registry, rest["work_dir"], job_id=rest["job_id"], name=rest["fine_tuned_name"], alias=rest["alias"]
+    )
+    with registry.stage() as directory:
+        (directory / "weights.txt").write_text(str(rest["job_id"]))
+        draft = ManifestDraft(
+            kind="merged",
+            name=f"{recipe.name}-merged",
+            base_model=BaseModelIdentity(id=recipe.base_model),
+            parents=[made.artifact.revision],
+            dtype="float32",
+            metrics={},
+        )
+        registry.publish(directory, draft)
+    _note(registry, rest["job_id"])
+    while True:
+        time.sleep(60)
+
+
 def takes_long(
     recipe: Recipe,
     *,

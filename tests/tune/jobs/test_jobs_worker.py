@@ -228,6 +228,44 @@ class TestOnePublication:
         assert done.status == "succeeded"
         assert place.registry.resolve(job.reserved_name).revision == done.revision
 
+    @pytest.mark.parametrize("ended_by", ["pause", "pause and cancel", "stop", "kill"])
+    def test_what_ends_a_worker_among_its_exports_leaves_a_job_that_succeeded_and_names_those_missing(
+        self, place: Place, training_file: str, ended_by: str
+    ) -> None:
+        job = place.queue_job(training_file, extensions={"exports": [{"kind": "gptq"}, {"kind": "merge"}]})
+        with worker(place, standins.makes_one_export_then_hangs) as process:
+            wait_for_attempts(place, 1)
+            if ended_by.startswith("pause"):
+                place.jobs.pause(job.id)
+            if ended_by == "pause and cancel":
+                place.jobs.cancel(job.id)
+            if ended_by == "stop":
+                process.terminate()
+            if ended_by == "kill":
+                process.kill()
+                process.join()
+                with worker(place, standins.trains_well):
+                    wait_for(place, job.id, "succeeded", "failed", "cancelled")
+            done = wait_for(place, job.id, "succeeded", "cancelled", "failed")
+        assert (done.status, done.fine_tuned_model, done.paused) == ("succeeded", job.reserved_name, False)
+        warnings = [event for event in place.store.events_since(job.id, 0) if event.data and "exports" in event.message]
+        assert [(event.level, event.data) for event in warnings] == [("warn", {"missing_exports": ["gptq"]})]
+        assert standins.attempts(place.directory) == [job.id]
+
+    def test_a_cancel_of_a_lost_job_whose_model_is_published_leaves_its_end_to_the_next_worker(
+        self, place: Place, training_file: str
+    ) -> None:
+        job = place.queue_job(training_file)
+        with worker(place, standins.publishes_then_hangs, lease_seconds=0.1, heartbeat_seconds=0.05) as lost:
+            wait_for_attempts(place, 1)
+            lost.kill()
+            lost.join()
+        time.sleep(0.5)
+        assert place.jobs.cancel(job.id).status == "running"
+        with worker(place, standins.trains_well):
+            done = wait_for(place, job.id, "succeeded", "cancelled")
+        assert (done.status, done.fine_tuned_model) == ("succeeded", job.reserved_name)
+
 
 class TestCancel:
     def test_a_running_job_stops_at_its_next_step(self, place: Place, training_file: str) -> None:
@@ -379,12 +417,3 @@ class TestManyWorkers:
         assert sorted(standins.attempts(place.directory)) == sorted(jobs)
         assert {place.store.job(job_id).epoch for job_id in jobs} == {1}
         assert len(place.registry.artifacts()) == 40
-
-
-def test_what_the_http_process_imports_pulls_in_no_training_stack() -> None:
-    code = (
-        "import sys, tune.jobs.routes, tune.jobs.service, tune.jobs.worker\n"
-        "heavy = {'torch', 'transformers', 'peft', 'vllm', 'datasets', 'accelerate'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
