@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "serve": {"registry", "capo_proto"},
     "capo": {"registry", "tune", "serve", "capo_proto"},
 }
-# Only these may import vLLM: the engine behind its seam, and the plugin that runs inside vLLM's own processes.
+# Only these may import vLLM: the engine behind its seam, the import ahead of its start, and the plugin that runs inside
+# vLLM's own processes.
 VLLM_FILES = {"serve/engine.py", "serve/observed_llm.py", "serve/engine_preload.py"}
 
 
@@ -72,8 +73,9 @@ def test_sources_hold_no_way_to_run_code_from_data(room: str) -> None:
     ("module", "absent"),
     [
         ("registry", ["torch", "vllm", "transformers", "fastapi", "grpc", "sqlalchemy"]),
-        ("tune.jobs.routes", ["torch", "vllm", "transformers", "peft", "trl"]),
-        ("tune.jobs.worker", ["torch", "vllm", "transformers", "peft", "trl"]),
+        ("tune.jobs.routes", ["torch", "vllm", "transformers", "peft", "trl", "datasets", "accelerate"]),
+        ("tune.jobs.service", ["torch", "vllm", "transformers", "peft", "trl", "datasets", "accelerate"]),
+        ("tune.jobs.worker", ["torch", "vllm", "transformers", "peft", "trl", "datasets", "accelerate"]),
         ("serve.service", ["torch", "vllm", "transformers"]),
         ("capo.app", ["torch", "vllm", "transformers", "peft"]),
         ("capo.cli", ["torch", "vllm", "transformers", "fastapi", "sqlalchemy", "openai"]),

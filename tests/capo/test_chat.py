@@ -195,7 +195,7 @@ async def test_a_models_text_cannot_command_the_terminal(tmp_path: Path) -> None
         assert "\x1b]0" not in shown
 
 
-async def test_it_starts_in_well_under_a_second_of_work(tmp_path: Path) -> None:
+async def test_it_starts_in_well_under_a_second_of_work() -> None:
     """Measured as work, because the machine that runs tests may be busy with other things."""
     heavy = ("vllm", "torch", "transformers", "fastapi", "uvicorn", "sqlalchemy", "openai", "numpy")
     script = (

@@ -355,7 +355,7 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
     return f"Sunny in {city}."
 
 
-def test_langchain_invokes_and_streams(langchain: ChatOpenAI, client: openai.OpenAI) -> None:
+def test_langchain_invokes_and_streams(langchain: ChatOpenAI) -> None:
     messages = [SystemMessage("Be brief."), HumanMessage("Who are you?")]
     answer = langchain.invoke(messages)
     assert answer.text

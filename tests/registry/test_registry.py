@@ -182,7 +182,7 @@ def test_a_damaged_artifact_is_replaced_by_publishing_the_same_content(registry:
     assert registry.verify("prod") == []
 
 
-def test_readers_ignore_whatever_is_no_artifact(registry: Registry, tmp_path: Path) -> None:
+def test_readers_ignore_whatever_is_no_artifact(registry: Registry) -> None:
     artifact = _publish(registry, "one")
     artifacts = registry.root / "artifacts"
     (artifacts / "support" / ("0" * 64)).mkdir()

@@ -225,7 +225,7 @@ async def test_after_an_engine_restart_adapters_load_again_under_fresh_ids() -> 
         assert await use_once(pool, "a@1") > first
 
 
-async def test_a_load_that_an_engine_restart_overtakes_holds_no_slot(tmp_path: Path) -> None:
+async def test_a_load_that_an_engine_restart_overtakes_holds_no_slot() -> None:
     engine, gate = FakeEngine(max_loras=1), OpenGate()
     checking = asyncio.Event()
 

@@ -43,9 +43,7 @@ def messages(place: Place, job_id: str) -> list[str]:
 
 
 class TestFiles:
-    def test_a_file_that_an_open_job_needs_cannot_be_deleted(
-        self, place: Place, queue: WorkQueue, training_file: str
-    ) -> None:
+    def test_a_file_that_an_open_job_needs_cannot_be_deleted(self, place: Place, training_file: str) -> None:
         job = place.queue_job(training_file)
         with pytest.raises(ConflictError, match=job.id):
             place.file_rows.delete(training_file)

@@ -200,7 +200,7 @@ class TestJobsOfTheSdk:
             client.fine_tuning.jobs.cancel(done.id)
 
 
-async def test_the_asynchronous_client_works_for_every_call(url: str, place: Place) -> None:
+async def test_the_asynchronous_client_works_for_every_call(url: str) -> None:
     async with AsyncOpenAI(
         base_url=f"{url}/v1", api_key="unused", http_client=httpx.AsyncClient(trust_env=False)
     ) as client:

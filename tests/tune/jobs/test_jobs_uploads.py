@@ -91,7 +91,7 @@ class TestAFileInParts:
         assert done.file is not None
         assert place.stored_files() == [done.file.id]
 
-    def test_completing_again_gives_the_same_file(self, client: OpenAI, place: Place) -> None:
+    def test_completing_again_gives_the_same_file(self, client: OpenAI) -> None:
         upload = create(client)
         ids = [add(client, upload, ROWS)]
         first = client.uploads.complete(upload.id, part_ids=ids)

@@ -65,7 +65,7 @@ class TestTheApi:
         assert list(server.jobs) == [NAME]
         assert cluster.launches() == [Launch(NAME, JOB_ID, "waiting")]
 
-    def test_every_page_of_a_list_is_read(self, server: ApiServer, cluster: KubernetesCluster) -> None:
+    def test_every_page_of_a_list_is_read(self, cluster: KubernetesCluster) -> None:
         names = [launch(cluster, f"ftjob-{number:024d}") for number in range(5)]
         assert [given.name for given in cluster.launches()] == names
 
@@ -152,7 +152,7 @@ class TestTheApi:
         assert cluster.launches() == []
 
     def test_a_server_with_another_certificate_gets_no_token(
-        self, server: ApiServer, cluster: KubernetesCluster, tmp_path: Path, account_dir: Path
+        self, server: ApiServer, tmp_path: Path, account_dir: Path
     ) -> None:
         with running_api_server(tmp_path / "impostor") as impostor:
             access = KubernetesAccess(
