@@ -7,9 +7,11 @@ multipart grammar itself is python-multipart's (RFC 7578, RFC 2046 section 5.1).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -27,6 +29,12 @@ FORM_OVERHEAD_BYTES = 64 * 1024
 """Allowed for boundaries, part headers and the small fields, on top of the file."""
 _WRITE_BYTES = 256 * 1024
 """Gathered before they go to the disk; a hundred uploads at once hold a hundred of these."""
+
+_EXTENDED_FILENAME = re.compile(
+    rb";[ \t]*filename\*=utf-8'[a-z0-9-]*'((?:%[0-9a-f]{2}|[a-z0-9!#$&+.^_`|~-])+)[ \t]*(?:;|$)", re.IGNORECASE
+)
+"""RFC 8187, section 3.2. Forms should not have it (RFC 7578, section 4.2), but some clients send a name beyond ASCII in
+no other way."""
 
 
 @dataclass(slots=True)
@@ -152,9 +160,7 @@ class _FormReader:
         if self._name == self._file_field:
             if self._form.filename is not None:
                 raise _malformed(f"the part {self._name!r} is given twice; upload one at a time")
-            if b"filename" not in options:
-                raise _malformed(f"the part {self._name!r} has no filename, so it is not a file")
-            self._form.filename = _decoded(options[b"filename"])
+            self._form.filename = self._filename(options)
         elif self._name not in self._fields:
             raise InvalidRequestError(
                 f"unknown form field {self._name[:80]!r}; allowed: {', '.join((self._file_field, *self._fields))}",
@@ -163,6 +169,13 @@ class _FormReader:
             )
         elif self._name in self._form.fields:
             raise _malformed(f"the field {self._name!r} is given twice")
+
+    def _filename(self, options: Mapping[bytes, bytes]) -> str:
+        if (plain := options.get(b"filename")) is not None:
+            return _decoded(plain)
+        if (extended := _EXTENDED_FILENAME.search(self._disposition)) is not None:
+            return _decoded(unquote_to_bytes(extended[1]))
+        raise _malformed(f"the part {self._name!r} has no filename, so it is not a file")
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self._file_field:

@@ -42,6 +42,25 @@ def test_the_file_may_come_before_or_after_its_purpose(url: str) -> None:
         assert response.json()["bytes"] == len(GOOD)
 
 
+@pytest.mark.parametrize(
+    ("sent", "name"),
+    [
+        ("filename*=utf-8''%E2%82%AC%20rates.jsonl", "€ rates.jsonl"),
+        ("filename*=UTF-8'en'rows.jsonl; x=y", "rows.jsonl"),
+        ("filename*=utf-8''%E2%82%AC.jsonl; filename=\"euro.jsonl\"", "euro.jsonl"),
+    ],
+)
+def test_a_file_name_may_come_in_the_extended_form_alone(url: str, sent: str, name: str) -> None:
+    response = post(url, named(sent) + PURPOSE + END)
+    assert response.status_code == 200, response.text
+    assert response.json()["filename"] == name
+
+
+def named(label: str) -> bytes:
+    """The file, with this in the place of its name."""
+    return FILE.replace(b'filename="rows.jsonl"', label.encode())
+
+
 WRONG_FORMS = {
     "not a form": (GOOD, "application/json"),
     "no boundary": (FILE + PURPOSE + END, "multipart/form-data"),
@@ -55,6 +74,9 @@ WRONG_FORMS = {
     "two purposes": (FILE + PURPOSE + PURPOSE + END, None),
     "unknown field": (FILE + PURPOSE + part("expires_after[seconds]", b"3600") + END, None),
     "file without a name": (part("file", GOOD) + PURPOSE + END, None),
+    "extended name in another charset": (named("filename*=latin-1''%80") + PURPOSE + END, None),
+    "extended name that is not UTF-8": (named("filename*=utf-8''%80") + PURPOSE + END, None),
+    "extended name with a control character": (named("filename*=utf-8''a%00") + PURPOSE + END, None),
     "many parts": (PURPOSE + FILE + part("purpose", b"") * 100 + END, None),
     "another purpose": (FILE + part("purpose", b"batch") + END, None),
     "purpose that is not UTF-8": (FILE + part("purpose", b"\xff") + END, None),
