@@ -49,7 +49,7 @@ class AliasControl:
         Raises:
             ModelNotFoundError: it is not set.
         """
-        return await asyncio.to_thread(self._own_registry().alias, alias)
+        return await asyncio.to_thread((await self._own_registry()).alias, alias)
 
     async def set(
         self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
@@ -74,7 +74,7 @@ class AliasControl:
                 param="alias",
             )
         note_change(alias=alias, revision=revision, canary=None if canary is None else canary.revision)
-        registry = self._own_registry()
+        registry = await self._own_registry()
         artifacts = await asyncio.to_thread(registry.check_alias, alias, revision, canary=canary, expected=expected)
         for artifact in artifacts:
             await self._vetting.vet(artifact)
@@ -92,7 +92,7 @@ class AliasControl:
         """
         require_writable(self._catalog.registry, "roll back an alias")
         note_change(alias=alias)
-        record = await asyncio.to_thread(self._own_registry().rollback_alias, alias)
+        record = await asyncio.to_thread((await self._own_registry()).rollback_alias, alias)
         await self._catalog.refresh()
         return record
 
@@ -105,9 +105,9 @@ class AliasControl:
         """
         require_writable(self._catalog.registry, "remove an alias")
         note_change(alias=alias)
-        await asyncio.to_thread(self._own_registry().remove_alias, alias)
+        await asyncio.to_thread((await self._own_registry()).remove_alias, alias)
         await self._catalog.refresh()
 
-    def _own_registry(self) -> Registry:
+    async def _own_registry(self) -> Registry:
         """As whoever asks sees it."""
-        return self._catalog.registry.on_behalf_of(current_principal())
+        return await asyncio.to_thread(self._catalog.registry.on_behalf_of, current_principal())

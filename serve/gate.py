@@ -40,7 +40,7 @@ class Gate:
         Raises:
             InvalidArtifactError: with a stable ``code``.
         """
-        states = _file_states(artifact)
+        states = await asyncio.to_thread(_file_states, artifact)
         if states is not None and self._passed.get(artifact.revision) == states:
             return
         self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,27 @@ async def test_an_alias_is_looked_at_rolled_back_and_removed(tmp_path: Path, fac
         assert (await refusal_of(admin.alias("support"))).status == 404
         assert (await refusal_of(admin.remove_alias("support"))).status == 404
         assert await admin.ask(two) == two
+
+
+async def test_the_disk_is_read_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine()
+    one, two = (publish(registry, "support", content).revision for content in ("one", "two"))
+    async with admin_of("http", engine, tmp_path) as admin:
+        opened: set[threading.Thread] = set()
+        really_open = os.open
+
+        def noted_open(*arguments: Any, **options: Any) -> int:
+            opened.add(threading.current_thread())
+            return really_open(*arguments, **options)
+
+        monkeypatch.setattr(os, "open", noted_open)
+        await admin.set_alias("support", one)
+        await admin.set_alias("support", two)
+        await admin.alias("support")
+        await admin.roll_back("support")
+        await admin.remove_alias("support")
+    assert opened
+    assert threading.current_thread() not in opened
 
 
 @FACES

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,21 @@ async def test_files_touched_after_they_passed_are_read_again_before_the_next_lo
     weights.unlink()
     with pytest.raises(errors.InvalidArtifactError):
         await gate.check(artifact, LIMITS)
+
+
+async def test_files_are_looked_at_beside_the_event_loop(
+    registry: Registry, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base)
+    gate, looked = Gate(registry, base), set()
+    really_stat = Path.stat
+
+    def noted_stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        looked.add(threading.current_thread())
+        return really_stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", noted_stat)
+    for _ in range(2):
+        await gate.check(artifact, LIMITS)
+    assert looked
+    assert threading.current_thread() not in looked
