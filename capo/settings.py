@@ -25,10 +25,11 @@ from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
 from registry.names import check_name
 from serve import faces
+from serve.adapter_labels import MAX_LABELLED_ADAPTERS
 from serve.constraints import SLOWEST_TRIAL_SECONDS
-from serve.limits import Limits
+from serve.limits import ADAPTER_WAIT_SECONDS, Limits
 from tune.jobs.database_url import sqlite_url
-from tune.jobs.limits import MAX_FILE_BYTES, MAX_FILE_ROWS
+from tune.jobs.limits import MAX_FILE_BYTES, MAX_FILE_ROWS, MAX_GPUS
 from tune.jobs.settings import STOP_GRACE_SECONDS
 
 DEFAULT_DATA_DIR = Path("capo-data")
@@ -129,7 +130,7 @@ class Settings(BaseSettings):
     worker_gpus: int | None = Field(
         default=None,
         ge=0,
-        le=64,
+        le=MAX_GPUS,
         description="GPUs of a worker, its own; it leaves jobs alone that ask for more (capo.gpus). Not set: those it "
         "sees, divided among the workers here. 0: workers share all, and take no job that asks for any.",
     )
@@ -173,7 +174,7 @@ class Settings(BaseSettings):
         description="How long SIGTERM waits for running requests; with closing, below Kubernetes' grace of 30 s.",
     )
     adapter_wait_seconds: float = Field(
-        default=30.0, gt=0, description="How long a request waits for an adapter slot before 503."
+        default=ADAPTER_WAIT_SECONDS, gt=0, description="How long a request waits for an adapter slot before 503."
     )
     max_in_flight: int = Field(
         default=_LIMITS.max_in_flight, ge=1, description="Requests at once, running and waiting ones; beyond it 503."
@@ -256,7 +257,7 @@ class Settings(BaseSettings):
         "collector. Not set: stdout with role infer, whose DATA_DIR may go with it, else file.",
     )
     max_metric_adapters: int = Field(
-        default=64,
+        default=MAX_LABELLED_ADAPTERS,
         ge=1,
         description="Adapters with metric series of their own; the rest share 'other'. With 64 busy ones a page is "
         "1.2 MB, made in 0.1 s.",

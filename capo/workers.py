@@ -18,11 +18,9 @@ from tune.jobs.launchers.kubernetes_api import KubernetesAccess
 from tune.jobs.launchers.kubernetes_job import KubernetesSettings
 from tune.jobs.launchers.local import LocalLauncher
 from tune.jobs.launchers.ray import RayCluster, RaySettings
+from tune.jobs.limits import MAX_GPUS
 from tune.jobs.queue import WorkQueue
 from tune.jobs.store import JobStore
-
-_MOST_GPUS = 64
-"""Of a job (tune/jobs/requests.py): what a cluster has is for the cluster to say."""
 
 
 def make_launcher(settings: Settings, environment: dict[str, str], database: Database | None) -> Launcher:
@@ -56,7 +54,7 @@ def max_gpus(settings: Settings) -> int | None:
     if settings.worker_gpus is not None:
         return settings.worker_gpus
     if settings.launcher is not LauncherKind.LOCAL:
-        return _MOST_GPUS
+        return MAX_GPUS  # what a cluster has is for the cluster to say
     if not settings.num_workers:
         return None
     return max(map(len, (share or () for share in _device_shares(settings))))

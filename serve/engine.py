@@ -237,7 +237,7 @@ class VllmEngine(Engine):
         finally:
             current_call.reset(token)
         if "abort" in call.finish_reasons:
-            raise self._aborted(call)
+            raise self._aborted()
         return bytes(answer.model_dump_json(by_alias=True), "utf-8")
 
     async def stream(self, call: Call) -> AsyncGenerator[str, None]:
@@ -268,12 +268,12 @@ class VllmEngine(Engine):
                         raise error_in_stream(chunk)
                     # A quote inside generated text is escaped in JSON, so this text can only be the field itself.
                     if '"finish_reason":"abort"' in chunk:
-                        raise self._aborted(call)
+                        raise self._aborted()
                     yield chunk
                     continue
                 # vLLM's events of /v1/responses call an aborted answer completed.
                 if "abort" in call.finish_reasons:
-                    raise self._aborted(call)
+                    raise self._aborted()
                 # The first two events say nothing; held back, they leave what fails before the first token its status.
                 held.append(_responses_event(chunk))
                 if chunk.type not in ("response.created", "response.in_progress"):
@@ -319,7 +319,7 @@ class VllmEngine(Engine):
                     return
                 for completion in output.outputs:
                     if completion.finish_reason in ("abort", "error"):
-                        raise self._aborted(call)
+                        raise self._aborted()
                     yield Piece(
                         first_index + completion.index,
                         completion.text,
@@ -472,7 +472,7 @@ class VllmEngine(Engine):
         logger.error("engine call failed", exc_info=error)
         return errors.InternalError(f"the engine failed: {type(error).__name__}")
 
-    def _aborted(self, call: Call) -> errors.CapoError:
+    def _aborted(self) -> errors.CapoError:
         if self.is_dead:
             return engine_dead()
         return errors.UnavailableError(

@@ -10,6 +10,9 @@ from typing import Any
 from registry import errors
 from serve import request_policy, request_shapes
 
+ADAPTER_WAIT_SECONDS = 30.0
+"""How long a request waits for an adapter slot. Below the 60 s after which proxies give up on an answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

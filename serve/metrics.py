@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-from serve.adapter_labels import AdapterLabels
+from serve.adapter_labels import MAX_LABELLED_ADAPTERS, AdapterLabels
 
 # 5 ms (a tiny model's token) to 120 s (a long answer on a CPU), about 1.8 times each step.
 SECONDS_BUCKETS = (
@@ -26,7 +26,7 @@ OUTCOMES = ("ok", "client_error", "server_error", "draining", "cancelled")
 class Metrics:
     """One service's metrics; hold one per Prometheus registry. Not thread-safe beyond prometheus_client's own."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY, *, max_adapters: int = 64) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY, *, max_adapters: int = MAX_LABELLED_ADAPTERS) -> None:
         self._labels = AdapterLabels(max_adapters, self._drop_series)
         # Else every series has a second one that says when it began, which nothing here asks for.
         disable_created_metrics()

@@ -24,6 +24,7 @@ from typing import Any
 from registry import Artifact, errors
 from serve.engine_api import Engine, EngineAdapter
 from serve.gate import Gate
+from serve.limits import ADAPTER_WAIT_SECONDS
 from serve.metrics import Metrics
 from serve.refusals import Refusals
 from serve.resident import AdapterState, AdapterStatus, Resident
@@ -46,7 +47,7 @@ class AdapterPool:
         gate: Gate,
         metrics: Metrics,
         *,
-        max_wait_seconds: float = 30.0,
+        max_wait_seconds: float = ADAPTER_WAIT_SECONDS,
         turn_seconds: float = 1.0,
     ) -> None:
         self._engine = engine

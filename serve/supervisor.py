@@ -75,7 +75,7 @@ class Supervisor:
         pool: AdapterPool,
         metrics: Metrics,
         *,
-        stall_seconds: float = 30.0,
+        stall_seconds: float,
     ) -> None:
         self._engine = engine
         self._pool = pool

@@ -27,7 +27,7 @@ from tune.jobs.webhooks.outbox import Outbox
 from tune.jobs.webhooks.routes import webhooks_router
 from tune.jobs.webhooks.sender import WebhookSender
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _RESTART_SECONDS = 5.0
 TIDY_SECONDS = 60.0
@@ -93,7 +93,7 @@ class TuningApi:
                 await asyncio.to_thread(self.files.remove_expired)
                 await asyncio.to_thread(self.uploads.remove_expired)
             except CapoError as error:
-                log.warning("what has expired could not be removed: %s", error)
+                logger.warning("what has expired could not be removed: %s", error)
 
 
 async def _for_ever(run: Callable[[], Awaitable[None]]) -> NoReturn:
@@ -102,5 +102,5 @@ async def _for_ever(run: Callable[[], Awaitable[None]]) -> NoReturn:
         try:
             await run()
         except Exception:
-            log.exception("a task beside the API failed and starts again")
+            logger.exception("a task beside the API failed and starts again")
         await asyncio.sleep(_RESTART_SECONDS)

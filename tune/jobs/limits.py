@@ -1,4 +1,4 @@
-"""How large uploaded files may be. Imports nothing, because the settings name these bounds."""
+"""How large uploaded files and jobs may be. Imports nothing, because the settings name these bounds."""
 
 from __future__ import annotations
 
@@ -11,3 +11,5 @@ MAX_PART_BYTES = 64 * 1024 * 1024
 MAX_FILE_ROWS = 10_000_000
 """Of a training file. About 90 bytes of a row stay in a training process's memory (tests/tune/test_data_streaming.py),
 which makes 0.9 GB; an epoch over more than that is weeks of one GPU."""
+MAX_GPUS = 64
+"""Of one job, and so of one worker."""

@@ -25,7 +25,7 @@ from tune.jobs.database import Database
 from tune.jobs.records import WAITING, JobStatus
 from tune.jobs.schema import events, jobs, webhook_deliveries
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 5.0
 WAIT_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14400)
@@ -97,7 +97,7 @@ class JobMetrics(Collector):
                 await asyncio.to_thread(self.refresh)
             except Exception:  # a bug; without this task the figures would stand still until a restart
                 if self._is_readable:
-                    log.exception("the figures of jobs cannot be read")
+                    logger.exception("the figures of jobs cannot be read")
                 self._is_readable = False
 
     def describe(self) -> list[Metric]:

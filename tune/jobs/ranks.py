@@ -26,7 +26,7 @@ from tune.jobs.training import TrainedModel, TrainFunction
 from tune.progress import Observer, SilentObserver, StopRequested
 from tune.recipe import Recipe
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,5 +119,5 @@ def _watch(others: list[BaseProcess], is_over: threading.Event, grace_seconds: f
             assert isinstance(sentinel, int), sentinel
             code = waiting.pop(sentinel).exitcode
             if code != 0 and not is_over.wait(grace_seconds):
-                log.error("a process of the job ended with %s; ending the others", describe_exit(code or 0))
+                logger.error("a process of the job ended with %s; ending the others", describe_exit(code or 0))
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from registry.errors import InvalidRequestError
 from registry.strict_json import parse_strict_json
+from tune.jobs.limits import MAX_GPUS
 from tune.methods import LoraMethod
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -112,7 +113,7 @@ class CapoBody(Body):
     """Between checkpoints that a killed job resumes from."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Of waiting jobs the highest goes first."""
-    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    gpus: Annotated[int, Field(ge=0, le=MAX_GPUS)] = 0
     """The job waits for a worker that offers as many, and trains in a process for each; 0 = any worker takes it."""
     alias: str | None = None
     """Name that points to the result as soon as it is published."""

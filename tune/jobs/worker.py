@@ -33,7 +33,7 @@ from tune.jobs.store import JobStore
 from tune.jobs.training import JobRun, TrainFunction
 from tune.threads import prepare_environment
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _STORE_RETRY_SECONDS = 1.0
 _ONE_JOB_PATIENCE_LEASES = 3.0
@@ -123,7 +123,7 @@ class Worker:
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop.set)
-        log.info("worker %s is waiting for jobs", self._owner)
+        logger.info("worker %s is waiting for jobs", self._owner)
         try:
             while not (self._stop.is_set and self._child is None):
                 self._wait(self._step_safely())
@@ -131,20 +131,20 @@ class Worker:
             if self._child is not None:
                 self._child.kill()
             self._database.close()
-        log.info("worker %s has stopped", self._owner)
+        logger.info("worker %s has stopped", self._owner)
 
     def _step_safely(self) -> float:
         """One step; returns the seconds to pause after it."""
         try:
             return 0.0 if self._step() else self._settings.poll_seconds
         except (UnavailableError, StorageError) as error:
-            log.warning("the disk or the job store cannot be used just now: %s", error)
+            logger.warning("the disk or the job store cannot be used just now: %s", error)
             self._give_up_a_silent_lease()
             return _STORE_RETRY_SECONDS
         except ConflictError as error:
             if error.code != LEASE_LOST:
                 raise
-            log.warning("%s", error)
+            logger.warning("%s", error)
             return self._settings.poll_seconds
 
     def _step(self) -> bool:
@@ -175,7 +175,7 @@ class Worker:
             if job is None:
                 continue
             if seen.owner is not None and (killed := end_training(seen.owner, job.id)):
-                log.warning("%s: killed what its silent worker still trained: %s", job.id, killed)
+                logger.warning("%s: killed what its silent worker still trained: %s", job.id, killed)
             return job
         return None
 
@@ -188,11 +188,11 @@ class Worker:
         try:
             job = self._store.job(job_id)
         except NotFoundError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
             self._stop.set()
             return []
         if job.status not in OPEN or (job.paused and job.status != "running") or time.monotonic() > self._gives_up_at:
-            log.info("%s: there is nothing to do for this worker: the job is %s", job_id, job.status)
+            logger.info("%s: there is nothing to do for this worker: the job is %s", job_id, job.status)
             self._stop.set()
             return []
         if job.status == "running":
@@ -215,7 +215,7 @@ class Worker:
             name=job.id,
         )
         process.start()
-        log.info("%s: attempt %d in process %s", job.id, job.attempts, process.pid)
+        logger.info("%s: attempt %d in process %s", job.id, job.attempts, process.pid)
         self._child = _Child(process, job)
 
     def _tend(self, child: _Child) -> bool:
@@ -236,10 +236,10 @@ class Worker:
                 # The child itself has just ended the job; it may still tidy up, but not for ever.
                 child.kill_at = child.kill_at or time.monotonic() + self._settings.cancel_grace_seconds
             else:
-                log.warning("%s", lost)
+                logger.warning("%s", lost)
                 child.kill()
         if child.kill_at is not None and time.monotonic() >= child.kill_at:
-            log.warning("%s: did not stop in time and is killed", child.job.id)
+            logger.warning("%s: did not stop in time and is killed", child.job.id)
             child.kill()
         return False
 
@@ -254,7 +254,7 @@ class Worker:
 
     def _settle(self, child: _Child) -> None:
         cause = describe_exit(child.process.exitcode or 0)
-        log.warning("%s: the training process ended with %s", child.job.id, cause)
+        logger.warning("%s: the training process ended with %s", child.job.id, cause)
         run = self._job_run(child.job)
         if child.kill_at is None:
             run.settle_crash(cause)
@@ -265,7 +265,7 @@ class Worker:
         """Without the store no heartbeat gets through, and after a whole lease another may have the job."""
         child = self._child
         if child is not None and time.monotonic() - child.beat_at >= self._settings.lease_seconds:
-            log.warning("%s: no heartbeat for a whole lease; giving the job up", child.job.id)
+            logger.warning("%s: no heartbeat for a whole lease; giving the job up", child.job.id)
             child.kill()
             self._child = None
 
@@ -295,7 +295,7 @@ class Worker:
         try:
             shutil.rmtree(path)
         except OSError as error:
-            log.warning("%s: its work directory could not be removed: %s", job_id, error)
+            logger.warning("%s: its work directory could not be removed: %s", job_id, error)
 
 
 def _child_main(

@@ -19,7 +19,7 @@ from registry.errors import CapoError
 from tune.jobs.webhooks.outbox import Delivery, Outbox
 from tune.jobs.webhooks.signing import signed_headers
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 _AT_ONCE_PER_ENDPOINT = 2
@@ -70,7 +70,7 @@ class WebhookSender:
         try:
             due = await asyncio.to_thread(look)
         except CapoError as error:
-            log.warning("webhooks wait, the job store cannot be read: %s", error)
+            logger.warning("webhooks wait, the job store cannot be read: %s", error)
             return
         for delivery in due:
             task = asyncio.create_task(self._send(client, delivery), name=f"webhook-{delivery.id}")
@@ -85,11 +85,11 @@ class WebhookSender:
                 return
             goes_on = await asyncio.to_thread(self._outbox.failed, delivery, reason)
         except CapoError as error:  # it stays taken for a minute, and is sent once more then
-            log.warning("webhook %s: the job store cannot be written: %s", delivery.id, error)
+            logger.warning("webhook %s: the job store cannot be written: %s", delivery.id, error)
             return
         level = logging.INFO if goes_on else logging.WARNING
         future = "is tried again" if goes_on else "is given up"
-        log.log(level, "webhook %s, attempt %d: %s; it %s", delivery.id, delivery.attempts, reason, future)
+        logger.log(level, "webhook %s, attempt %d: %s; it %s", delivery.id, delivery.attempts, reason, future)
 
     async def _attempt(self, client: httpx.AsyncClient, delivery: Delivery) -> str | None:
         """``None`` where it was received, else why not. The answer's body is nobody's business and is not read."""
