@@ -19,6 +19,7 @@ from capo.audit import Act, AuditLog
 from capo.keys.quota import Quotas
 from capo.keys.records import KeyRecord
 from capo.keys.ring import KeyRing
+from capo.requests_in_flight import RequestsInFlight
 from registry import errors
 from registry.principal import Admission, Principal, admitted
 from serve.access import Ask
@@ -74,6 +75,7 @@ class Door:
         self._audit = audit
         self._rules = rules
         self._quotas = Quotas()
+        self._in_flight = RequestsInFlight()
         metrics.keys_age.set_function(lambda: time.monotonic() - ring.read_at)
 
     @property
@@ -84,6 +86,10 @@ class Door:
     def count_refusal(self, protocol: str, code: str) -> None:
         """Count a refusal made before there was a request to decide about, such as an oversized head."""
         self._metrics.errors.labels(protocol, code).inc()
+
+    async def drain(self, deadline_seconds: float) -> int:
+        """See :meth:`capo.requests_in_flight.RequestsInFlight.drain`. Inference drains itself."""
+        return await self._in_flight.drain(deadline_seconds)
 
     @contextmanager
     def let_in(self, ask: Ask) -> Iterator[Admission]:
@@ -97,11 +103,12 @@ class Door:
                 if rule is None:
                     raise errors.PermissionDeniedError(f"{ask.operation} is not offered.", code="not_in_the_rules")
                 key = self._key(ask, rule)
+                self._in_flight.require_open(rule)
             except errors.CapoError as error:
                 self._metrics.refusals.labels(ask.protocol, error.code).inc()
                 raise
             admission = Admission(self._principal(key, rule))
-            with self._counted(ask, key, admission), admitted(admission):
+            with self._in_flight.one(rule), self._counted(ask, key, admission), admitted(admission):
                 yield admission
         except errors.CapoError as error:
             result = ask.error_code = error.code

@@ -19,19 +19,30 @@ class Rule:
     scopes: frozenset[Scope]
     is_admin_act: bool = False
     """Changes what others meet, so it stands in the audit log."""
+    is_refused_while_draining: bool = True
+    """False: what a service that ends still answers; and inference, which refuses, counts and waits for its own."""
+    is_endless: bool = False
+    """Streams for as long as its client likes."""
 
     @property
     def is_public(self) -> bool:
         return not self.scopes
 
+    @property
+    def is_awaited_by_a_drain(self) -> bool:
+        """Whether the service ends only when such requests have, or its deadline has come."""
+        return self.is_refused_while_draining and not self.is_endless
 
-_PUBLIC = Rule(frozenset())
+
+_PUBLIC = Rule(frozenset(), is_refused_while_draining=False)
 _ANY = Rule(frozenset(Scope))
-_INFER = Rule(frozenset({Scope.INFER}))
+_ANY_TALK = Rule(frozenset(Scope), is_endless=True)
+_INFER = Rule(frozenset({Scope.INFER}), is_refused_while_draining=False)
 _TUNE = Rule(frozenset({Scope.TUNE}))
+_FOLLOW_JOB = Rule(frozenset({Scope.TUNE}), is_endless=True)
 _ADMIN = Rule(frozenset({Scope.ADMIN}))
 _ADMIN_ACT = Rule(frozenset({Scope.ADMIN}), is_admin_act=True)
-_METRICS = Rule(frozenset({Scope.METRICS}))
+_METRICS = Rule(frozenset({Scope.METRICS}), is_refused_while_draining=False)
 _MODELS = Rule(frozenset({Scope.INFER, Scope.TUNE, Scope.ADMIN}))
 _DELETE_MODEL = Rule(frozenset({Scope.TUNE, Scope.ADMIN}), is_admin_act=True)
 
@@ -95,7 +106,7 @@ GRPC_RULES: Mapping[str, Rule] = {
     "/grpc.health.v1.Health/Check": _PUBLIC,
     "/grpc.health.v1.Health/List": _PUBLIC,
     "/grpc.health.v1.Health/Watch": _PUBLIC,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY_TALK,
     "/capo.v1.Inference/Chat": _INFER,
     "/capo.v1.Inference/ChatStream": _INFER,
     "/capo.v1.Inference/Complete": _INFER,
@@ -107,7 +118,7 @@ GRPC_RULES: Mapping[str, Rule] = {
     "/capo.v1.Tuning/CancelJob": _TUNE,
     "/capo.v1.Tuning/PauseJob": _TUNE,
     "/capo.v1.Tuning/ResumeJob": _TUNE,
-    "/capo.v1.Tuning/FollowJob": _TUNE,
+    "/capo.v1.Tuning/FollowJob": _FOLLOW_JOB,
     "/capo.v1.Adapters/ListAdapters": _ADMIN,
     "/capo.v1.Adapters/ListPins": _ADMIN,
     "/capo.v1.Adapters/PinAdapter": _ADMIN_ACT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from capo.access import AccessMetrics, Door, require_guard
 from capo.audit import AuditLog
@@ -11,6 +12,8 @@ from capo.keys.store import KeyStore
 from capo.settings import Settings
 from tune.jobs.database import Database
 from tune.jobs.permissions.store import PermissionStore
+
+logger = logging.getLogger(__name__)
 
 
 class AccessSide:
@@ -42,6 +45,11 @@ class AccessSide:
     async def is_shared_with(self, model: str, tenant: str) -> bool:
         """Whether the owner of ``model`` lets ``tenant`` use it; for :class:`serve.catalog.Catalog`."""
         return await asyncio.to_thread(self._permissions.is_shared_with, model, tenant)
+
+    async def drain(self, deadline_seconds: float) -> None:
+        """Let nobody in any more but for what a service that ends still answers, and wait for who is inside."""
+        if left := await self.door.drain(deadline_seconds):
+            logger.warning("%d requests beside inference were still running at the drain deadline", left)
 
     async def stop(self) -> None:
         if self._following is not None:

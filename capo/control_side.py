@@ -72,7 +72,7 @@ class ControlSide:
         return None if self.names is None else self.names.not_ready_reason()
 
     async def drain(self, deadline_seconds: float) -> None:
-        """Its requests are short; refusing new ones is all there is to do."""
+        """The door waits for requests (:meth:`capo.access_side.AccessSide.drain`); here only readiness ends."""
         if self.names is not None:
             self.names.drain()
 

@@ -227,7 +227,8 @@ class CapoServer:
         # Load balancers must hear of it before the first refusal.
         await grpc_server.set_serving(False)
         deadline_seconds = self._settings.drain_seconds
-        await asyncio.gather(*(side.drain(deadline_seconds) for side in self._sides), self._launcher.stop())
+        drains = [side.drain(deadline_seconds) for side in (*self._sides, self._access)]
+        await asyncio.gather(*drains, self._launcher.stop())
         # Stopping the engine ends what is left with an error event, so that no cut stream looks complete.
         for side in self._sides:
             await side.stop()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ async def main(data_dir: Path) -> dict[str, Any]:
     report = ready.result()
     async with httpx.AsyncClient(base_url=report.url, timeout=20) as client:
         found = await conversation(client)
-    os.kill(os.getpid(), signal.SIGTERM)
+        found |= await an_upload_through_the_end(client)
     await serving
     return found | {"imported": [name for name in HEAVY if name in sys.modules]}
 
@@ -59,6 +60,35 @@ async def conversation(client: httpx.AsyncClient) -> dict[str, Any]:
         "models": [model["id"] for model in models.json()["data"]],
         "probes": probes,
         "queued": next(line for line in page.splitlines() if line.startswith('capo_jobs{status="queued"}')).split()[-1],
+    }
+
+
+async def an_upload_through_the_end(client: httpx.AsyncClient) -> dict[str, Any]:
+    """SIGTERM in the middle of an upload, and what is answered until it is whole."""
+    has_begun, go_on = asyncio.Event(), asyncio.Event()
+    head = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n'
+    file = '--x\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]}
+
+    async def body() -> AsyncIterator[bytes]:
+        yield (head.format("purpose", "fine-tune") + file).encode()
+        has_begun.set()
+        await go_on.wait()
+        yield f"{json.dumps(row)}\n\r\n--x--\r\n".encode()
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    upload = asyncio.create_task(client.post("/v1/files", content=body(), headers=headers))
+    await has_begun.wait()
+    await asyncio.sleep(0.5)  # until the server has read what was sent
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.2)
+    refused = await client.get("/v1/files")
+    probes = {path: (await client.get(path)).status_code for path in ("/livez", "/readyz", "/metrics")}
+    go_on.set()
+    return {
+        "refused_while_draining": [refused.status_code, refused.json()["error"]["code"]],
+        "probes_while_draining": probes,
+        "upload_through_the_end": (await upload).status_code,
     }
 
 

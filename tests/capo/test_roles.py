@@ -42,6 +42,9 @@ def test_a_control_process_does_all_but_inference_and_imports_no_engine(tmp_path
         "models": ["capo-tiny", "support"],
         "probes": {"/startupz": 200, "/livez": 200, "/readyz": 200},
         "queued": "1.0",
+        "refused_while_draining": [503, "draining"],
+        "probes_while_draining": {"/livez": 200, "/readyz": 503, "/metrics": 200},
+        "upload_through_the_end": 200,
         "imported": [],
     }
 
