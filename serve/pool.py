@@ -3,9 +3,10 @@
 The pool keeps at most as many adapters resident as the engine has slots, so that vLLM never evicts, reloads from disk
 or shares a slot on its own (a reload inside its step kills the engine when the file is gone; vLLM 0.32). Loads happen
 on first use or ahead of it, out of band; unloading waits for the last user. When all slots are taken, the least
-recently used idle adapter goes; when none is idle, requests wait in order of arrival, and an adapter that has had its
-turn is drained for the next in line, so that a hot adapter cannot starve a cold one. Pinned adapters never go for
-others; at least one slot is left to those.
+recently used idle adapter goes; when none is idle, requests wait in order of arrival, and adapters that have had their
+turn are drained for those in line, so that a hot adapter cannot starve a cold one (:mod:`serve.turns`). One that still
+drains is taken back when nobody waits any more, or when the next in line waits for that very adapter. Pinned adapters
+never go for others; at least one slot is left to those.
 
 Everything here runs on one event loop; there are no locks because no state changes across an ``await`` unguarded.
 """
@@ -28,6 +29,7 @@ from serve.limits import ADAPTER_WAIT_SECONDS
 from serve.metrics import Metrics
 from serve.refusals import Refusals
 from serve.resident import AdapterState, AdapterStatus, Resident
+from serve.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,12 @@ class AdapterPool:
         self._gate = gate
         self._metrics = metrics
         self._max_wait_seconds = max_wait_seconds
-        self._turn_seconds = turn_seconds
+        self._turns = Turns(turn_seconds, max_wait_seconds)
         self._residents: dict[str, Resident] = {}
         self._leaving: list[Resident] = []
         self._refusals = Refusals(metrics)
         self._pinned: frozenset[str] = frozenset()
-        self._tickets: deque[asyncio.Future[None]] = deque()
+        self._line: deque[Resident] = deque()
         self._slots_in_use = 0
         self._engine_epoch = 0
         self._engine_ids = itertools.count(1)
@@ -86,15 +88,18 @@ class AdapterPool:
             if not resident.ready.done():
                 await self._wait_ready(resident)
             resident.ready.result()
-            yield resident.adapter
+            yield resident.serving.adapter
         finally:
-            resident.users -= 1
-            resident.last_used_at = time.monotonic()
-            if resident.users == 0:
-                if resident.ticket is not None and not resident.ticket.done():
-                    self._leave_line(resident)
-                elif self._tickets or self._leaving:
-                    self._wake.set()
+            self._let_go(resident.serving)
+
+    def _let_go(self, resident: Resident) -> None:
+        resident.users -= 1
+        resident.last_used_at = time.monotonic()
+        if resident.users == 0:
+            if resident.ticket is not None and not resident.ticket.done():
+                self._leave_line(resident)
+            elif self._line or self._leaving:
+                self._wake.set()
 
     async def preload(self, artifact: Artifact) -> bool:
         """Load ``artifact`` if a slot is free; never at the cost of another adapter. False: none was, and nothing was
@@ -153,7 +158,7 @@ class AdapterPool:
                 f"No adapter slot became free for {resident.artifact.revision} in {self._max_wait_seconds:g} s: all "
                 f"{self._engine.limits.max_loras} are in use. Try again, or start the service with more (--max-loras).",
                 code="adapter_slots_busy",
-                retry_after_seconds=self._turn_seconds,
+                retry_after_seconds=self._turns.turn_seconds,
             ) from None
 
     # -- loading ---------------------------------------------------------------------------------------------
@@ -168,6 +173,13 @@ class AdapterPool:
         return resident
 
     async def _load(self, resident: Resident, epoch: int) -> None:
+        try:
+            await self._load_in_turn(resident, epoch)
+        finally:
+            if resident.is_withdrawn:
+                self._forget(resident.artifact.revision)  # once more: it was judged anew meanwhile
+
+    async def _load_in_turn(self, resident: Resident, epoch: int) -> None:
         artifact = resident.artifact
         started_at = time.monotonic()
         has_slot = False
@@ -197,7 +209,7 @@ class AdapterPool:
         if epoch != self._engine_epoch:
             return  # the engine that it was loaded into is gone
         resident.load_seconds = time.monotonic() - slot_at
-        resident.loaded_at = time.monotonic()
+        resident.turn_began_at = time.monotonic()
         resident.state = AdapterState.LOADED
         resident.ready.set_result(None)
         self._metrics.adapter_loaded(resident.load_seconds)
@@ -207,6 +219,8 @@ class AdapterPool:
             resident.load_seconds,
             slot_at - started_at,
         )
+        if resident.is_released:
+            self._retire(resident)
         self._wake.set()
 
     def _load_failed(self, resident: Resident, error: Exception, has_slot: bool) -> None:
@@ -226,14 +240,15 @@ class AdapterPool:
 
     async def _take_slot(self, resident: Resident) -> None:
         resident.ticket = asyncio.get_running_loop().create_future()
-        self._tickets.append(resident.ticket)
+        resident.waiting_since = time.monotonic()
+        self._line.append(resident)
         self._wake.set()
         await resident.ticket
 
     def _leave_line(self, resident: Resident) -> None:
         """Everybody who waited for it has left before it got a slot: nobody is served by loading it."""
         assert resident.ticket is not None, resident
-        self._tickets.remove(resident.ticket)
+        self._line.remove(resident)
         resident.ticket.cancel()  # ends the task that loads it
         self._drop(resident)
 
@@ -241,6 +256,7 @@ class AdapterPool:
         if self._residents.get(resident.artifact.revision) is resident:
             del self._residents[resident.artifact.revision]
         resident.ready.cancel()
+        self._wake.set()
 
     # -- making room -----------------------------------------------------------------------------------------
 
@@ -260,45 +276,56 @@ class AdapterPool:
 
     async def _make_progress(self) -> float | None:
         """Do all that can be done now; returns the seconds after which more may be possible, ``None`` for never."""
-        while (resident := next((r for r in self._leaving if r.is_idle), None)) is not None:
-            self._leaving.remove(resident)
-            await self._unload(resident)
-        while self._tickets:
-            if self._slots_in_use < self._engine.limits.max_loras:
-                ticket = self._tickets.popleft()
-                if not ticket.done():
+        while True:
+            while (returning := next(filter(self._drains_for_nobody, self._leaving), None)) is not None:
+                self._take_back(returning)
+            if self._line and self._slots_in_use < self._engine.limits.max_loras:
+                ticket = self._line.popleft().ticket
+                if ticket is not None and not ticket.done():
                     self._slots_in_use += 1
                     ticket.set_result(None)
-                continue
-            idle = (r for r in self._residents.values() if r.is_idle and r.artifact.revision not in self._pinned)
-            victim = min(idle, key=lambda r: r.last_used_at, default=None)
-            if victim is None:
-                return self._drain_next()
-            del self._residents[victim.artifact.revision]
-            self._metrics.adapter_evicted()
-            await self._unload(victim)
-        return None
+            elif (left := next((r for r in self._leaving if r.is_idle), None)) is not None:
+                self._leaving.remove(left)
+                await self._unload(left)
+            elif not self._line:
+                return None
+            elif (victim := min(self._unpinned(idle=True), key=lambda r: r.last_used_at, default=None)) is not None:
+                del self._residents[victim.artifact.revision]
+                self._metrics.adapter_evicted()
+                await self._unload(victim)
+            else:
+                over, seconds = self._turns.over(
+                    self._unpinned(idle=False), leaving=self._leaving, line=self._line, now=time.monotonic()
+                )
+                for resident in over:
+                    self._retire(resident)
+                return seconds
 
-    def _drain_next(self) -> float | None:
-        """All slots are busy and somebody waits: let the adapter with the longest turn finish and leave.
+    def _unpinned(self, *, idle: bool) -> list[Resident]:
+        """What is loaded and may go for others."""
+        loaded = (r for r in self._residents.values() if r.state is AdapterState.LOADED)
+        return [r for r in loaded if r.is_idle is idle and r.artifact.revision not in self._pinned]
 
-        Its next requests start a new residency at the end of the line. One at a time: the line moves with each.
-        """
-        if self._leaving:
-            return None
-        loaded = [
-            r
-            for r in self._residents.values()
-            if r.state is AdapterState.LOADED and r.artifact.revision not in self._pinned
-        ]
-        if not loaded:
-            return None
-        longest = min(loaded, key=lambda r: r.loaded_at or 0.0)
-        remaining = (longest.loaded_at or 0.0) + self._turn_seconds - time.monotonic()
-        if remaining > 0:
-            return remaining
-        self._retire(longest)
-        return None
+    def _drains_for_nobody(self, resident: Resident) -> bool:
+        """Nobody waits any more, or the first in line waits for this very adapter."""
+        later = self._residents.get(resident.artifact.revision)
+        return not resident.is_released and later is (self._line[0] if self._line else None)
+
+    def _take_back(self, resident: Resident) -> None:
+        """Let one that drains begin another turn, with the users of a later stay that has no slot yet."""
+        self._leaving.remove(resident)
+        resident.state = AdapterState.LOADED
+        resident.turn_began_at = time.monotonic()
+        later = self._residents.get(resident.artifact.revision)
+        self._residents[resident.artifact.revision] = resident
+        if later is not None:
+            assert later.ticket is not None, later
+            self._line.remove(later)
+            later.ticket.cancel()  # ends the task that would load it
+            later.earlier_stay = resident
+            resident.users += later.users
+            resident.last_used_at = max(resident.last_used_at, later.last_used_at)
+            later.ready.set_result(None)
 
     def _retire(self, resident: Resident) -> None:
         del self._residents[resident.artifact.revision]
@@ -332,16 +359,24 @@ class AdapterPool:
 
     def withdraw(self, revision: str) -> None:
         """The registry no longer has ``revision``: let its users finish, then unload it."""
-        self._refusals.forget(revision)
-        self._gate.forget(revision)
+        for resident in self.residents():
+            if resident.artifact.revision == revision:
+                resident.is_withdrawn = True
+        self._forget(revision)
         self.release(revision)
 
     def release(self, revision: str) -> None:
         """Let the present users of ``revision`` finish, then unload it; later ones load it again."""
-        resident = self._residents.get(revision)
-        if resident is not None and resident.state is AdapterState.LOADED:
-            self._retire(resident)
-            self._wake.set()
+        for resident in list(self.residents()):
+            if resident.artifact.revision == revision:
+                resident.is_released = True
+                if resident.state is AdapterState.LOADED:
+                    self._retire(resident)
+        self._wake.set()
+
+    def _forget(self, revision: str) -> None:
+        self._refusals.forget(revision)
+        self._gate.forget(revision)
 
     def forget_all(self) -> list[Artifact]:
         """The engine is gone and holds nothing. Ids go on counting; users of the old one get errors.
@@ -359,9 +394,10 @@ class AdapterPool:
                 resident.ready.exception()
         self._residents.clear()
         self._leaving.clear()
-        for ticket in self._tickets:
-            ticket.cancel()
-        self._tickets.clear()
+        for resident in self._line:
+            assert resident.ticket is not None, resident
+            resident.ticket.cancel()
+        self._line.clear()
         self._slots_in_use = 0
         return [resident.artifact for resident in loaded]
 

@@ -16,7 +16,7 @@ class AdapterState(StrEnum):
     LOADING = "loading"
     LOADED = "loaded"
     DRAINING = "draining"
-    """Leaves the engine when its last user is done."""
+    """Leaves the engine when its last user is done, unless it is taken back before."""
     REFUSED = "refused"
     """Did not pass the gate; never reaches traffic."""
 
@@ -32,11 +32,25 @@ class Resident:
     """Requests that hold it, those still waiting for the load included."""
     ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     ticket: asyncio.Future[None] | None = None
-    """Its place in the line for a slot; done once it has one."""
-    loaded_at: float | None = None
+    """Done once it has a slot."""
+    waiting_since: float = 0.0
+    """When it got into the line for a slot."""
+    turn_began_at: float = 0.0
+    """When it was loaded, or taken back while it drained."""
     last_used_at: float = 0.0
     load_seconds: float | None = None
     probe_agreement: float | None = None
+    is_released: bool = False
+    """Leaves for good when its present users are done; it is not taken back for later ones."""
+    is_withdrawn: bool = False
+    """Released because the registry no longer has its revision."""
+    earlier_stay: Resident | None = None
+    """What serves its users in its place: it still drained when this one's turn came, and was taken back."""
+
+    @property
+    def serving(self) -> Resident:
+        """The stay that counts and serves the users of this one."""
+        return self if self.earlier_stay is None else self.earlier_stay
 
     @property
     def is_idle(self) -> bool:

@@ -37,6 +37,7 @@ class OpenGate:
     def __init__(self) -> None:
         self.refuse: set[str] = set()
         self.fail_probe: set[str] = set()
+        self.forgotten: list[str] = []
 
     async def check(self, artifact: Any, limits: Any) -> None:
         if artifact.revision in self.refuse:
@@ -50,7 +51,8 @@ class OpenGate:
     def notes(self, revision: str) -> tuple[str, ...]:
         return ()
 
-    def forget(self, revision: str) -> None: ...
+    def forget(self, revision: str) -> None:
+        self.forgotten.append(revision)
 
 
 @contextlib.asynccontextmanager
@@ -147,6 +149,89 @@ async def test_users_finish_on_a_draining_adapter_while_later_ones_wait_in_line(
         assert engine.loads == ["hot@1", "cold@1", "hot@1"]
 
 
+async def test_one_long_stream_holds_its_own_slot_only() -> None:
+    engine = FakeEngine(max_loras=2)
+    async with running_pool(engine, max_wait_seconds=1, turn_seconds=0.05) as pool:
+        let_go, holding, stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        stream = asyncio.create_task(hold(pool, "streaming@1", let_go, holding))
+        await holding.wait()
+
+        async def hot_client() -> None:
+            while not stop.is_set():
+                async with pool.use(FakeArtifact("hot@1")):  # type: ignore[arg-type]
+                    await asyncio.sleep(0.02)
+
+        clients = [asyncio.create_task(hot_client()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await use_once(pool, "cold@1")
+        await use_once(pool, "streaming@1")
+        stop.set()
+        await asyncio.gather(*clients)
+        assert engine.loads.count("streaming@1") == 1
+        let_go.set()
+        await stream
+
+
+async def test_a_draining_adapter_is_taken_back_when_nobody_waits_any_more() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, max_wait_seconds=0.1, turn_seconds=0.0) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "hot@1", let_go, holding))
+        await holding.wait()
+        cold = asyncio.create_task(use_once(pool, "cold@1"))
+        await asyncio.sleep(0.02)
+        assert pool.status("hot@1").state is AdapterState.DRAINING
+        with pytest.raises(errors.UnavailableError):
+            await cold
+        await use_once(pool, "hot@1")
+        assert pool.status("hot@1").state is AdapterState.LOADED
+        let_go.set()
+        await user
+        assert engine.loads == ["hot@1"]
+
+
+async def test_a_draining_adapter_is_taken_back_for_its_own_users_when_they_are_next_in_line() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, turn_seconds=0.0) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "hot@1", let_go, holding))
+        await holding.wait()
+        cold = asyncio.create_task(use_once(pool, "cold@1"))
+        await asyncio.sleep(0.02)
+        later_let_go, later_holding = asyncio.Event(), asyncio.Event()
+        later = asyncio.create_task(hold(pool, "hot@1", later_let_go, later_holding))
+        behind = asyncio.create_task(use_once(pool, "other@1"))
+        await asyncio.sleep(0.02)
+        cold.cancel()
+        async with asyncio.timeout(1):
+            await later_holding.wait()
+        let_go.set()
+        await user
+        await asyncio.sleep(0.02)
+        assert engine.unloads == [], "its later user still holds it"
+        later_let_go.set()
+        await asyncio.gather(later, behind)
+        assert engine.loads == ["hot@1", "other@1"]
+
+
+async def test_an_adapter_that_was_withdrawn_while_it_drained_is_not_taken_back() -> None:
+    engine = FakeEngine(max_loras=1)
+    async with running_pool(engine, max_wait_seconds=0.1, turn_seconds=0.0) as pool:
+        let_go, holding = asyncio.Event(), asyncio.Event()
+        user = asyncio.create_task(hold(pool, "hot@1", let_go, holding))
+        await holding.wait()
+        cold = asyncio.create_task(use_once(pool, "cold@1"))
+        await asyncio.sleep(0.02)
+        pool.withdraw("hot@1")
+        with pytest.raises(errors.UnavailableError):
+            await cold
+        assert pool.status("hot@1").state is AdapterState.DRAINING
+        let_go.set()
+        await user
+        await asyncio.sleep(0.02)
+        assert engine.loaded == {}
+
+
 async def test_waiting_for_a_slot_ends_with_a_retryable_error() -> None:
     engine = FakeEngine(max_loras=1)
     async with running_pool(engine, max_wait_seconds=0.05, turn_seconds=60) as pool:
@@ -205,6 +290,30 @@ async def test_a_withdrawn_adapter_leaves_when_its_last_user_is_done() -> None:
         await user
         await asyncio.sleep(0.02)
         assert engine.loaded == {}
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_an_adapter_that_is_withdrawn_while_it_loads_serves_who_waits_and_leaves_nothing_behind(
+    is_refused: bool,
+) -> None:
+    engine, gate = FakeEngine(), OpenGate()
+    engine.refuse |= {"a@1"} if is_refused else set()
+    engine.load_gate.clear()
+    async with running_pool(engine, gate) as pool:
+        user = asyncio.create_task(use_once(pool, "a@1"))
+        await asyncio.sleep(0.02)
+        pool.withdraw("a@1")
+        gate.forgotten.clear()
+        engine.load_gate.set()
+        if is_refused:
+            with pytest.raises(errors.InvalidArtifactError):
+                await user
+        else:
+            await user
+        await asyncio.sleep(0.02)
+        assert engine.loaded == {}
+        assert pool.status("a@1").state is AdapterState.AVAILABLE
+        assert gate.forgotten == ["a@1"], "what the gate noted while it loaded"
 
 
 async def test_preloading_never_evicts_anybody() -> None:

@@ -162,7 +162,7 @@ class Schedule:
         residents = list(self.pool.residents())
         assert {r.adapter.engine_id for r in residents} == set(self.engine.loaded)
         assert self.pool._slots_in_use == len(self.engine.loaded)
-        assert not self.pool._tickets
+        assert not self.pool._line
         assert all(r.users == 0 for r in residents)
         assert self.engine.most_loaded <= self.engine.limits.max_loras
 
