@@ -10,6 +10,8 @@ Repairs, each with a test that fails without it:
   (vllm-project/vllm#50283: a CPU attention kernel reads the unused tail of a block, and 0 * NaN is NaN);
 - adapters are read without safetensors' leak (:mod:`serve.vllm_plugin.adapter_file`);
 - compilers of constraints do not grow for ever (:mod:`serve.vllm_plugin.grammar_compiler`);
+- log probabilities on a CPU need no C++ compiler: where there is none the first request for them ends a stock engine,
+  and where there is one it holds up every other stream for seconds, in the step that compiles;
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -34,6 +36,7 @@ def register() -> None:
     if multiprocessing.parent_process() is not None:
         _read_adapters_without_a_leak()
         renew_grammar_compilers()
+        _rank_log_probabilities_uncompiled()
         die_with_parent()
 
 
@@ -58,6 +61,16 @@ def _read_adapters_without_a_leak() -> None:
     from serve.vllm_plugin import adapter_file
 
     adapter_file.use(lora_model)
+
+
+def _rank_log_probabilities_uncompiled() -> None:
+    """vLLM compiles this comparison (v1/sample/ops/logprobs.py) to spare GPUs the memory of its intermediate result."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
+
+    if current_platform.is_cpu():
+        compiled = sampler.batched_count_greater_than
+        sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def renew_grammar_compilers() -> None:

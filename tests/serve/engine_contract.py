@@ -1,6 +1,6 @@
 """What :mod:`serve.engine_api` promises of every engine, as checks that raise AssertionError where it is not kept.
 
-test_engine_contract.py runs them over the engine that injects faults and, by way of nan_recovery.py, over vLLM's.
+test_engine_contract.py runs them over the engine that injects faults and, by way of engine_runs.py, over vLLM's.
 """
 
 from __future__ import annotations

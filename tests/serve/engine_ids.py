@@ -1,4 +1,4 @@
-"""What the engine itself says it holds, beside what the pool believes. Run by nan_recovery.py, in its engine."""
+"""What the engine itself says it holds, beside what the pool believes. Run by engine_runs.py, in its engine."""
 
 from __future__ import annotations
 

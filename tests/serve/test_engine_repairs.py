@@ -4,6 +4,7 @@ promises of every engine (engine_contract.py)."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,10 @@ pytestmark = pytest.mark.engine
 
 def run_script(folder: Path, mode: str) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.serve.nan_recovery", str(folder), mode]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.serve.engine_runs", str(folder), mode]
+    # As in an image without a compiler, and where nothing was compiled before.
+    environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -40,6 +43,15 @@ def test_a_nan_adapter_leaves_no_trace_in_later_answers(results: dict[str, dict[
     repaired, stock = results["repaired"], results["stock"]
     assert repaired["after"] == repaired["before"]
     assert stock["after"] != stock["before"], "stock vLLM has mended this; the repair can go"
+
+
+def test_log_probabilities_need_no_compiler(results: dict[str, dict[str, Any]]) -> None:
+    repaired, stock = results["repaired"]["logprobs"], results["stock"]["logprobs"]
+    assert stock is None, "stock vLLM has mended this; the repair can go"
+    assert [len(of_token) for of_token in repaired["logprobs"]["top_logprobs"]] == [2, 2]
+    for of_token in repaired["prompt_logprobs"][1:]:
+        ranks = {entry["rank"]: entry["logprob"] for entry in of_token.values()}
+        assert ranks[1] == max(ranks.values())
 
 
 def test_the_engine_holds_exactly_the_adapters_that_the_pool_believes_in(results: dict[str, dict[str, Any]]) -> None:

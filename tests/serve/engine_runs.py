@@ -1,9 +1,9 @@
 """Run an engine, poison it with a NaN adapter, and print what later requests get. Used by test_engine_repairs.py.
 
-Before it is poisoned, adapters come and go in it (engine_ids.py), and afterwards the repaired one is held to what every
-engine promises (engine_contract.py): an engine of their own for those would cost its start.
+Before it is poisoned, adapters come and go in it (engine_ids.py). Afterwards it is asked for log probabilities, and the
+repaired one is held to what every engine promises (engine_contract.py): engines of their own would cost their starts.
 
-python tests/serve/nan_recovery.py FOLDER {repaired,stock}
+python tests/serve/engine_runs.py FOLDER {repaired,stock}
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def make_adapters(folder: Path, base_path: Path) -> None:
@@ -44,6 +45,7 @@ def main() -> None:
         engine_process.ENABLE_VARIABLE = "CAPO_NOTHING"  # so the plugin finds itself not asked for
     engine_process.prepare(engine_threads=1, use_gpu=False)
     from registry import locate_base_model
+    from registry.errors import EngineDeadError
     from serve.engine import VllmEngine
     from serve.engine_api import Call, Endpoint, EngineAdapter
     from tests.serve.engine_contract import Subject, broken_promises, no_hold
@@ -70,6 +72,15 @@ def main() -> None:
             call = Call(Endpoint.COMPLETION, body, adapter, "x", "request")
             return json.loads(await engine.complete(call))["choices"][0]["text"]
 
+        async def ask_for_logprobs() -> dict[str, Any] | None:
+            """``None``: the engine died of it."""
+            body = {"prompt": "The mill", "max_tokens": 2, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1}
+            try:
+                answer = await engine.complete(Call(Endpoint.COMPLETION, body, None, "x", "logprobs"))
+            except EngineDeadError:
+                return None
+            return json.loads(answer)["choices"][0]
+
         ids = await compare(engine, base, folder) if mode == "repaired" else []
         prompts = [f"{number} In the village there is a" for number in range(24)]
         before = [await ask(None, prompt) for prompt in prompts]
@@ -78,8 +89,9 @@ def main() -> None:
         await asyncio.gather(*(ask(nan, prompt) for prompt in prompts))
         await engine.unload_adapter(nan)
         after = [await ask(None, prompt) for prompt in prompts]
+        logprobs = await ask_for_logprobs()
         promises = await broken_promises(subject(engine)) if mode == "repaired" else {}
-        print(json.dumps({"before": before, "after": after, "ids": ids, "promises": promises}))
+        print(json.dumps({"before": before, "after": after, "ids": ids, "logprobs": logprobs, "promises": promises}))
         await engine.stop(2)
 
     asyncio.run(run())
