@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,6 +93,7 @@ def _add_manners(
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was whole
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
     app.add_middleware(HttpTraces)

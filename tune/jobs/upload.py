@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from registry.errors import InvalidRequestError, TooLargeError
 from tune.jobs.files import Upload
@@ -52,8 +52,9 @@ async def receive_form(
     """Stream the part called ``file_field`` into ``upload`` and return the other fields.
 
     Raises:
-        InvalidRequestError: not a well-formed form, an unknown or repeated field, or a body cut short.
+        InvalidRequestError: not a well-formed form, or an unknown or repeated field.
         TooLargeError: the body, the file or a field passes its limit.
+        ClientDisconnect: the client left before the end.
     """
     limit = max_file_bytes + FORM_OVERHEAD_BYTES
     announced = request.headers.get("content-length", "")
@@ -61,22 +62,19 @@ async def receive_form(
         raise _too_large(max_file_bytes, file_field)
     reader = _FormReader(_boundary(request, file_field), fields, file_field)
     received = 0
-    try:
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received > limit:
-                raise _too_large(max_file_bytes, file_field)
-            reader.feed(chunk)
-            if received - upload.size_bytes - len(reader.pending) > FORM_OVERHEAD_BYTES:
-                raise TooLargeError(
-                    f"the form has more than {FORM_OVERHEAD_BYTES} bytes beside the file; send the fields and the file "
-                    "alone",
-                    code="form_too_large",
-                )
-            if len(reader.pending) >= _WRITE_BYTES:
-                await asyncio.to_thread(upload.write, reader.take())
-    except ClientDisconnect as error:
-        raise InvalidRequestError("the upload was cut off", code="upload_cut_off", param=file_field) from error
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > limit:
+            raise _too_large(max_file_bytes, file_field)
+        reader.feed(chunk)
+        if received - upload.size_bytes - len(reader.pending) > FORM_OVERHEAD_BYTES:
+            raise TooLargeError(
+                f"the form has more than {FORM_OVERHEAD_BYTES} bytes beside the file; send the fields and the file "
+                "alone",
+                code="form_too_large",
+            )
+        if len(reader.pending) >= _WRITE_BYTES:
+            await asyncio.to_thread(upload.write, reader.take())
     await asyncio.to_thread(upload.write, reader.take())
     return reader.finish()
 
