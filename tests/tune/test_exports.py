@@ -116,6 +116,32 @@ def test_merging_into_one_use_of_tied_embeddings_separates_the_two(tmp_path: Pat
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_a_tied_base_that_stores_its_head_too_gets_each_of_the_two_once(
+    tmp_path: Path, base_dir: Path, num_files: int
+) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    merged.mkdir()
+    weights = load_file(base_dir / "model.safetensors")
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    parts = [weights, head] if num_files == 2 else [weights | head]
+    for number, part in enumerate(parts):
+        save_file(part, base / f"model-{number}.safetensors")
+    files = {name: f"model-{number}.safetensors" for number, part in enumerate(parts) for name in part}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (base / "config.json").write_text((base_dir / "config.json").read_text())
+    adapter = write_adapter(tmp_path / "adapter", modules=("q_proj",), vocabulary=vocabulary_of(base_dir))
+    assert merge(base, adapter, merged).is_untied
+    written = [load_file(path) for path in sorted(merged.glob("*.safetensors"))]
+    assert [part.keys() for part in written] == [part.keys() for part in parts]
+    assert torch.equal(written[-1]["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert not torch.equal(written[0]["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == files
+    assert index["metadata"]["total_size"] == sum(t.nbytes for part in written for t in part.values())
+
+
 def test_untouched_tensors_keep_their_bytes_and_rounding_happens_once(tmp_path: Path, base_dir: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", modules=("q_proj",))
     low = tmp_path / "low"

@@ -85,6 +85,7 @@ def merge(base_dir: Path, adapter_dir: Path, directory: Path, *, dtype: str = "b
         for entry in header.tensors.values()
     }
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    has_head = _HEAD in stored  # a tied base may store its head too; that file then writes it
     is_untied = _untie(updates, stored, config)
     _check(updates, stored, base_dir.name)
     placed: dict[str, str] = {}
@@ -92,7 +93,7 @@ def merge(base_dir: Path, adapter_dir: Path, directory: Path, *, dtype: str = "b
     total_bytes = 0
     for file_name, (_, header) in headers.items():
         names = _in_file_order(header)
-        if is_untied and _EMBEDDING in names:
+        if is_untied and not has_head and _EMBEDDING in names:
             names.append(_HEAD)
         planned = [_plan(name, stored[name], updates.get(name), dtype) for name in names]
         write_shard(directory / file_name, planned, header.metadata or {"format": "pt"})
@@ -136,7 +137,8 @@ def read_updates(adapter_dir: Path) -> dict[str, Update]:
 
 
 def _untie(updates: dict[str, Update], stored: dict[str, _Stored], config: dict[str, Any]) -> bool:
-    """Give the head a matrix of its own where an update would touch a shared one. Adds it to ``stored``."""
+    """Give the head a matrix of its own where an update would touch a shared one. ``stored`` then has the embedding's
+    values under the head's name, whatever the base stores there: a tied model takes its head from the embedding."""
     touched = {_EMBEDDING, _HEAD} & updates.keys()
     if not touched or not config.get("tie_word_embeddings", False):
         return False
