@@ -46,9 +46,18 @@ class Service:
         return body
 
 
-def key_header() -> dict[str, str]:
-    key = os.environ.get("CAPO_API_KEY")
-    return {} if not key else {"Authorization": f"Bearer {key}"}
+def api_key() -> str | None:
+    """The key of the environment, without the newline that a file it was read from ends with.
+
+    Raises:
+        InvalidRequestError: no header can carry it. Here, because HTTP and gRPC clients quote the whole header.
+    """
+    key = os.environ.get("CAPO_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise errors.InvalidRequestError(
+            "CAPO_API_KEY has characters that no key has; give the key as `capo keys create` printed it, on one line"
+        )
+    return key or None
 
 
 @contextmanager
@@ -56,5 +65,7 @@ def service(url: str) -> Iterator[Service]:
     import httpx
 
     base_url = url.rstrip("/").removesuffix("/v1")
-    with httpx.Client(base_url=base_url, timeout=_TIMEOUT_SECONDS, headers=key_header()) as client:
+    key = api_key()
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=base_url, timeout=_TIMEOUT_SECONDS, headers=headers) as client:
         yield Service(client)

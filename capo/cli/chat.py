@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from capo.cli.asking import api_key
 from registry.errors import InvalidRequestError
 
 
@@ -29,7 +30,7 @@ def chat(
     """Talk to a model of a running service.
 
     With --message, or with a question on standard input, one answer is printed and nothing else; an error goes to
-    standard error with exit code 2.
+    standard error with exit code 2. A service with keys is asked with that of CAPO_API_KEY.
     """
     from capo.chat import Conversation, answer_once, converse, explain
     from capo.client import CapoClient, CapoClientError, Sampling
@@ -41,7 +42,7 @@ def chat(
         raise InvalidRequestError("There is no question. Give one with --message or on standard input.")
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     try:
-        with CapoClient(address or DEFAULT_ADDRESS) as client:
+        with CapoClient(address or DEFAULT_ADDRESS, api_key=api_key()) as client:
             conversation = Conversation(client, model or client.models()[0].id, sampling, system)
             if message is None:
                 converse(client, conversation)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from capo.cli.asking import api_key
 from capo.cli.serve import read_settings
 from registry import Registry, errors, locate_base_model
 
@@ -37,7 +38,10 @@ def evaluate(
     base_model: Annotated[str | None, typer.Option(help="Where its base is, if the base's id does not say.")] = None,
     registry: Annotated[Path | None, typer.Option(help="Registry directory; default as for capo serve.")] = None,
 ) -> None:
-    """Measure a tuned model and its base on the same rows, and write a report."""
+    """Measure a tuned model and its base on the same rows, and write a report.
+
+    With --endpoint, a service with keys is asked with that of CAPO_API_KEY.
+    """
     from tune.cli import hush_optional_libraries
     from tune.evaluation.promotion import check_promotion
     from tune.evaluation.session import evaluate_endpoint, evaluate_reference
@@ -70,7 +74,7 @@ def evaluate(
             raise errors.InvalidRequestError("--endpoint runs benchmarks only: give --benchmark, and no rows or gate")
         artifact = opened.resolve(reference)
         base = locate_base_model(base_model or artifact.manifest.base_model.id, opened)
-        figures = evaluate_endpoint(endpoint, [base.id, reference], base.path, asked)
+        figures = evaluate_endpoint(endpoint, [base.id, reference], base.path, asked, api_key=api_key())
         _print({"base": figures[base.id], "tuned": figures[reference]})
         return
     outcome = evaluate_reference(

@@ -10,8 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from capo.cli import evaluate
+from registry import Registry
 from registry.errors import InvalidRequestError
+from tests.capo.answering import answering
+from tests.serve.running import publish
 from tests.tune.samples import chat_rows, write_jsonl
 from tune.evaluation.comparison import SideBySide
 from tune.evaluation.curves import CurveLog, CurvePoint
@@ -190,6 +196,29 @@ def test_a_local_benchmark_scores_a_model_as_its_own_likelihoods_do(
         scores = [likelihood(str(row["question"]), choice) for choice in ("red", "blue")]
         right += scores.index(max(scores)) == row["label"]
     assert figures["benchmarks.colours.acc"] == right / len(rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_of_a_service_shows_it_the_key_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-somebody-else")
+    write_jsonl(tmp_path / "colours.jsonl", [{"question": "The door is", "label": "red"}])
+    task = TASK.replace("multiple_choice", "generate_until").replace("acc", "exact_match")
+    (tmp_path / "colours.yaml").write_text(task.replace('doc_to_choice: ["red", "blue"]\n', ""))
+    revision = publish(Registry(tmp_path / "registry"), "support").revision
+    app = typer.Typer()
+    evaluate.add_to(app)
+    arguments = [revision, "--registry", str(tmp_path / "registry"), "--base-model", "capo-tiny"]
+    with answering(json.dumps({"choices": [{"index": 0, "text": "red"}]}).encode()) as (url, shown):
+        benchmark = ["--endpoint", url, "--benchmark", "colours=colours.yaml"]
+        done = CliRunner().invoke(app, [*arguments, *benchmark], env={"CAPO_API_KEY": "capo_1_2"})
+    assert done.exit_code == 0, done.exception
+    assert "1.0000" in done.stdout
+    assert set(shown) == {"Bearer capo_1_2"}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,13 @@ def run_on_model(
 
 
 def run_on_endpoint(
-    url: str, model: str, tokenizer_dir: Path, benchmarks: Sequence[Benchmark], directory: Path
+    url: str,
+    model: str,
+    tokenizer_dir: Path,
+    benchmarks: Sequence[Benchmark],
+    directory: Path,
+    *,
+    api_key: str | None,
 ) -> dict[str, float]:
     """The same of a served model, by name, over OpenAI-compatible ``/v1/completions``. ``url`` ends before ``/v1``."""
     if not benchmarks:
@@ -77,6 +83,7 @@ def run_on_endpoint(
         tokenizer_backend="huggingface",
         num_concurrent=1,
         max_retries=3,
+        header=None if api_key is None else {"Authorization": f"Bearer {api_key}"},
     )
     return _run(served, benchmarks, directory)
 

@@ -136,10 +136,11 @@ def evaluate_reference(
 
 
 def evaluate_endpoint(
-    url: str, models: Sequence[str], base_dir: Path, settings: Evaluation
+    url: str, models: Sequence[str], base_dir: Path, settings: Evaluation, *, api_key: str | None
 ) -> dict[str, dict[str, float]]:
-    """Benchmarks of served models, by name."""
-    return {model: run_on_endpoint(url, model, base_dir, settings.benchmarks, Path()) for model in models}
+    """Benchmarks of served models, by name. ``api_key``: of a service that asks for one."""
+    benchmarks = settings.benchmarks
+    return {model: run_on_endpoint(url, model, base_dir, benchmarks, Path(), api_key=api_key) for model in models}
 
 
 def _measured(

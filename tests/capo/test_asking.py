@@ -1,0 +1,48 @@
+"""The commands that ask a running service: with which key, and what they say of answers that are no Capo's."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from capo.cli import chat, jobs
+from registry.errors import InvalidRequestError
+from tests.capo.answering import answering
+from tests.capo.guarded import guarded
+
+
+async def test_a_conversation_shows_a_service_the_key_of_the_environment(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as place:
+        key = place.key()
+        app = typer.Typer()
+        chat.add_to(app)
+        arguments = ["--address", f"127.0.0.1:{place.grpc_port}", "--message", "hello"]
+
+        def ask(given: str) -> Any:
+            return CliRunner().invoke(app, arguments, env={"CAPO_API_KEY": given})
+
+        refused = await asyncio.to_thread(ask, "")
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert "key" in refused.stderr
+        for given in (key.text, f"{key.text}\n"):
+            answered = await asyncio.to_thread(ask, given)
+            assert (answered.exit_code, set(answered.stdout.split())) == (0, {"base"}), "the fake engine's words"
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-secret\nsk-secret", "sk-secret\x7f"])
+def test_what_is_no_key_is_refused_without_being_quoted(key: str) -> None:
+    done = CliRunner().invoke(jobs.app, ["list", "--url", "http://127.0.0.1:9"], env={"CAPO_API_KEY": key})
+    assert isinstance(done.exception, InvalidRequestError)
+    assert "CAPO_API_KEY" in done.exception.message
+    assert "cret" not in f"{done.exception.message}{done.output}"
+
+
+def test_a_key_read_from_a_file_may_end_in_a_newline() -> None:
+    with answering(b'{"data": []}') as (url, shown):
+        done = CliRunner().invoke(jobs.app, ["list", "--url", url], env={"CAPO_API_KEY": "capo_1_2\n"})
+    assert (done.exit_code, shown) == (0, ["Bearer capo_1_2"])
