@@ -1,7 +1,8 @@
 """The vLLM engine behind :class:`serve.engine_api.Engine`.
 
-With :mod:`serve.observed_llm` the only module that imports vLLM's engine and serving classes, so that a new vLLM is
-two files' work. Written against vLLM 0.32; importing it costs seconds and is left to the process that serves.
+With :mod:`serve.observed_llm` and :mod:`serve.engine_requests` the only module that imports vLLM's engine and serving
+classes, so that a new vLLM is three files' work. Written against vLLM 0.32; importing it costs seconds and is left to
+the process that serves.
 
 vLLM's OpenAI serving classes do the wire format (chat template, tools, logprobs, streaming), so answers are vLLM's.
 They find an adapter by ``models.lora_requests[request.model]``; this engine keeps that mapping to exactly the loaded
@@ -25,9 +26,6 @@ from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
@@ -46,21 +44,15 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from registry import errors
+from serve.body_errors import invalid_body
 from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
-from serve.engine_errors import engine_dead, engine_reason, error_in_stream, invalid_body, refused, wire_error
+from serve.engine_errors import engine_dead, engine_reason, error_in_stream, refused, wire_error
+from serve.engine_requests import REQUEST_TYPES
 from serve.model_abilities import Messages, ModelAbilities, ToolParser
 from serve.observed_llm import ObservedLLM, current_call
 
 logger = logging.getLogger(__name__)
-
-_REQUEST_TYPES: Mapping[Endpoint, Any] = {
-    Endpoint.CHAT: ChatCompletionRequest,
-    Endpoint.COMPLETION: CompletionRequest,
-    Endpoint.RESPONSES: ResponsesRequest,
-    Endpoint.TOKENIZE: TokenizeChatRequest | TokenizeCompletionRequest,
-    Endpoint.DETOKENIZE: DetokenizeRequest,
-}
 
 
 def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -366,9 +358,9 @@ class VllmEngine(Engine):
         options = {"store": False} if call.endpoint is Endpoint.RESPONSES else {}
         try:
             await trials.check_all(_constraints_of(call.body))
-            return _REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
+            return REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
         except pydantic.ValidationError as error:
-            raise invalid_body(error) from error
+            raise invalid_body(error, call.body) from error
         except (KeyError, AttributeError, IndexError, RecursionError) as error:
             # vLLM's validators look into the body before its form has been checked.
             logger.warning("vLLM's request model failed on a body", exc_info=error)
@@ -408,7 +400,7 @@ class VllmEngine(Engine):
                 kind = TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
                 answer = await serving.create_tokenize(kind.model_validate(body), raw_request)
         except pydantic.ValidationError as error:
-            raise invalid_body(error) from error
+            raise invalid_body(error, body) from error
         except Exception as error:
             raise self._translate(error) from error
         if isinstance(answer, ErrorResponse):
@@ -416,7 +408,7 @@ class VllmEngine(Engine):
         return bytes(answer.model_dump_json(exclude_none=True), "utf-8")
 
     def body_schema(self, endpoint: Endpoint) -> dict[str, Any]:
-        return dict(pydantic.TypeAdapter(_REQUEST_TYPES[endpoint]).json_schema(mode="validation"))
+        return dict(pydantic.TypeAdapter(REQUEST_TYPES[endpoint]).json_schema(mode="validation"))
 
     async def generate_greedy(
         self, prompt_token_ids: list[int], *, max_tokens: int, adapter: EngineAdapter | None

@@ -1,0 +1,63 @@
+"""vLLM's models of the endpoints' requests, without two of their refusals.
+
+- More than four stop strings: vLLM's bound is one of its process; ours is the request policy's, on every face.
+- Several answers at temperature 0. They are equal, and evaluation scripts ask for them; the engine can give them,
+  because it works each answer as a request of its own (vllm/v1/engine/parallel_sampling.py).
+
+A part of :mod:`serve.engine`; nothing else imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from vllm.sampling_params import SamplingParams
+
+from serve.engine_api import Endpoint
+
+
+class _ChatRequest(ChatCompletionRequest):
+    stop: str | list[str] | None = Field(default_factory=list)
+
+    def to_sampling_params(self, *arguments: Any) -> SamplingParams:
+        return _times(self.n, super(_ChatRequest, _asked_once(self)).to_sampling_params(*arguments))
+
+
+class _CompletionRequest(CompletionRequest):
+    stop: str | list[str] | None = Field(default_factory=list)
+
+    def to_sampling_params(self, *arguments: Any) -> SamplingParams:
+        return _times(self.n, super(_CompletionRequest, _asked_once(self)).to_sampling_params(*arguments))
+
+
+class _ResponsesRequest(ResponsesRequest):
+    stop: str | list[str] | None = Field(default_factory=list)
+
+
+REQUEST_TYPES: Mapping[Endpoint, Any] = {
+    Endpoint.CHAT: _ChatRequest,
+    Endpoint.COMPLETION: _CompletionRequest,
+    Endpoint.RESPONSES: _ResponsesRequest,
+    Endpoint.TOKENIZE: TokenizeChatRequest | TokenizeCompletionRequest,
+    Endpoint.DETOKENIZE: DetokenizeRequest,
+}
+
+
+def _asked_once(request: Any) -> Any:
+    """``request`` with an n that vLLM takes at any temperature. What is no number of answers stays, and is refused."""
+    return request.model_copy(update={"n": 1}) if (request.n or 1) > 1 else request
+
+
+def _times(n: int | None, parameters: SamplingParams) -> SamplingParams:
+    """For ``n`` answers. vLLM looks at n together with the temperature only where it makes the parameters."""
+    parameters.n = n or 1
+    return parameters
+
+
+__all__ = ["REQUEST_TYPES"]
