@@ -12,17 +12,9 @@ from typing import Any
 from serve import request_policy as policy
 from serve import request_shapes as shapes
 from serve.engine_api import Endpoint
-from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REQUIRED
 
 Schema = dict[str, Any]
-
-_REQUIRED = {
-    Endpoint.CHAT: ["model", "messages"],
-    Endpoint.COMPLETION: ["model", "prompt"],
-    Endpoint.RESPONSES: ["model", "input"],
-    Endpoint.TOKENIZE: ["model"],
-    Endpoint.DETOKENIZE: ["model", "tokens"],
-}
 
 
 def body_schema(engine_schema: Callable[[Endpoint], Schema], endpoint: Endpoint) -> Schema:
@@ -35,11 +27,13 @@ def body_schema(engine_schema: Callable[[Endpoint], Schema], endpoint: Endpoint)
         name: own.get(name) or _bounded(name, _without_references(fields.get(name, {}), known))
         for name in sorted(ALLOWED[endpoint])
     }
+    for name in ALLOWED[endpoint] - set(REQUIRED[endpoint]):
+        properties[name] = _or_null(properties[name])
     for name, values in HARMLESS_VALUES.items():
-        properties.setdefault(name, {"enum": list(values), "description": "Asks for nothing."})
+        properties.setdefault(name, {"enum": [None, *values], "description": "Asks for nothing."})
     for name in sorted(LABELS):
         properties.setdefault(name, _text(policy.MAX_LABEL_CHARACTERS))
-    schema = _closed(properties, *_REQUIRED[endpoint])
+    schema = _closed(properties, *REQUIRED[endpoint])
     if endpoint is Endpoint.TOKENIZE:
         schema["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
     return schema
@@ -75,7 +69,15 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
         "tool_choice": _one_of({"enum": ["none", "auto", "required", None]}, _named_tool(is_flat=is_responses)),
         "response_format": _one_of(_format("json_schema"), {"type": "null"}),
         "structured_outputs": _structured_outputs(),
-        "stream_options": _closed({"include_usage": _FLAG, "continuous_usage_stats": _FLAG}) | _NULLABLE,
+        "stream_options": _closed(
+            {"include_usage": _FLAG, "continuous_usage_stats": _FLAG, "include_obfuscation": {"enum": [False, None]}}
+        ),
+        "metadata": {
+            "type": "object",
+            "propertyNames": {"minLength": 1, "maxLength": shapes.MAX_METADATA_KEY},
+            "additionalProperties": {"type": "string", "maxLength": shapes.MAX_METADATA_VALUE},
+            "maxProperties": shapes.MAX_METADATA_PAIRS,
+        },
         "input": _one_of({"type": "string"}, _list(_one_of(*_input_items()), None) | {"minItems": 1}),
         "text": _closed({"format": _flat_format(), "verbosity": {"enum": ["medium", None]}}) | _NULLABLE,
         "reasoning": _closed({"effort": {"type": ["string", "null"]}}) | _NULLABLE,
@@ -187,6 +189,12 @@ def _closed(properties: dict[str, Schema], *required: str) -> Schema:
 
 def _one_of(*forms: Schema) -> Schema:
     return {"anyOf": list(forms)}
+
+
+def _or_null(form: Schema) -> Schema:
+    """Null asks for nothing, wherever a field may be left out."""
+    is_nullable = "null" in form.get("type", ()) or {"type": "null"} in form.get("anyOf", ()) or not form
+    return form if is_nullable else _one_of(form, {"type": "null"})
 
 
 def _list(items: Schema, most: int | None) -> Schema:

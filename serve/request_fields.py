@@ -32,7 +32,10 @@ ALLOWED: Mapping[Endpoint, frozenset[str]] = {
     },
     Endpoint.COMPLETION: frozenset(_GENERATION) | {"prompt", "echo", "suffix"},
     Endpoint.RESPONSES: frozenset(_SAMPLING | _TOOLS)
-    | {"input", "instructions", "max_output_tokens", "text", "include", "top_logprobs", "truncation", "reasoning"},
+    | {
+        "input", "instructions", "max_output_tokens", "text", "include", "top_logprobs", "truncation", "reasoning",
+        "metadata",
+    },
     Endpoint.TOKENIZE: frozenset(
         {
             "model", "prompt", "messages", "tools", "add_special_tokens", "add_generation_prompt",
@@ -41,6 +44,14 @@ ALLOWED: Mapping[Endpoint, frozenset[str]] = {
     ),
     Endpoint.DETOKENIZE: frozenset({"model", "tokens"}),
 }  # fmt: skip
+
+REQUIRED: Mapping[Endpoint, tuple[str, ...]] = {
+    Endpoint.CHAT: ("model", "messages"),
+    Endpoint.COMPLETION: ("model", "prompt"),
+    Endpoint.RESPONSES: ("model", "input"),
+    Endpoint.TOKENIZE: ("model",),
+    Endpoint.DETOKENIZE: ("model", "tokens"),
+}
 
 _NOT_STORED = "nothing is stored here; send the whole conversation in input"
 _GUIDED = "vLLM removed it; use response_format or structured_outputs"
@@ -79,6 +90,12 @@ REFUSED: Mapping[str, str] = {
     "previous_response_id": _NOT_STORED,
     "conversation": _NOT_STORED,
     "previous_input_messages": _NOT_STORED,
+    "metadata": "no answer is stored here, so nobody could look for it by that; POST /v1/responses repeats it",
+    "moderation": "nothing is moderated here",
+    "access_programs": "it is a matter of accounts at OpenAI",
+    "context_management": "the conversation is taken as it is sent; shorten it before",
+    "image": "only text is offered",
+    "prompt_cache_options": "the server decides what stays in the cache",
     "prompt_cache_retention": "the server decides what stays in the cache",
     "max_tool_calls": "it bounds built-in tools, and there are none",
     "n": "it is not a field of this endpoint; ask several times",
@@ -87,17 +104,16 @@ REFUSED: Mapping[str, str] = {
 }
 
 HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "store": (False, None),
-    "background": (False, None),
-    "previous_response_id": (None,),
-    "conversation": (None,),
-    "metadata": (None,),
-    "service_tier": (None, "auto", "default"),
-    "verbosity": (None, "medium"),
-    "modalities": (None, ["text"]),
-    "stream_options": (None, {}, {"include_obfuscation": False}),
+    "store": (False,),
+    "background": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "stream_options": ({}, {"include_obfuscation": False}),
 }
-"""OpenAI's fields that ask for nothing when they have these values; clients send them by default."""
+"""OpenAI's fields that ask for nothing when they have these values; clients send them by default. Null asks for nothing
+in every field that is known and not required."""
 
 LABELS = frozenset({"safety_identifier", "prompt_cache_key"})
 """OpenAI's opaque texts about who asks. They ask nothing of an answer, at OpenAI too, so any text passes. ``user`` is

@@ -13,9 +13,9 @@ from typing import Any
 
 from registry import errors
 from registry.strict_json import parse_strict_json
-from serve import request_shapes
+from serve import request_shapes, request_types
 from serve.engine_api import Endpoint
-from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
 
 # Bounds on what one request may ask for; OpenAI's own where it has one. What is beyond one of them is refused with a
 # code of its own, which ends in too_large and is counted (capo_request_errors_total).
@@ -59,18 +59,16 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
         InvalidRequestError: a field is missing, unknown, refused or out of bounds.
     """
     for name, value in list(body.items()):
-        if name in ALLOWED[endpoint]:
-            if value is None and endpoint is Endpoint.RESPONSES:
-                del body[name]  # not set; vLLM does the work, and then cannot say it in its answer
+        if name in REQUIRED[endpoint] or (name in ALLOWED[endpoint] and value is not None):
             continue
         if name in LABELS:
             _check_label(name, value)
-        elif value not in HARMLESS_VALUES.get(name, ()):
+        elif not _asks_for_nothing(name, value, endpoint):
             raise _refusal(name, endpoint)
         del body[name]
     _check_model(body)
-    if not isinstance(body.get("stream"), bool | None):
-        raise errors.InvalidRequestError(f"stream must be true or false, got {_shown(body['stream'])}.", param="stream")
+    request_types.check(body, endpoint)
+    _leave_out_empty_stream_options(body)
     _check_integers(body)
     _check_label("user", body.get("user"))
     _check_bounds(body, endpoint)
@@ -79,6 +77,26 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
         _check_what_is_tokenized(body)
     request_shapes.check(body)
     return body
+
+
+def _asks_for_nothing(name: str, value: Any, endpoint: Endpoint) -> bool:
+    if value is None:
+        return name in ALLOWED[endpoint] or name in REFUSED or name in HARMLESS_VALUES
+    # As JSON: to Python 0 is false.
+    return json.dumps(value) in map(json.dumps, HARMLESS_VALUES.get(name, ()))
+
+
+def _leave_out_empty_stream_options(body: dict[str, Any]) -> None:
+    """What asks for nothing in stream_options; the types have been checked."""
+    options = body.get("stream_options")
+    if not isinstance(options, dict):
+        return
+    nothing = {("include_obfuscation", False)}
+    asked = {name: value for name, value in options.items() if value is not None and (name, value) not in nothing}
+    if asked:
+        body["stream_options"] = asked
+    else:
+        del body["stream_options"]
 
 
 def _no_json(reason: str) -> errors.InvalidRequestError:
@@ -128,6 +146,8 @@ def _check_model(body: Mapping[str, Any]) -> None:
 
 
 def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
+    if body.get("n", 1) < 1:
+        raise errors.InvalidRequestError(f"n is {body['n']}; at least 1 is allowed.", param="n")
     _at_most(body, "n", MAX_N, code="n_too_large")
     for field in ("top_logprobs", "prompt_logprobs", *(() if endpoint is Endpoint.CHAT else ("logprobs",))):
         _at_most(body, field, MAX_LOGPROBS, code="logprobs_too_large")
@@ -158,6 +178,13 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
         raise errors.InvalidRequestError(
             "stream_options is only allowed together with stream=true.", param="stream_options"
         )
+    most, most_completion = body.get("max_tokens"), body.get("max_completion_tokens")
+    if most is not None and most_completion is not None and most != most_completion:
+        raise errors.InvalidRequestError(
+            f"max_tokens is {most} and max_completion_tokens is {most_completion}, and both say how long an answer may "
+            "be. Send one of the two.",
+            param="max_tokens",
+        )
     if body.get("prompt_logprobs") is not None and body.get("stream"):
         raise errors.InvalidRequestError("prompt_logprobs is not available in a stream.", param="prompt_logprobs")
     if body.get("tools") and body.get("tool_choice") not in (None, "none", "auto"):
@@ -180,8 +207,6 @@ def _check_what_is_tokenized(body: Mapping[str, Any]) -> None:
 
 def _at_most(body: Mapping[str, Any], name: str, limit: int, *, code: str) -> None:
     value = body.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise errors.InvalidRequestError(f"{name} must be an integer, got {_shown(value)}.", param=name)
     if value is not None and value > limit:
         raise errors.InvalidRequestError(
             f"{name} is {_shown(value)}; at most {limit} is allowed.", param=name, code=code

@@ -6,7 +6,7 @@ Only keys and kinds are checked; values are vLLM's to check, where it does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from registry import errors
@@ -18,6 +18,10 @@ MAX_SCHEMA_DEPTH = 32
 MAX_REGEX_CHARACTERS = 2048
 MAX_GRAMMAR_CHARACTERS = 8192
 MAX_CHOICES = 1024
+# OpenAI's bounds.
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
 
 _MESSAGE_KEYS = {
     # litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields, and sends it back with it.
@@ -27,6 +31,7 @@ _MESSAGE_KEYS = {
 # Empty fields that the SDKs' message objects carry when they are sent back.
 _EMPTY_MESSAGE_KEYS = {"refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning"}
 _OBJECTS = ("stream_options", "response_format", "structured_outputs", "text", "reasoning")
+_INPUT_ROLES = ("user", "assistant", "system", "developer")
 _STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -38,10 +43,18 @@ def check(body: Mapping[str, Any]) -> None:
     """
     for name in _OBJECTS:
         _check_is_object(name, body.get(name))
+    called: set[str] = set()
     for place, message in _entries(body, "messages"):
         _check_message(place, message)
+        if message.get("role") == "tool":
+            _check_answers_a_call(f"{place}.tool_call_id", message.get("tool_call_id"), called)
+        called.update(_texts(call.get("id") for _, call in _entries(message, "tool_calls", place)))
     for place, item in _entries(body, "input"):
         _check_input_item(place, item)
+        if item.get("type") == "function_call_output":
+            _check_answers_a_call(f"{place}.call_id", item.get("call_id"), called)
+        elif item.get("type") == "function_call":
+            called.update(_texts([item.get("call_id")]))
     for place, tool in _entries(body, "tools"):
         _check_tool(place, tool, is_flat="input" in body)
     _check_keys("stream_options", body.get("stream_options"), {"include_usage", "continuous_usage_stats"})
@@ -71,12 +84,47 @@ def _check_message(place: str, message: dict[str, Any]) -> None:
             f"{place}.name must be a text, got {_shown(message['name'])}.", param=f"{place}.name"
         )
     _check_content(f"{place}.content", message.get("content"), ("text",))
-    for call_place, call in _entries(message, "tool_calls", place):
-        _check_keys(call_place, call, {"id", "type", "function", "index"})
+    _require_content(place, message)
+    _check_calls(place, message)
+
+
+def _require_content(place: str, message: dict[str, Any]) -> None:
+    """An assistant's turn may have called tools instead. A message without content would be an empty turn."""
+    is_said = isinstance(message.get("content"), str | list)
+    if message.get("role") in ("system", "developer", "user", "tool") and not is_said:
+        here = f"{place}.content"
+        got = f"got {_shown(message['content'])}" if "content" in message else "and there is none"
+        raise errors.InvalidRequestError(f"{here} must be a text or a list of texts, {got}.", param=here)
+
+
+def _check_answers_a_call(place: str, call_id: Any, called: set[str]) -> None:
+    """The whole conversation is in the request, so that the call stands before its answer. ``called``: the ids of all
+    calls so far."""
+    if not isinstance(call_id, str) or call_id not in called:
+        got = f"got {_shown(call_id)}" if call_id is not None else "and there is none"
+        raise errors.InvalidRequestError(
+            f"{place} must be the id of a call that an earlier entry made, {got}. Send the call, too.", param=place
+        )
+
+
+def _check_calls(place: str, message: dict[str, Any]) -> None:
+    """The calls of tools that an assistant made. vLLM's model looks at them later than at all else, and by then does
+    not know which message they are of."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | None):
+        place = f"{place}.tool_calls"
+        raise errors.InvalidRequestError(f"{place} must be a list, got {_shown(calls)}.", param=place)
+    for here, call in _entries(message, "tool_calls", place):
+        _check_keys(here, call, {"id", "type", "function", "index"})
+        if call.get("type") != "function":
+            raise errors.InvalidRequestError(
+                f'{here}.type must be "function", got {_shown(call.get("type"))}.', param=f"{here}.type"
+            )
+        _require_a_text(f"{here}.id", call.get("id"))
         function = call.get("function")
-        _check_keys(f"{call_place}.function", function, {"name", "arguments"})
-        if isinstance(function, dict):
-            _check_arguments(f"{call_place}.function.arguments", function.get("arguments"))
+        _check_keys(f"{here}.function", function, {"name", "arguments"})
+        _require_a_name(f"{here}.function", function)
+        _check_arguments(f"{here}.function.arguments", call["function"].get("arguments"))
 
 
 def _check_arguments(place: str, arguments: Any) -> None:
@@ -84,7 +132,8 @@ def _check_arguments(place: str, arguments: Any) -> None:
 
     Of an empty text too, which stays allowed: a call of a function without parameters may have come with one.
     """
-    if not isinstance(arguments, str) or not arguments:
+    _require_a_text(place, arguments)
+    if not arguments:
         return
     try:
         value = parse_strict_json(arguments.encode())
@@ -117,8 +166,14 @@ def _check_input_item(place: str, item: dict[str, Any]) -> None:
     match item.get("type", "message"):
         case "message":
             _check_keys(place, item, {"type", "role", "content", "id", "status", "phase"})
+            if item.get("role") not in _INPUT_ROLES:
+                raise errors.InvalidRequestError(
+                    f"{place}.role is {_shown(item.get('role'))}; allowed are {', '.join(_INPUT_ROLES)}.",
+                    param=f"{place}.role",
+                )
             kinds = ("output_text", "input_text") if item.get("role") == "assistant" else ("input_text",)
             _check_content(f"{place}.content", item.get("content"), kinds)
+            _require_content(place, item)
             content = item.get("content")
             if item.get("role") == "assistant" and isinstance(content, list) and len(content) != 1:
                 raise errors.InvalidRequestError(
@@ -169,6 +224,11 @@ def _check_tool_choice(choice: Any, *, is_flat: bool) -> None:
 def _require_a_name(place: str, value: Any) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         raise errors.InvalidRequestError(f"{place} must be an object with a name.", param=place)
+
+
+def _require_a_text(place: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise errors.InvalidRequestError(f"{place} must be a text, got {_shown(value)}.", param=place)
 
 
 def _check_response_format(place: str, given: Any) -> None:
@@ -226,6 +286,7 @@ def _check_responses_fields(body: Mapping[str, Any]) -> None:
         if isinstance(form := text.get("format"), dict):
             _check_keys("text.format", form, {"type", "name", "description", "schema", "strict"})
             _check_schema("text.format.schema", form.get("schema"))
+    _check_metadata(body.get("metadata"))
     reasoning = body.get("reasoning")
     if isinstance(reasoning, dict):
         _check_keys("reasoning", {k: v for k, v in reasoning.items() if v is not None}, {"effort"})
@@ -238,6 +299,22 @@ def _check_responses_fields(body: Mapping[str, Any]) -> None:
             )
     if "input" in body and body.get("top_logprobs") and not include:
         raise errors.InvalidRequestError(f'top_logprobs needs include to be ["{logprobs}"].', param="top_logprobs")
+
+
+def _check_metadata(pairs: Any) -> None:
+    """Repeated in the answer."""
+    if pairs is None:
+        return
+    keys, values = range(1, MAX_METADATA_KEY + 1), range(MAX_METADATA_VALUE + 1)
+    is_sound = isinstance(pairs, dict) and all(
+        len(key) in keys and isinstance(value, str) and len(value) in values for key, value in pairs.items()
+    )
+    if not is_sound or len(pairs) > MAX_METADATA_PAIRS:
+        raise errors.InvalidRequestError(
+            f"metadata must be an object of at most {MAX_METADATA_PAIRS} texts with keys of 1 to {MAX_METADATA_KEY} "
+            f"characters and values of at most {MAX_METADATA_VALUE}, got {_shown(pairs)}.",
+            param="metadata",
+        )
 
 
 def _check_schema(place: str, schema: Any) -> None:
@@ -276,6 +353,10 @@ def _entries(body: Mapping[str, Any], name: str, within: str = "") -> Iterator[t
         if not isinstance(entry, dict):
             raise errors.InvalidRequestError(f"{place} must be an object, got {_shown(entry)}.", param=place)
         yield place, entry
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    return (value for value in values if isinstance(value, str))
 
 
 def _check_is_object(place: str, value: Any) -> None:

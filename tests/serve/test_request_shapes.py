@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as OpenAIChat
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as OpenAICompletion
+from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming as OpenAIResponse
 
 from registry import errors
 from serve.engine_api import Endpoint
-from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
 from serve.request_policy import check_body, parse_body
 from serve.request_shapes import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 
@@ -24,7 +27,19 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
     Endpoint.TOKENIZE: {"model": "m", "prompt": "hello"},
     Endpoint.DETOKENIZE: {"model": "m", "tokens": [1]},
 }
+FLAT_CALL = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
 BAD_ARGUMENTS = ("{bad", "[1, 2]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', "[" * 100_000)
+OPENAI_TYPES = {
+    Endpoint.CHAT: OpenAIChat,
+    Endpoint.COMPLETION: OpenAICompletion,
+    Endpoint.RESPONSES: OpenAIResponse,
+}
+OPENAI_FIELDS = {endpoint: get_type_hints(OPENAI_TYPES.get(endpoint, dict)) for endpoint in Endpoint}
+BOOLEANS = (
+    "stream", "echo", "parallel_tool_calls", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+    "spaces_between_special_tokens", "add_special_tokens", "return_token_ids", "add_generation_prompt",
+    "continue_final_message", "return_token_strs",
+)  # fmt: skip
 CHAT, COMPLETION, RESPONSES, TOKENIZE = Endpoint.CHAT, Endpoint.COMPLETION, Endpoint.RESPONSES, Endpoint.TOKENIZE
 
 
@@ -110,6 +125,28 @@ def nested(levels: int) -> Any:
         (RESPONSES, {"reasoning": {"summary": "auto"}}, "reasoning.summary"),
         (RESPONSES, {"include": ["reasoning.encrypted_content"]}, "include"),
         (TOKENIZE, {"messages": [HELLO]}, "prompt"),
+        (CHAT, {"messages": None}, "messages"),
+        *((CHAT, {"messages": [{"role": role}]}, "messages.0.content") for role in ("system", "developer", "user")),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        (RESPONSES, {"input": [HELLO, {"role": "user"}]}, "input.1.content"),
+        (CHAT, {"messages": [HELLO, {"role": "tool", "content": "x"}]}, "messages.1.tool_call_id"),
+        (CHAT, {"messages": [*after_call("{}"), {"role": "tool", "content": "x", "tool_call_id": "d"}]},
+         "messages.2.tool_call_id"),
+        (CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}, *after_call("{}")]},
+         "messages.0.tool_call_id"),
+        (CHAT, {"messages": [*after_call("{}"), {"role": "tool", "tool_call_id": "c"}]}, "messages.2.content"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input.0.call_id"),
+        (RESPONSES, {"input": [FLAT_CALL, {"type": "function_call_output", "call_id": "d", "output": "x"}]},
+         "input.1.call_id"),
+        (CHAT, {"max_tokens": 2, "max_completion_tokens": 5}, "max_tokens"),
+        *((CHAT, {"metadata": value}, "metadata") for value in ({"a": "b"}, [], "")),
+        *((RESPONSES, {"metadata": value}, "metadata")
+          for value in ({"a": 1}, {"": "b"}, {"a" * 65: "b"}, {"a": "b" * 513}, {str(n): "" for n in range(17)}, [])),
+        (CHAT, {"prompt_cache_options": {}}, "prompt_cache_options"),
+        (CHAT, {"store": 0}, "store"),
+        (COMPLETION, {"best_of": 2}, "best_of"),
+        (CHAT, {"n": 0}, "n"),
+        (COMPLETION, {"n": -1}, "n"),
         (TOKENIZE, {"add_generation_prompt": True}, "add_generation_prompt"),
     ],
     ids=lambda value: str(value)[:60],
@@ -132,6 +169,11 @@ def test_what_would_be_ignored_is_refused_by_its_place(endpoint: Endpoint, field
         (CHAT, {"tools": [TOOL], "response_format": schema_format({"type": "object"})}),
         (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH))}),
         (RESPONSES, {"tools": [FLAT_TOOL], "tool_choice": {"type": "function", "name": "look"}}),
+        (CHAT, {"messages": [*after_call("{}"), {"role": "tool", "content": "x", "tool_call_id": "c"}]}),
+        (RESPONSES, {"input": [FLAT_CALL, {"type": "function_call_output", "call_id": "c", "output": "x"}]}),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 5}),
+        (RESPONSES, {"metadata": {}}),
+        (RESPONSES, {"metadata": {str(n).zfill(64): "b" * 512 for n in range(16)}}),
         (RESPONSES, {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "reasoning": {"effort": None}}),
         (RESPONSES, {"input": [HELLO, {"type": "function_call", "id": "i", "call_id": "c", "name": "a",
                                        "arguments": "{}", "status": "completed"}]}),
@@ -151,9 +193,82 @@ def test_fields_that_ask_for_nothing_do_not_reach_the_engine(endpoint: Endpoint)
         assert check(endpoint, **{name: "someone"}) == MINIMAL[endpoint]
 
 
-def test_null_is_not_set_in_a_response() -> None:
-    """vLLM generates an answer to a request with null here, and then fails to make the response object of it."""
-    assert check(RESPONSES, truncation=None, tool_choice=None) == MINIMAL[RESPONSES]
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_null_asks_for_nothing_in_every_field_that_is_known_and_not_required(endpoint: Endpoint) -> None:
+    """vLLM's models refuse it for some, and for some of a response fail after all the work."""
+    known = {*ALLOWED[endpoint], *HARMLESS_VALUES, *LABELS, *REFUSED, *OPENAI_FIELDS[endpoint]} - set(
+        REQUIRED[endpoint]
+    )
+    for name in known - MINIMAL[endpoint].keys():
+        assert check(endpoint, **{name: None}) == MINIMAL[endpoint], name
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        check(endpoint, temprature=None)
+    assert caught.value.code == "unknown_field"
+    for name in REQUIRED[endpoint]:
+        with pytest.raises(errors.InvalidRequestError) as caught:
+            check(endpoint, **{name: None})
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"include_usage": True, "include_obfuscation": False}, {"stream_options": {"include_usage": True}}),
+        ({"include_usage": True, "continuous_usage_stats": None}, {"stream_options": {"include_usage": True}}),
+        ({"include_obfuscation": False}, {}),
+        ({}, {}),
+    ],
+)
+def test_what_asks_for_nothing_in_stream_options_is_left_out(given: dict[str, Any], asked: dict[str, Any]) -> None:
+    for endpoint in (CHAT, COMPLETION):
+        body = {"stream": True, **asked}
+        assert check(endpoint, stream=True, stream_options=given) == {**MINIMAL[endpoint], **body}
+
+
+NUMBERS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+INTEGERS = (
+    "n", "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "seed", "top_k", "prompt_logprobs",
+    "truncate_prompt_tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_a_value_of_another_type_is_refused_and_never_taken_for_the_number_it_looks_like(endpoint: Endpoint) -> None:
+    wrong: dict[str, list[Any]] = {name: [True, "1", [1], {}] for name in NUMBERS}
+    wrong |= {name: [True, "8", 8.0, [8]] for name in INTEGERS}
+    wrong |= {name: [1, 0, "true", "no", []] for name in ALLOWED[endpoint] if name in BOOLEANS}
+    wrong |= {name: [1, "1", [True], ["1"], [1.0]] for name in ("stop_token_ids", "allowed_token_ids", "tokens")}
+    wrong |= {"logit_bias": [{"5": "1"}, {"5": True}, {"5": 101}, {"5": -100.5}, [5]], "bad_words": ["x", [1]]}
+    wrong |= {"logprobs": [1, "true"] if endpoint is CHAT else [True, "1"], "stop": [5, [5], {}]}
+    wrong |= {"prompt": [5, [1, True], [1, "a"], [[1], [True]], [["a"]], {}]}
+    for name, values in wrong.items():
+        for value in values if name in ALLOWED[endpoint] else ():
+            with pytest.raises(errors.InvalidRequestError) as caught:
+                check(endpoint, **{name: value})
+            assert caught.value.param == name, value
+
+
+def test_the_numbers_above_are_those_of_openais_sdk() -> None:
+    for endpoint in OPENAI_TYPES:
+        for name in ALLOWED[endpoint] & OPENAI_FIELDS[endpoint].keys() - {"logprobs", "top_logprobs"}:
+            kinds = {OPENAI_FIELDS[endpoint][name], *get_args(OPENAI_FIELDS[endpoint][name])}
+            assert (float in kinds) == (name in NUMBERS), name
+            assert (int in kinds) == (name in INTEGERS), name
+            assert (name == "stream" or bool in kinds) == (name in BOOLEANS), name
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (CHAT, {"temperature": 1, "top_p": 1, "logit_bias": {"5": 1, "6": -0.5, "7": 100}, "n": 2, "logprobs": True}),
+        (COMPLETION, {"prompt": [1, 2], "logprobs": 2, "stop": "x", "max_tokens": 5}),
+        (COMPLETION, {"prompt": [[1], [2]], "stop": ["x"]}),
+        (COMPLETION, {"prompt": ["a", "b"]}),
+        (RESPONSES, {"max_output_tokens": 5, "temperature": 0}),
+    ],
+)
+def test_an_integer_is_a_number_and_every_form_of_a_prompt_is_taken(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    assert check(endpoint, **fields) == {**MINIMAL[endpoint], **fields}
 
 
 def test_no_field_is_both_allowed_everywhere_and_refused() -> None:
@@ -165,7 +280,8 @@ def test_no_field_is_both_allowed_everywhere_and_refused() -> None:
     ("raw", "says"),
     [
         (b'{"model": "m", "prompt": "x", "temperature": NaN}', "NaN"),
-        (b'{"model": "m", "prompt": "x", "n": 1, "n": 2}', "repeats a key"),
+        (b'{"model": "m", "prompt": "x", "temperature": 1e999}', "1e999 is too large"),
+        (b'{"model": "m", "prompt": "x", "n": 1, "n": 2}', "repeats a key: 'n'"),
         (b'{"model": "m", "prompt": "\\ud800"}', "surrogate"),
         (b'{"model": "m", "prompt": "\xff"}', "utf-8"),
         (b'{"model": "m", "prompt": "x", "n": ' + b"9" * 5000 + b"}", "digits"),
