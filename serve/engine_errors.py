@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import pydantic
-
 from registry import errors
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -31,12 +29,6 @@ def engine_reason(error: BaseException | str) -> str:
     _, _, reason = str(error).rpartition("failed: ")
     reason = _ADDRESS.sub("", _PATH.sub("...", _NATIVE_LOCATION.sub("", reason))).strip()
     return reason or type(error).__name__
-
-
-def invalid_body(error: pydantic.ValidationError) -> errors.InvalidRequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"])[:200] or None
-    return errors.InvalidRequestError(f"{param or 'body'}: {first['msg']}", param=param)
 
 
 def error_in_stream(chunk: str) -> errors.CapoError:
