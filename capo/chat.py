@@ -84,7 +84,7 @@ def converse(client: CapoClient, conversation: Conversation) -> None:
     """Read, answer, and again, until the end of input or /quit."""
     import readline  # noqa: F401 - its import gives input() line editing and history
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     _note(console, f"{conversation.model}. {_HELP}")
     for line in _lines():
         try:
@@ -97,7 +97,7 @@ def converse(client: CapoClient, conversation: Conversation) -> None:
         except KeyboardInterrupt:
             _note(console, "\n(stopped)")
         except CapoClientError as error:
-            console.print(f"\n{explain(error)}", style="red", markup=False)
+            console.print(f"\n{explain(error)}", style="red")
 
 
 def explain(error: CapoClientError) -> str:
@@ -141,14 +141,14 @@ def _answer(text: str, conversation: Conversation, console: Console) -> None:
     pace = Pace(time.monotonic())
     for piece in conversation.ask(text, pace):
         if piece.reasoning:
-            console.print(_printable(piece.reasoning), style="dim", markup=False, end="")
+            console.print(_printable(piece.reasoning), style="dim", end="")
         _write(_printable(piece.text))
     _write("\n")
     _note(console, str(pace))
 
 
 def _note(console: Console, text: str) -> None:
-    console.print(text, style="dim", markup=False)
+    console.print(text, style="dim")
 
 
 def _write(text: str) -> None:

@@ -36,7 +36,7 @@ _START_SECONDS = 180.0
 _JOB_SECONDS = 600.0
 _READY = re.compile(r"Capo is ready at (http://\S+) after ([0-9.]+) s")
 
-console = Console()
+console = Console(markup=False, emoji=False)  # models may answer anything
 
 
 @dataclass(slots=True)
@@ -83,7 +83,10 @@ def run_demo() -> int:
             report.publish_to_token_seconds = _publish_to_first_token(client, data_dir, models[TASKS[0]])
             report.service_peak_bytes, report.worker_peak_bytes = watch.service_peak, watch.worker_peak
     _print_report(report, time.monotonic() - began)
-    console.print("[bold green]The demo succeeded.[/]" if learned else "[bold red]The demo failed: see above.[/]")
+    if learned:
+        console.print("The demo succeeded.", style="bold green")
+    else:
+        console.print("The demo failed: see above.", style="bold red")
     return 0 if learned else 1
 
 
@@ -123,7 +126,7 @@ def _wait_ready(process: subprocess.Popen[str], report: Report, log_path: Path) 
     watchdog = threading.Timer(_START_SECONDS, process.kill)  # the loop below then ends with the output
     watchdog.start()
     for line in process.stdout:
-        console.print(f"  {line.rstrip()}", highlight=False, markup=False)
+        console.print(f"  {line.rstrip()}", highlight=False)
         if match := _READY.search(line):
             report.start_seconds = float(match[2])
             watchdog.cancel()

@@ -39,7 +39,9 @@ class ProgressBar:
 
     def on_event(self, event: TrainingEvent) -> None:
         style = "yellow" if event.level == "warn" else "dim"
-        self._progress.console.print(event.message, style=style, markup=False, highlight=False)
+        self._progress.console.print(
+            event.message, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
     def on_step(self, metrics: StepMetrics) -> None:
         if metrics.stage not in self._tasks:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from capo.cli import chat, data, demo, evaluate, export, jobs, keys, plan, registry, serve, tune, webhooks, worker
+from capo.cli.printing import plain_console
 from registry.errors import CapoError
 
 app = typer.Typer(
@@ -38,5 +39,5 @@ def main() -> None:
         app()
     except CapoError as error:
         where = f" (line {error.line})" if error.line is not None else ""
-        Console(stderr=True).print(f"[bold red]error:[/] {error.message}{where}", highlight=False)
+        plain_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error.message}{where}"))
         sys.exit(2)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from capo.cli.printing import plain_console
 from capo.cli.serve import read_settings
 from registry.errors import InvalidRequestError
 
@@ -101,8 +101,8 @@ def show(
 
     tokenizer, _ = _load_tokenizer(base or read_settings().model)
     data = open_data(file, named=_format(form), ignored_keys=tuple(ignore_key or ()))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{file}: {data.sentence()}", markup=False)
+    console = plain_console()
+    console.print(f"{file}: {data.sentence()}")
     found = labelled_examples(data, tokenizer)
     chosen = islice(found, rows) if row is None else ((line, examples) for line, examples in found if line == row)
     is_empty = True

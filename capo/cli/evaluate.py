@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from capo.cli.asking import api_key
+from capo.cli.printing import print_table
 from capo.cli.serve import read_settings
 from registry import Registry, errors, locate_base_model
 
@@ -105,4 +105,4 @@ def _print(figures: dict[str, dict[str, float]]) -> None:
     table = Table("metric", *figures)
     for metric in dict.fromkeys(name for values in figures.values() for name in values):
         table.add_row(metric, *(f"{values[metric]:.4f}" if metric in values else "-" for values in figures.values()))
-    Console().print(table)
+    print_table(table)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from capo.cli.asking import DEFAULT_URL, Service, Url, service
+from capo.cli.printing import plain_console
 from registry import errors
 
 app = typer.Typer(help="Fine-tuning jobs of a running service.", no_args_is_help=True)
@@ -20,7 +20,7 @@ _ENDED = ("succeeded", "failed", "cancelled")
 _PAGE = 100
 
 JobId = Annotated[str, typer.Argument(help="The job's id, ftjob-...")]
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console()
 
 
 @app.command()
@@ -157,4 +157,4 @@ def _state(job: dict[str, Any]) -> str:
 
 def _print_event(event: dict[str, Any]) -> None:
     when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
-    console.print(f"{when} {event['level']:<5} {event['message']}", markup=False)
+    console.print(f"{when} {event['level']:<5} {event['message']}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from capo.cli.audited import audited
+from capo.cli.printing import print_table
 from capo.cli.serve import read_settings
 from registry import Alias, CanaryRequest, Registry, errors
 
@@ -63,7 +63,7 @@ def list_artifacts(registry: RegistryOption = None) -> None:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created_at)),
             ", ".join(sorted(aliases.get(artifact.revision, []))),
         )
-    Console().print(table)
+    print_table(table)
     for each in damaged:
         typer.echo(f"{each.revision} is damaged: {each.error.message}", err=True)
 

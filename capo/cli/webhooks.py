@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from capo.cli.asking import DEFAULT_URL, Url, service
+from capo.cli.printing import plain_console
 
 app = typer.Typer(help="Who is told when a fine-tuning job ends.", no_args_is_help=True)
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console()
 
 _ENDS = ("succeeded", "failed", "cancelled")
 _PAGE = 100
@@ -27,8 +27,8 @@ def create(
     ends = [f"fine_tuning.job.{end}" for end in on or _ENDS]
     with service(url) as ask:
         made = ask("POST", "/webhook_endpoints", json={"name": name, "url": address, "event_types": ends})
-    console.print(made["id"], markup=False)
-    console.print(made["signing_secret"], markup=False)
+    console.print(made["id"])
+    console.print(made["signing_secret"])
 
 
 @app.command("list")
@@ -40,7 +40,7 @@ def list_endpoints(url: Url = DEFAULT_URL) -> None:
             page = ask("GET", "/webhook_endpoints", params=params)
             for endpoint in page["data"]:
                 ends = ",".join(event.removeprefix("fine_tuning.job.") for event in endpoint["event_types"])
-                console.print(f"{endpoint['id']}  {endpoint['url']}  {endpoint['name']}  {ends}", markup=False)
+                console.print(f"{endpoint['id']}  {endpoint['url']}  {endpoint['name']}  {ends}")
             if not page["has_more"]:
                 return
             params["after"] = page["last_id"]
