@@ -122,6 +122,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "two humans then nothing": (conversation(("human", "a"), ("human", "b")), "nothing_to_learn", "no assistant"),
     "answer without call": (conversation(("human", "a"), ("observation", "b")), "tool_order", "no function_call"),
     "broken call": (conversation(("human", "a"), ("function_call", "{")), "tool_arguments", "must be the JSON object"),
+    "tools with an infinity": (
+        conversation(("human", "a"), ("gpt", "b")) | {"tools": '[{"name": "f", "parameters": {"maximum": 1e999}}]'},
+        "tool_definition",
+        "the number 1e999 is too large",
+    ),
     "broken tools": (conversation(("human", "a"), ("gpt", "b")) | {"tools": "["}, "tool_definition", "not valid JSON"),
 }
 

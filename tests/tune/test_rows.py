@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "single quotes": (b"{'messages': []}", "not valid JSON"),
     "NaN": (b'{"messages": NaN}', "NaN is not a JSON value"),
     "infinity": (b'{"messages": [-Infinity]}', "-Infinity is not a JSON value"),
+    "a number beyond every float": (b'{"messages": [-1e999]}', "the number -1e999 is too large"),
     "integer of 5,000 digits": (b'{"messages": ' + b"9" * 5000 + b"}", "not valid JSON"),
     "a key twice": (b'{"messages": [], "messages": []}', "'messages' is given twice"),
     "array instead of object": (b"[]", "must be a JSON object, got a list"),
@@ -119,6 +121,14 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "surrogate in arguments": (
         chat(USER, calling({**CALL, "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}})),
         "arguments is not valid JSON",
+    ),
+    "infinity in arguments": (
+        chat(USER, calling({**CALL, "function": {"name": "f", "arguments": '{"a": 1e999}'}})),
+        "arguments is not valid JSON: the number 1e999 is too large",
+    ),
+    "a key twice in arguments": (
+        chat(USER, calling({**CALL, "function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}})),
+        "arguments is not valid JSON: .*'a' is given twice",
     ),
     "two calls with one id": (chat(USER, calling(CALL, CALL)), "same id"),
     "answer to no call": (
@@ -302,6 +312,16 @@ def test_good_rows_come_back_as_they_were_written(
     row = parse_chat_row(json.dumps({"messages": messages}).encode(), 1)
     assert list(row.messages) == messages
     assert row.trained == (False, True) * len(turns)
+
+
+def test_a_key_given_twice_is_found_at_once_among_very_many_keys() -> None:
+    """Comparing every key with every other takes more than ten seconds here."""
+    keys = ", ".join(f'"k{number}": 0' for number in range(50_000))
+    started = time.process_time()
+    error = refusal_of(parse_chat_row, f'{{{keys}, "k49999": 1}}'.encode())
+    assert error is not None
+    assert "'k49999' is given twice" in error.message
+    assert time.process_time() - started < 2.0
 
 
 def test_a_big_file_is_streamed(tmp_path: Path) -> None:

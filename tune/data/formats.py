@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+from registry.strict_json import parse_strict_json
 from tune.data.faults import RowFault, row_fault
 from tune.data.messages import unknown_key_reason
 from tune.data.preferences import PreferenceRow, check_preference_object
@@ -172,9 +173,9 @@ def _sharegpt_message(turn: object, index: int, before: list[JsonObject], where:
 
 def _sharegpt_calls(value: str, index: int, where: str, line: int) -> list[JsonObject]:
     try:
-        call = json.loads(value)
+        call: Any = parse_strict_json(value.encode("utf-8"))
         name, arguments = call["name"], call["arguments"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"{where}.value must be the JSON object {{name, arguments}}: {error}"
         raise row_fault(line, reason, "tool_arguments", where) from error
     text = arguments if isinstance(arguments, str) else json.dumps(arguments)
@@ -186,8 +187,8 @@ def _decoded_tools(text: str, line: int) -> object:
     if not text.strip():
         return None
     try:
-        tools = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        tools = parse_strict_json(text.encode("utf-8"))
+    except ValueError as error:
         raise row_fault(line, f"tools is not valid JSON: {error}", "tool_definition", "tools") from error
     if not isinstance(tools, list):
         return tools

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from registry.strict_json import parse_strict_json
 from tune.data.faults import row_fault
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -200,7 +201,7 @@ def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, An
         reason = f"{where} must be a JSON object written as a string, got {_shown(arguments)}"
         _refuse(line, where, reason, "tool_arguments")
     try:
-        decoded = json.loads(arguments, parse_constant=_refuse_constant)
+        decoded = parse_strict_json(arguments.encode("utf-8"))
         json.dumps(decoded, ensure_ascii=False).encode("utf-8")  # half a surrogate pair fails here
     except (ValueError, RecursionError) as error:
         reason = f"{where} is not valid JSON: {error}"
@@ -208,10 +209,6 @@ def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, An
     if not isinstance(decoded, dict):
         _refuse(line, where, f"{where} must hold a JSON object, got {_shown(decoded)}", "tool_arguments")
     return decoded
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _check_targets(messages: Sequence[dict[str, Any]], trained: Sequence[bool], line: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from registry.errors import InvalidDataError, NotFoundError
+from registry.strict_json import parse_strict_json
 from tune.data.faults import RowFault, row_fault
 from tune.data.messages import check_messages, check_tools, unknown_key_reason
 
@@ -165,39 +166,22 @@ def no_rows() -> RowFault:
 
 
 def decode_object(raw: bytes, line: int) -> JsonObject:
-    """Strict JSON: no NaN, no key given twice, nothing that cannot be written back as UTF-8."""
+    """Strict JSON: no NaN or infinity, no key given twice, nothing that cannot be written back as UTF-8."""
     if not raw.strip():
         raise row_fault(line, "the line is blank; remove it", "blank_line")
     try:
-        text = raw.decode("utf-8")
+        value = parse_strict_json(raw)
     except UnicodeDecodeError as error:
         raise row_fault(line, f"not UTF-8 ({error.reason} at byte {error.start} of the line)", "not_utf8") from error
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise row_fault(line, "nested too deeply", "broken_json") from error
     except json.JSONDecodeError as error:
         raise row_fault(line, f"not valid JSON: {error.msg} at character {error.pos + 1}", "broken_json") from error
-    except ValueError as error:  # of the two hooks, and of integers beyond Python's digit limit
+    except ValueError as error:
         raise row_fault(line, f"not valid JSON: {error}", "broken_json") from error
     if not isinstance(value, dict):
         raise row_fault(line, f"each line must be a JSON object, got {_json_type(value)}", "not_an_object")
-    if "\\u" in text:  # only an escape can smuggle in half a surrogate pair, which no tokenizer can encode
+    if b"\\u" in raw:  # only an escape can smuggle in half a surrogate pair, which no tokenizer can encode
         _refuse_lone_surrogates(value, line)
     return value
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return row
 
 
 def _refuse_lone_surrogates(value: JsonObject, line: int) -> None:
