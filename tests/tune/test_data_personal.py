@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.tune.samples import message
@@ -56,6 +58,14 @@ def test_what_only_looks_like_it_is_left_alone(what: str) -> None:
     text = f"See {LOOKS_LIKE[what]} there."
     assert find_personal_data(text) == []
     assert redact(text) == text
+
+
+def test_a_text_full_of_addresses_is_searched_in_time_that_grows_with_its_length() -> None:
+    """Comparing every finding with every other takes more than ten seconds here."""
+    text = " ".join(f"a{number}@b.com" for number in range(20_000))
+    started = time.process_time()
+    assert len(find_personal_data(text)) == 20_000
+    assert time.process_time() - started < 3.0
 
 
 def test_redaction_leaves_nothing_to_find_and_the_rest_as_it_was() -> None:

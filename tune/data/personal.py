@@ -9,6 +9,7 @@ digits and ranges) and the standard library's ``ipaddress``; the patterns here o
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -50,15 +51,19 @@ def find_personal_data(text: str) -> list[Finding]:
     """What stands in ``text``, in order and without overlaps."""
     if _DIGITS.search(text) is None:
         return []
-    found: list[Finding] = []
+    found: list[Finding] = []  # of the rules before this one, in order
     for kind, pattern, needed, is_one in _RULES:
         if needed not in text:
             continue
+        ends = [one.end for one in found]
+        added = []
         for match in pattern.finditer(text):
-            taken = any(one.start < match.end() and match.start() < one.end for one in found)
+            following = bisect_right(ends, match.start())  # the first that does not end before the match
+            taken = following < len(found) and found[following].start < match.end()
             if not taken and is_one(match.group()):
-                found.append(Finding(kind, match.start(), match.end()))
-    return sorted(found, key=lambda one: one.start)
+                added.append(Finding(kind, match.start(), match.end()))
+        found = sorted([*found, *added], key=lambda one: one.start)
+    return found
 
 
 def redact(text: str) -> str:
