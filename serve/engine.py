@@ -45,7 +45,6 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from registry import errors
 from serve.body_errors import invalid_body
-from serve.body_errors import invalid_body
 from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 from serve.engine_errors import engine_dead, engine_reason, error_in_stream, refused, wire_error

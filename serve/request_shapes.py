@@ -32,7 +32,6 @@ _MESSAGE_KEYS = {
 _EMPTY_MESSAGE_KEYS = {"refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning"}
 _OBJECTS = ("stream_options", "response_format", "structured_outputs", "text", "reasoning")
 _INPUT_ROLES = ("user", "assistant", "system", "developer")
-_INPUT_ROLES = ("user", "assistant", "system", "developer")
 _STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -128,26 +127,6 @@ def _check_calls(place: str, message: dict[str, Any]) -> None:
         _check_arguments(f"{here}.function.arguments", call["function"].get("arguments"))
 
 
-def _check_calls(place: str, message: dict[str, Any]) -> None:
-    """The calls of tools that an assistant made. vLLM's model looks at them later than at all else, and by then does
-    not know which message they are of."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list | None):
-        place = f"{place}.tool_calls"
-        raise errors.InvalidRequestError(f"{place} must be a list, got {_shown(calls)}.", param=place)
-    for here, call in _entries(message, "tool_calls", place):
-        _check_keys(here, call, {"id", "type", "function", "index"})
-        if call.get("type") != "function":
-            raise errors.InvalidRequestError(
-                f'{here}.type must be "function", got {_shown(call.get("type"))}.', param=f"{here}.type"
-            )
-        _require_a_text(f"{here}.id", call.get("id"))
-        function = call.get("function")
-        _check_keys(f"{here}.function", function, {"name", "arguments"})
-        _require_a_name(f"{here}.function", function)
-        _check_arguments(f"{here}.function.arguments", call["function"].get("arguments"))
-
-
 def _check_arguments(place: str, arguments: Any) -> None:
     """Of an earlier call of a tool, a JSON object as text. vLLM makes an empty object of any other text.
 
@@ -187,11 +166,6 @@ def _check_input_item(place: str, item: dict[str, Any]) -> None:
     match item.get("type", "message"):
         case "message":
             _check_keys(place, item, {"type", "role", "content", "id", "status", "phase"})
-            if item.get("role") not in _INPUT_ROLES:
-                raise errors.InvalidRequestError(
-                    f"{place}.role is {_shown(item.get('role'))}; allowed are {', '.join(_INPUT_ROLES)}.",
-                    param=f"{place}.role",
-                )
             if item.get("role") not in _INPUT_ROLES:
                 raise errors.InvalidRequestError(
                     f"{place}.role is {_shown(item.get('role'))}; allowed are {', '.join(_INPUT_ROLES)}.",
@@ -250,11 +224,6 @@ def _check_tool_choice(choice: Any, *, is_flat: bool) -> None:
 def _require_a_name(place: str, value: Any) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         raise errors.InvalidRequestError(f"{place} must be an object with a name.", param=place)
-
-
-def _require_a_text(place: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise errors.InvalidRequestError(f"{place} must be a text, got {_shown(value)}.", param=place)
 
 
 def _require_a_text(place: str, value: Any) -> None:
