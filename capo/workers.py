@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from capo.roles import LauncherKind
 from capo.settings import Settings
+from registry.errors import InvalidRequestError
 from tune.jobs.database import Database
 from tune.jobs.gpus import VISIBLE, divide_devices, visible_devices
 from tune.jobs.launchers import Launcher
@@ -15,7 +17,7 @@ from tune.jobs.launchers.cluster import Cluster
 from tune.jobs.launchers.dispatch import ClusterLauncher
 from tune.jobs.launchers.kubernetes import KubernetesCluster
 from tune.jobs.launchers.kubernetes_api import KubernetesAccess
-from tune.jobs.launchers.kubernetes_job import KubernetesSettings
+from tune.jobs.launchers.kubernetes_job import DATA_PATH, KubernetesSettings
 from tune.jobs.launchers.local import LocalLauncher
 from tune.jobs.launchers.ray import RayCluster, RaySettings
 from tune.jobs.limits import MAX_GPUS
@@ -67,18 +69,31 @@ def _device_shares(settings: Settings) -> list[tuple[str, ...] | None]:
 def _kubernetes(settings: Settings) -> Cluster:
     assert settings.kubernetes_image is not None, "the settings were checked"
     assert settings.kubernetes_volume_claim is not None, "the settings were checked"
+    registry = {"CAPO_REGISTRY_DIR": _registry_on_volume(settings)}
     return KubernetesCluster(
         KubernetesAccess.in_cluster(),
         KubernetesSettings(
             image=settings.kubernetes_image,
             volume_claim=settings.kubernetes_volume_claim,
             secret=settings.kubernetes_secret,
-            environment=cluster_environment(settings),
+            environment=cluster_environment(settings) | registry,
             cpu=settings.kubernetes_cpu,
             memory=settings.kubernetes_memory,
             stop_grace_seconds=settings.worker_stop_seconds,
         ),
     )
+
+
+def _registry_on_volume(settings: Settings) -> str:
+    """Where a launched worker finds the service's registry: it has the volume of DATA_DIR, at a place of its own."""
+    data_dir, registry_dir = settings.data_dir.resolve(), settings.registry_path.resolve()
+    if not registry_dir.is_relative_to(data_dir):
+        raise InvalidRequestError(
+            f"registry_dir={settings.registry_dir} is outside of data_dir={settings.data_dir}, and with "
+            "launcher=kubernetes workers have the volume of data_dir alone; put the registry below it",
+            param="registry_dir",
+        )
+    return str(Path(DATA_PATH, registry_dir.relative_to(data_dir)))
 
 
 def _ray(settings: Settings) -> Cluster:

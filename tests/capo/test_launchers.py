@@ -119,6 +119,15 @@ def test_outside_of_a_pod_kubernetes_is_refused_when_the_service_starts(database
         make_launcher(read_settings(**KUBERNETES), {}, database)
 
 
+@pytest.mark.parametrize("registry_dir", ["elsewhere", "data/../elsewhere", "database"])
+def test_workers_in_kubernetes_cannot_publish_outside_of_the_volume_they_have(
+    tmp_path: Path, database: Database, registry_dir: str
+) -> None:
+    settings = read_settings(**KUBERNETES, data_dir=tmp_path / "data", registry_dir=tmp_path / registry_dir)
+    with pytest.raises(InvalidRequestError, match=r"registry_dir=.*outside of data_dir="):
+        make_launcher(settings, {}, database)
+
+
 async def test_a_waiting_job_becomes_a_job_of_kubernetes_that_knows_no_secret(
     tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +137,8 @@ async def test_a_waiting_job_becomes_a_job_of_kubernetes_that_knows_no_secret(
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
         access = KubernetesAccess.in_cluster(account)
         monkeypatch.setattr(KubernetesAccess, "in_cluster", lambda: access)
-        settings = read_settings(**KUBERNETES, kubernetes_secret="capo-secrets", kubernetes_memory="3Gi")
+        places = {"data_dir": tmp_path, "registry_dir": tmp_path / "team" / "models"}
+        settings = read_settings(**KUBERNETES, **places, kubernetes_secret="capo-secrets", kubernetes_memory="3Gi")
         launcher = make_launcher(settings, {}, database)
         assert isinstance(launcher, ClusterLauncher)
         job = JobStore(database, tenant="acme").create_job(new_job(add_file_row(FileStore(database, tenant="acme"))))
@@ -145,6 +155,9 @@ def _check_manifest(server: ApiServer, job_id: str) -> None:
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment["CAPO_MODEL"] == "capo-tiny"
     assert environment["CAPO_SECRETS_DIR"]
+    (volume,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "data"]
+    assert environment["CAPO_DATA_DIR"] == volume
+    assert environment["CAPO_REGISTRY_DIR"] == f"{volume}/team/models", "the service's registry, on the same volume"
     assert container["args"][:3] == ["worker", "--job", job_id]
     grace_seconds = manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace_seconds > float(environment["CAPO_WORKER_STOP_SECONDS"])
