@@ -59,9 +59,11 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
         "repetition_penalty": _number(exclusiveMinimum=0),
         "stop": _one_of(_stop_text(), _list(_stop_text(), policy.MAX_STOP_STRINGS), {"type": "null"}),
         "bad_words": _list({"type": "string"}, policy.MAX_BAD_WORDS),
+        "allowed_token_ids": _list({"type": "integer"}, policy.MAX_ALLOWED_TOKEN_IDS),
+        "stop_token_ids": _list({"type": "integer"}, policy.MAX_STOP_TOKEN_IDS),
         "logit_bias": {
             "type": ["object", "null"],
-            "additionalProperties": {"type": "number"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "maxProperties": policy.MAX_LOGIT_BIAS,
         },
         "messages": _list(_message(), policy.MAX_MESSAGES) | {"minItems": 1},

@@ -28,6 +28,12 @@ MAX_TOOLS = 128
 MAX_LOGIT_BIAS = 300
 MAX_LABEL_CHARACTERS = 512
 MAX_BAD_WORDS = 128
+MAX_BAD_WORDS_BYTES = 4096
+"""Of all together, as UTF-8."""
+# An engine on a GPU has room for so many, and a request with more would end it
+# (vllm/v1/worker/gpu/sample/logit_bias.py: 1,024 and 128, the model's own stop tokens among them).
+MAX_ALLOWED_TOKEN_IDS = 1024
+MAX_STOP_TOKEN_IDS = 64
 MAX_MESSAGES = 4096
 
 
@@ -165,11 +171,20 @@ def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         ("tools", MAX_TOOLS, "tools_too_large"),
         ("logit_bias", MAX_LOGIT_BIAS, "logit_bias_too_large"),
         ("bad_words", MAX_BAD_WORDS, "bad_words_too_large"),
+        ("allowed_token_ids", MAX_ALLOWED_TOKEN_IDS, "allowed_token_ids_too_large"),
+        ("stop_token_ids", MAX_STOP_TOKEN_IDS, "stop_token_ids_too_large"),
         ("messages", MAX_MESSAGES, "messages_too_large"),
         ("input", MAX_MESSAGES, "messages_too_large"),
     ):
         if isinstance(body.get(field), list | dict):
             _length_at_most(field, body[field], limit, code=code)
+    num_bytes = len("".join(body.get("bad_words", ())).encode())
+    if num_bytes > MAX_BAD_WORDS_BYTES:
+        raise errors.InvalidRequestError(
+            f"bad_words has {num_bytes} bytes; at most {MAX_BAD_WORDS_BYTES} are allowed.",
+            param="bad_words",
+            code="bad_words_too_large",
+        )
 
 
 def _check_combinations(body: Mapping[str, Any]) -> None:

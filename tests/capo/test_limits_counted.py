@@ -139,6 +139,12 @@ MET: dict[str, tuple[Ask, int | str]] = {
     "tools_too_large": (chat(tools=[TOOL] * (request_policy.MAX_TOOLS + 1)), 400),
     "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS + 1)}), 400),
     "bad_words_too_large": (chat(bad_words=["x"] * (request_policy.MAX_BAD_WORDS + 1)), 400),
+    "bad_words_too_large (bytes)": (chat(bad_words=["x" * (request_policy.MAX_BAD_WORDS_BYTES + 1)]), 400),
+    "allowed_token_ids_too_large": (
+        chat(allowed_token_ids=list(range(request_policy.MAX_ALLOWED_TOKEN_IDS + 1))),
+        400,
+    ),
+    "stop_token_ids_too_large": (chat(stop_token_ids=list(range(request_policy.MAX_STOP_TOKEN_IDS + 1))), 400),
     "schema_too_large": (chat(structured_outputs={"json": DEEP}), 400),
     "regex_too_large": (chat(structured_outputs={"regex": "x" * 2049}), 400),
     "grammar_too_large": (chat(structured_outputs={"grammar": "x" * 8193}), 400),
@@ -147,6 +153,37 @@ MET: dict[str, tuple[Ask, int | str]] = {
     "too_many_rows": (with_too_many_rows, 413),
     "form_too_large": (raw([CHUNKED, *[chunk(b"\r\n" * 0x8000)] * 4]), 413),
 }
+DEEPEST: dict[str, Any] = {"type": "object"}
+for _ in range(request_shapes.MAX_SCHEMA_DEPTH):
+    DEEPEST = {"items": DEEPEST}
+BODY = json.dumps(COMPLETION).encode()
+# Whatever stands there at the limit is answered; one more is refused above.
+AT_THE_LIMIT: dict[str, tuple[Ask, int | str]] = {
+    "headers_too_large": (http("GET /livez", headers={"x-long": "x" * (faces.MAX_HEAD_BYTES - 1000)}), 200),
+    "too_large": (http("POST /v1/completions", content=BODY.ljust(faces.MAX_REQUEST_BYTES)), 200),
+    "n_too_large": (chat(n=request_policy.MAX_N), 200),
+    "logprobs_too_large": (chat(logprobs=True, top_logprobs=request_policy.MAX_LOGPROBS), 200),
+    "stop_too_large": (chat(stop=["x" * request_policy.MAX_STOP_CHARACTERS] * request_policy.MAX_STOP_STRINGS), 200),
+    "prompts_too_large": (
+        http("POST /v1/completions", json=COMPLETION | {"prompt": ["x"] * request_policy.MAX_PROMPTS}),
+        200,
+    ),
+    "messages_too_large": (chat(messages=CHAT["messages"] * request_policy.MAX_MESSAGES), 200),
+    "tools_too_large": (chat(tools=[TOOL] * request_policy.MAX_TOOLS), 200),
+    "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS)}), 200),
+    "bad_words_too_large": (
+        chat(bad_words=["x" * (request_policy.MAX_BAD_WORDS_BYTES // request_policy.MAX_BAD_WORDS)]
+             * request_policy.MAX_BAD_WORDS),
+        200,
+    ),
+    "allowed_token_ids_too_large": (chat(allowed_token_ids=list(range(request_policy.MAX_ALLOWED_TOKEN_IDS))), 200),
+    "stop_token_ids_too_large": (chat(stop_token_ids=list(range(request_policy.MAX_STOP_TOKEN_IDS))), 200),
+    "schema_too_large": (chat(structured_outputs={"json": DEEPEST}), 200),
+    "regex_too_large": (chat(structured_outputs={"regex": "x" * request_shapes.MAX_REGEX_CHARACTERS}), 200),
+    "grammar_too_large": (chat(structured_outputs={"grammar": "x" * request_shapes.MAX_GRAMMAR_CHARACTERS}), 200),
+    "choice_too_large": (chat(structured_outputs={"choice": ["x"] * request_shapes.MAX_CHOICES}), 200),
+    "file_too_large": (http("POST /v1/uploads", json=UPLOAD | {"bytes": 8 * 1024**3}), 200),
+}  # fmt: skip
 PART = b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n1\r\n'
 MET["invalid_form"] = (raw([CHUNKED, *[chunk(PART)] * 20]), 400)
 MET_ALONE: dict[str, tuple[Ask, int]] = {
@@ -164,6 +201,12 @@ async def test_each_limit_is_refused_with_its_code_and_counted(tmp_path: Path) -
         for limit, (ask, _) in MET.items():
             found[limit] = await meet(service, limit, ask)
     assert found == {limit: (status, code_of(limit), 1) for limit, (_, status) in MET.items()}
+
+
+async def test_what_is_at_a_limit_is_answered(tmp_path: Path) -> None:
+    async with guarded(tmp_path, limits=LIMITS) as service:
+        found = {limit: await ask(service) for limit, (ask, _) in AT_THE_LIMIT.items()}
+    assert found == {limit: (status, None) for limit, (_, status) in AT_THE_LIMIT.items()}
 
 
 @pytest.mark.parametrize("limit", MET_ALONE)
