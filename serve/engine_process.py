@@ -38,8 +38,8 @@ def prepare(*, engine_threads: int | None, use_gpu: bool) -> None:
         "VLLM_LOGGING_STREAM": os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
         # Compiled constraints: with vLLM's own 512 MB clients that send many schemas grow an engine by that much.
         "VLLM_XGRAMMAR_CACHE_MB": os.environ.get("VLLM_XGRAMMAR_CACHE_MB", "128"),
-        # vLLM bans each word in two forms, with a space before it too, and a token has at least one byte. An engine on a
-        # GPU would end at the first request beyond the second of these.
+        # vLLM bans each word in two forms, with a space before it too, and a token has at least one byte. An engine on
+        # a GPU would end at the first request beyond the second of these.
         "VLLM_MAX_NUM_BAD_WORDS": str(2 * MAX_BAD_WORDS),
         "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(2 * (MAX_BAD_WORDS + MAX_BAD_WORDS_BYTES)),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
