@@ -1,7 +1,8 @@
-"""uvicorn's HTTP protocol with a bound on what comes before a body, which it has not itself.
+"""uvicorn's HTTP protocol with two things that it has not itself.
 
-Everything until the end of the headers is kept in memory and read by nobody; a client that never ends it would cost as
-much memory as it likes to send.
+A bound on what comes before a body: everything until the end of the headers is kept in memory and read by nobody, and a
+client that never ends it would cost as much memory as it likes to send. And answers to clients of HTTP/1.0, which know
+no chunks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from registry import errors
 from serve import faces
@@ -69,6 +71,10 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._is_in_head = False
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        is_old = cycle.scope["http_version"] == "1.0"
+        super()._start_asgi_task(cycle, _delimited_by_its_end(app, cycle) if is_old else app)
+
     def _count(self, num_bytes: int) -> None:
         self._parsed_bytes += num_bytes
         if self._is_in_head and self._parsed_bytes > self._max_head_bytes:
@@ -94,3 +100,26 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def _delimited_by_its_end(app: Any, cycle: RequestResponseCycle) -> Any:
+    """The ASGI application ``app``, whose answers of unknown length end with the connection instead of coming in
+    chunks, which must not be sent to a client of HTTP/1.0 (RFC 9112, section 6.1). ``cycle`` writes the answer; it
+    closes such connections."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        is_of_unknown_length = False
+
+        async def send_bare(message: Message) -> None:
+            nonlocal is_of_unknown_length
+            if message["type"] == "http.response.start":
+                names = {name.lower() for name, _ in message.get("headers", ())}
+                if is_of_unknown_length := b"content-length" not in names:
+                    cycle.chunked_encoding = False
+            elif is_of_unknown_length:
+                cycle.expected_content_length = len(message.get("body", b""))  # each piece is what was announced
+            await send(message)
+
+        await app(scope, receive, send_bare)
+
+    return answer
