@@ -36,7 +36,8 @@ fi
 python=$(find_python)
 # pypcre (a dependency of GPTQModel) comes as source only and compiles a small C extension.
 command -v "${CC:-cc}" >/dev/null || fail "a C compiler is needed (Debian: apt-get install build-essential python3-dev)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Where making it was interrupted, its python is there and its pip is not.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 
 # Notices about package sources that do not have a package are noise; errors are not.
 pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --quiet "$@"; }
