@@ -16,6 +16,7 @@ from registry.strict_json import parse_strict_json
 from serve import request_shapes, request_types
 from serve.engine_api import Endpoint
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
+from serve.shape_checks import shown
 
 # Bounds on what one request may ask for; OpenAI's own where it has one. What is beyond one of them is refused with a
 # code of its own, which ends in too_large and is counted (capo_request_errors_total).
@@ -128,7 +129,7 @@ def _refusal(name: str, endpoint: Endpoint) -> errors.InvalidRequestError:
 def _check_label(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, str) or len(value) > MAX_LABEL_CHARACTERS):
         raise errors.InvalidRequestError(
-            f"{name} must be a text of at most {MAX_LABEL_CHARACTERS} characters, got {_shown(value)}.", param=name
+            f"{name} must be a text of at most {MAX_LABEL_CHARACTERS} characters, got {shown(value)}.", param=name
         )
 
 
@@ -147,7 +148,7 @@ def _check_model(body: Mapping[str, Any]) -> None:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise errors.InvalidRequestError(
-            f"model must be a non-empty string, got {_shown(model)}. GET /v1/models lists the names.", param="model"
+            f"model must be a non-empty string, got {shown(model)}. GET /v1/models lists the names.", param="model"
         )
 
 
@@ -224,7 +225,7 @@ def _at_most(body: Mapping[str, Any], name: str, limit: int, *, code: str) -> No
     value = body.get(name)
     if value is not None and value > limit:
         raise errors.InvalidRequestError(
-            f"{name} is {_shown(value)}; at most {limit} is allowed.", param=name, code=code
+            f"{name} is {shown(value)}; at most {limit} is allowed.", param=name, code=code
         )
 
 
@@ -234,7 +235,3 @@ def _length_at_most(name: str, value: list[Any] | dict[str, Any] | str, limit: i
         raise errors.InvalidRequestError(
             f"{name} has {len(value)} {unit}; at most {limit} are allowed.", param=name, code=code
         )
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value)[:100]

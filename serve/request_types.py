@@ -4,12 +4,12 @@ do not: a client that sends them means something else, or has a fault that it sh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from registry import errors
 from serve.engine_api import Endpoint
+from serve.shape_checks import shown
 
 _Holds = Callable[[Any], bool]
 
@@ -95,13 +95,9 @@ def check(body: Mapping[str, Any], endpoint: Endpoint) -> None:
     for name, value in body.items():
         holds, kind = logprobs if name == "logprobs" else _FIELDS.get(name, (None, ""))
         if holds is not None and not holds(value):
-            raise errors.InvalidRequestError(f"{name} must be {kind}, got {_shown(value)}.", param=name)
+            raise errors.InvalidRequestError(f"{name} must be {kind}, got {shown(value)}.", param=name)
     options = body.get("stream_options")
     for name, value in options.items() if isinstance(options, dict) else ():
         if not isinstance(value, bool | None):
             place = f"stream_options.{name}"
-            raise errors.InvalidRequestError(f"{place} must be true or false, got {_shown(value)}.", param=place)
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value)[:100]
+            raise errors.InvalidRequestError(f"{place} must be true or false, got {shown(value)}.", param=place)
