@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +343,58 @@ def test_the_group_size_is_the_largest_that_divides_every_layers_inputs(base_dir
     with pytest.raises(InvalidRequestError, match="take 64 or 32"):
         choose_group_size(base_dir, 128)
     assert choose_group_size(locate_base_model("capo-tiny").path, None)[0] == 128
+
+
+def test_a_killed_export_takes_gptqmodel_with_it_and_leaves_nothing_that_the_registry_does_not_sweep(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQModel is stood in for by a module that tells its process id and sleeps. Killed as a worker kills a job."""
+    modules, temporary, told = tmp_path / "modules", tmp_path / "temporary", tmp_path / "pid"
+    modules.mkdir()
+    temporary.mkdir()
+    (modules / "torch.py").touch()
+    (modules / "gptqmodel.py").write_text(
+        f"import os, time\nwith open({str(told)!r} + '~', 'w') as file:\n    file.write(str(os.getpid()))\n"
+        f"os.rename({str(told)!r} + '~', {str(told)!r})\ntime.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    registry = Registry(tmp_path / "registry")
+    source = locate_source(str(base_dir), registry)
+    rows = rows_for(source, data=rows_file(tmp_path), directories=[], max_rows=2, calibration_rows=2)
+    settings = GptqExport(name="never")
+    exporting = multiprocessing.get_context("fork").Process(
+        target=export, args=(source, settings, rows), kwargs={"registry": registry}
+    )
+    exporting.start()
+    wait_until(told.is_file)
+    quantizing = int(told.read_text())
+    try:
+        assert not has_ended(quantizing)
+        exporting.kill()
+        exporting.join()
+        wait_until(lambda: has_ended(quantizing))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(quantizing, signal.SIGKILL)
+    assert list(temporary.iterdir()) == []
+    assert registry.gc().removed_staging == 2
+    assert list((registry.root / "staging").iterdir()) == []
+
+
+def has_ended(pid: int) -> bool:
+    """A zombie has ended; reaping it is not ours."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 GPTQMODEL_SCRIPT = """

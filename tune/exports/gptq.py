@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,9 +48,18 @@ def choose_group_size(model_dir: Path, asked: int | None) -> tuple[int, str]:
 
 
 def quantize(
-    model_dir: Path, calibration: Sequence[Example], directory: Path, export: GptqExport, *, group_size: int
+    model_dir: Path,
+    calibration: Sequence[Example],
+    directory: Path,
+    export: GptqExport,
+    *,
+    group_size: int,
+    scratch: Path,
 ) -> None:
     """Write the quantised model into ``directory``. Blocks for seconds on a small model, an hour on a large one.
+
+    ``scratch`` takes the model as GPTQModel writes it, and is the caller's to remove. GPTQModel's process ends with the
+    thread that calls this.
 
     Raises:
         InvalidArtifactError: the model is quantised already.
@@ -62,24 +70,25 @@ def quantize(
         raise InvalidArtifactError(
             f"{model_dir.name} is quantised already; export from the model it was made from.", code="already_quantized"
         )
-    with tempfile.TemporaryDirectory(prefix="capo-gptq-") as scratch:
-        made = Path(scratch) / "model"
-        order = {
-            "model": str(model_dir),
-            "output": str(made),
-            "bits": export.bits,
-            "group_size": group_size,
-            "desc_act": export.desc_act,
-            "calibration": [[int(i) for i in example.token_ids] for example in calibration],
-        }
-        (Path(scratch) / "order.json").write_text(json.dumps(order), encoding="utf-8")
-        _run(Path(scratch))
-        made_config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-        settings = made_config["quantization_config"]
-        config["quantization_config"] = {key: settings[key] for key in _KEPT if key in settings}
-        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in [*made.glob("*.safetensors"), *made.glob(INDEX_NAME)]:
-            shutil.copyfile(path, directory / path.name)
+    scratch = scratch.absolute()  # it is where GPTQModel's process runs
+    made = scratch / "quantized"
+    order = {
+        "parent_pid": os.getpid(),
+        "model": str(model_dir.absolute()),
+        "output": str(made),
+        "bits": export.bits,
+        "group_size": group_size,
+        "desc_act": export.desc_act,
+        "calibration": [[int(i) for i in example.token_ids] for example in calibration],
+    }
+    (scratch / "order.json").write_text(json.dumps(order), encoding="utf-8")
+    _run(scratch)
+    made_config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    settings = made_config["quantization_config"]
+    config["quantization_config"] = {key: settings[key] for key in _KEPT if key in settings}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in [*made.glob("*.safetensors"), *made.glob(INDEX_NAME)]:
+        shutil.copyfile(path, directory / path.name)
     copy_companions(model_dir, directory)
 
 

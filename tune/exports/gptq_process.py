@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
+
+from tune.jobs.process import die_with_parent
 
 
 def main(order_path: Path) -> None:
     """Quantise as the order says and save. Prints what GPTQModel prints."""
     order = json.loads(order_path.read_text(encoding="utf-8"))
+    die_with_parent(order["parent_pid"], signal.SIGKILL)
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 

@@ -10,7 +10,6 @@ merge before a quantisation loses counts too.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +128,7 @@ def export(
     watcher = watcher or SilentObserver()
     with registry.stage() as directory:
         try:
-            made = _make(source, settings, rows, directory)
+            made = _make(source, settings, rows, directory, registry)
         except OSError as error:
             raise StorageError(f"cannot write the export of {source.judged.name}: {error}; free some space") from error
         for note in made.notes:
@@ -147,7 +146,7 @@ def export(
     return artifact
 
 
-def _make(source: Source, settings: AnyExport, rows: ExportRows, directory: Path) -> _Made:
+def _make(source: Source, settings: AnyExport, rows: ExportRows, directory: Path, registry: Registry) -> _Made:
     judged = source.judged
     if quantization_of(judged.model_dir) is not None:
         raise InvalidArtifactError(
@@ -159,7 +158,9 @@ def _make(source: Source, settings: AnyExport, rows: ExportRows, directory: Path
             raise InvalidRequestError(f"{judged.name} has whole weights already; there is no adapter to merge")
         return _merged(judged, judged.adapter_dir, directory, settings.dtype)
     if isinstance(settings, GptqExport):
-        return _quantized(judged, settings, rows, directory)
+        # Not in /tmp: whole models may not fit there, and what a killed export leaves would stay.
+        with registry.stage() as scratch:
+            return _quantized(judged, settings, rows, directory, scratch)
     if source.artifact is None or judged.adapter_dir is not None:
         raise InvalidRequestError(f"{judged.name} is no tuned model with whole weights; extract an adapter from one")
     shape, extraction = extract(
@@ -182,18 +183,18 @@ def _merged(judged: Judged, adapter_dir: Path, directory: Path, dtype: str) -> _
     return _Made("merged", notes.dtype, tuple(told))
 
 
-def _quantized(judged: Judged, settings: GptqExport, rows: ExportRows, directory: Path) -> _Made:
-    with tempfile.TemporaryDirectory(prefix="capo-merged-") as scratch:
-        whole = judged.model_dir
-        notes: list[str] = []
-        if judged.adapter_dir is not None:
-            whole = Path(scratch)
-            notes += _merged(judged, judged.adapter_dir, whole, "base").notes
-        group_size, reason = choose_group_size(whole, settings.group_size)
-        notes.append(f"{settings.bits} bits in groups of {group_size} ({reason})")
-        notes.append(f"calibrated on {len(rows.calibration)} rows")
-        quantize(whole, rows.calibration, directory, settings, group_size=group_size)
-        return _Made("gptq", f"int{settings.bits}", tuple(notes), quantized_from=fingerprint(whole))
+def _quantized(judged: Judged, settings: GptqExport, rows: ExportRows, directory: Path, scratch: Path) -> _Made:
+    whole = judged.model_dir
+    notes: list[str] = []
+    if judged.adapter_dir is not None:
+        whole = scratch / "merged"
+        whole.mkdir()
+        notes += _merged(judged, judged.adapter_dir, whole, "base").notes
+    group_size, reason = choose_group_size(whole, settings.group_size)
+    notes.append(f"{settings.bits} bits in groups of {group_size} ({reason})")
+    notes.append(f"calibrated on {len(rows.calibration)} rows")
+    quantize(whole, rows.calibration, directory, settings, group_size=group_size, scratch=scratch)
+    return _Made("gptq", f"int{settings.bits}", tuple(notes), quantized_from=fingerprint(whole))
 
 
 def _verified(
