@@ -17,7 +17,7 @@ from pathlib import Path
 from opentelemetry.trace import get_current_span
 from pydantic import ValidationError
 
-from capo.log_format import LogFormat
+from capo.log_format import LogFormat, LogLevel
 from registry import errors
 from serve import faces
 
@@ -26,12 +26,14 @@ _VLLM_LOGGING = {
     LogFormat.TEXT: Path(__file__).parent / "vllm_logging_text.json",
     LogFormat.JSON: Path(__file__).parent / "vllm_logging.json",
 }
+# They warn at import about hardware, or packages of Python, that are not there; nobody needs to do anything about it.
+_LIBRARIES_OF_TRAINING = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 # The service ends without taking vLLM apart (capo/cli/serve.py), and Python's tracker then counts what vLLM did not
 # hand back to it; the tracker removes that itself.
 _NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
 
 
-def configure_logging(level: str, log_format: LogFormat = LogFormat.TEXT) -> None:
+def configure_logging(level: LogLevel, log_format: LogFormat = LogFormat.TEXT) -> None:
     """``level`` is for Capo's own loggers; everybody else speaks from warnings up."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if log_format is LogFormat.JSON else TextLines())
@@ -39,16 +41,19 @@ def configure_logging(level: str, log_format: LogFormat = LogFormat.TEXT) -> Non
     logging.captureWarnings(log_format is LogFormat.JSON)  # else they would be lines of another form
     for room in _ROOMS:
         logging.getLogger(room).setLevel(level.upper())
+    if level.lower() != "debug":
+        for library in _LIBRARIES_OF_TRAINING:
+            logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def library_environment(level: str, log_format: LogFormat, given: Mapping[str, str]) -> dict[str, str]:
+def library_environment(level: LogLevel, log_format: LogFormat, given: Mapping[str, str]) -> dict[str, str]:
     """Variables for this process and its children, to be set before vLLM or torch is imported.
 
     What libraries say about a start that goes well is of use only to somebody who asked for everything; what
     ``given``, the environment, says already stays.
     """
     chosen: dict[str, str] = {}
-    if level.lower() == "debug":
+    if level is LogLevel.DEBUG:
         chosen["VLLM_LOGGING_LEVEL"] = "INFO"
     else:
         chosen["PYTHONWARNINGS"] = _NO_LEAK_WARNING
