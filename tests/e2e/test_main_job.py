@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from typing import Any
@@ -230,6 +231,13 @@ def test_wrong_jobs_are_refused(service: Service, tuned: dict[str, Tuned]) -> No
         with pytest.raises(openai.BadRequestError) as caught:
             client.fine_tuning.jobs.create(**fields)  # type: ignore[arg-type]
         assert caught.value.param == param
+
+
+def test_a_start_that_goes_well_warns_of_nothing(service: Service, tuned: dict[str, Tuned]) -> None:
+    """Libraries would, of hardware that is not there; nobody can do anything about it."""
+    head, workers_wait, _ = service.log().partition("is waiting for jobs")
+    assert workers_wait
+    assert re.findall(r"(?m)^(?:\S+ \S+ (?:WARNING|ERROR) |W\d{4} ).*", head) == []
 
 
 def test_the_services_memory_stays_small(service: Service, tuned: dict[str, Tuned]) -> None:
