@@ -10,6 +10,7 @@ import threading
 import venv
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
+from capo.client import CapoClient
+from serve import request_policy as policy
+from tests.e2e.four_ways import Question, over_grpc, over_grpc_stream, over_http, over_http_stream
 from tests.e2e.service import Service
 
 pytestmark = pytest.mark.engine
@@ -180,6 +184,46 @@ def test_sampling_fields_do_what_openai_says(client: openai.OpenAI) -> None:
         assert ([c.message.content for c in again.choices] == [c.message.content for c in several.choices]) is is_same
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_several_answers_at_temperature_0_are_the_one_answer_each(
+    service: Service, client: openai.OpenAI, stream: bool
+) -> None:
+    """Evaluation scripts ask for them; vLLM by itself refuses to be asked."""
+    for question in (
+        Question(MODEL, {"max_tokens": 16, "temperature": 0}, turns=[HELLO]),
+        Question(MODEL, {"max_tokens": 16, "temperature": 0}, prompt="In the village", logprobs=2),
+    ):
+        several = replace(question, shared={**question.shared, "n": 3, "seed": 5})
+        with httpx.Client(base_url=service.url, timeout=120) as http, CapoClient(service.grpc_address) as grpc:
+            one = over_http(http, question)
+            for answer in (
+                over_http_stream(http, several) if stream else over_http(http, several),
+                over_grpc_stream(grpc, several) if stream else over_grpc(grpc, several),
+            ):
+                assert answer.texts == dict.fromkeys(range(3), one.texts[0])
+                assert answer.token_ids == dict.fromkeys(range(3), one.token_ids[0])
+                assert answer.ends == dict.fromkeys(range(3), one.ends[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": policy.MAX_N},
+        {"logprobs": True, "top_logprobs": policy.MAX_LOGPROBS},
+        {"stop": [f"{number:02}".ljust(policy.MAX_STOP_CHARACTERS, "z") for number in range(policy.MAX_STOP_STRINGS)]},
+        {"logit_bias": {str(number): 1 for number in range(policy.MAX_LOGIT_BIAS)}},
+        {"extra_body": {"bad_words": [chr(0x4E00 + number) * 10 for number in range(policy.MAX_BAD_WORDS)]}},
+        {"extra_body": {"bad_words": [f"{number:x}" for number in range(policy.MAX_BAD_WORDS)]}},
+        {"extra_body": {"allowed_token_ids": list(range(policy.MAX_ALLOWED_TOKEN_IDS))}},
+        {"extra_body": {"stop_token_ids": list(range(policy.MAX_STOP_TOKEN_IDS)), "min_tokens": 2}},
+    ],
+    ids=lambda options: str(options)[:40],
+)
+def test_the_engine_takes_what_is_at_a_limit(client: openai.OpenAI, options: dict[str, Any]) -> None:
+    assert ask(client, max_tokens=4, **options).choices
+    assert list(ask(client, max_tokens=4, stream=True, **options))
+
+
 def _token_ids(client: openai.OpenAI, text: str) -> list[int]:
     url = str(client.base_url).removesuffix("/v1/")
     return httpx.post(f"{url}/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
@@ -247,6 +291,14 @@ def test_a_response_says_what_chat_says_whole_and_streamed(client: openai.OpenAI
     assert events[-1].response.output_text == whole.output_text
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
     assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_a_response_repeats_its_metadata_whole_and_streamed(client: openai.OpenAI) -> None:
+    said = {"run": "7", "city": "Zürich"}
+    assert respond(client, metadata=said).metadata == said
+    assert [e.response.metadata for e in respond(client, metadata=said, stream=True) if hasattr(e, "response")] == (
+        [said] * 3
+    )
 
 
 def test_a_response_that_is_cut_is_incomplete_and_not_completed(client: openai.OpenAI) -> None:

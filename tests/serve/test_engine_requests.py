@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jsonschema
+import pydantic
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -12,9 +14,11 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from serve.body_schemas import Schema, body_schema
 from serve.engine_api import Endpoint
 from serve.engine_requests import REQUEST_TYPES
-from serve.request_policy import MAX_STOP_STRINGS
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, REQUIRED
+from serve.request_policy import MAX_STOP_STRINGS, check_body
 
 MINIMAL: dict[Endpoint, dict[str, Any]] = {
     Endpoint.CHAT: {"messages": [{"role": "user", "content": "hello"}]},
@@ -59,3 +63,16 @@ def test_no_answers_at_all_stay_refused(endpoint: Endpoint) -> None:
         request = REQUEST_TYPES[endpoint].model_validate({**MINIMAL[endpoint], "n": n, "temperature": 0})
         with pytest.raises(VLLMValidationError, match="n must be at least 1"):
             request.to_sampling_params(16, {})
+
+
+@pytest.mark.parametrize("endpoint", MINIMAL)
+def test_the_document_says_of_what_asks_for_nothing_what_the_policy_says(endpoint: Endpoint) -> None:
+    def of_engine(asked: Endpoint) -> Schema:
+        return pydantic.TypeAdapter(REQUEST_TYPES[asked]).json_schema()
+
+    schema, minimal = body_schema(of_engine, endpoint), {"model": "m", **MINIMAL[endpoint]}
+    nothing = [(name, None) for name in ALLOWED[endpoint] - set(REQUIRED[endpoint])]
+    nothing += [(name, value) for name, values in HARMLESS_VALUES.items() for value in (None, *values)]
+    for name, value in nothing:
+        jsonschema.validate({**minimal, name: value}, schema)
+        assert check_body({**minimal, name: value}, endpoint).keys() - {name} == minimal.keys()

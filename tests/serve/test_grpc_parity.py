@@ -249,13 +249,20 @@ WRONG: dict[str, tuple[Endpoint, dict[str, Any], dict[str, Any]]] = {
     "completion of an unknown model": (COMPLETION, {"model": "nope"}, {"model": "nope"}),
     "refused adapter": (CHAT, {"model": "bad"}, {"model": "bad"}),
     **{f"{name} {value}": (CHAT, {name: value}, {"sampling": {name: value}}) for name, value in (
-        ("n", 17), ("n", 2**32 - 1), ("prompt_logprobs", 21), ("stop", many(17)), ("stop", ["x" * 257]),
+        ("n", 17), ("n", 0), ("n", 2**32 - 1), ("allowed_token_ids", list(range(1025))), ("bad_words", ["x" * 4097]),
+        ("stop_token_ids", list(range(65))), ("logit_bias", {"5": 101.0}),
+        ("prompt_logprobs", 21), ("stop", many(17)), ("stop", ["x" * 257]),
         ("logit_bias", {str(n): 1 for n in range(301)}),
     )},
     **{f"completion {name} {value}": (COMPLETION, {name: value}, {"sampling": {name: value}}) for name, value in (
         ("n", 17), ("prompt_logprobs", 100), ("stop", many(17)), ("stop", ["x" * 257]),
         ("logit_bias", {str(n): 1 for n in range(301)}),
     )},
+    "an answer of a tool that nobody called": (
+        CHAT,
+        {"messages": [HELLO, {"role": "tool", "content": "3", "tool_call_id": "call-1"}]},
+        {"messages": [HELLO, {"role": "tool", "content": "3", "toolCallId": "call-1"}]},
+    ),
     "top_logprobs": (CHAT, {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": 21}),
     "logprobs": (COMPLETION, {"logprobs": 21}, {"logprobs": 21}),
     "129 tools": (CHAT, *tools(129)),
