@@ -1,0 +1,34 @@
+"""docs/inference-api.md names every field that is honoured or refused, where it says which."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "inference-api.md").read_text()
+
+
+def named(section: str) -> set[str]:
+    """The fields in backticks below this heading, without the values that stand with some."""
+    text = DOCUMENT.partition(f"## {section}")[2].partition("\n## ")[0]
+    return {quoted.partition(":")[0] for quoted in re.findall(r"`([a-z_0-9:]+(?: true)?)`", text)}
+
+
+def test_every_honoured_field_is_named_among_the_honoured() -> None:
+    assert set().union(*ALLOWED.values(), LABELS) - named("What is honoured") == set()
+
+
+def test_every_refused_field_is_named_among_the_refused() -> None:
+    of_another_endpoint = {"n", "echo", "prompt"}
+    assert (set(REFUSED) | set(HARMLESS_VALUES)) - of_another_endpoint - {"stream_options"} - named(
+        "What is refused"
+    ) == set()
+
+
+def test_nothing_is_named_as_refused_that_no_rule_refuses() -> None:
+    values = {"auto", "default", "medium"}
+    instead = {"tools", "tool_choice", "n", "response_format", "structured_outputs"}
+    pairs = {"max_tokens", "max_completion_tokens", "stream_options", "stream", "tool_choice", "name", "strict"}
+    assert named("What is refused") - set(REFUSED) - set(HARMLESS_VALUES) - values - instead - pairs == set()
