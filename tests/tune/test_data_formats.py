@@ -131,6 +131,14 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.parametrize("calls", [[{"x": 1}], [{"id": 3}], ["call_1"], [], 5, {"id": "call_1"}, "call_1"])
+def test_an_answer_to_calls_that_are_none_is_a_fault_of_its_line(calls: object) -> None:
+    turns = [ASK, {"role": "assistant", "tool_calls": calls}, {"from": "observation", "value": "x"}]
+    with pytest.raises(RowFault, match=r"^line 1: conversations\[2\] answers a call") as caught:
+        parsed({"conversations": turns})
+    assert caught.value.kind == "tool_order"
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_each_fault_of_a_foreign_row_is_named_in_its_own_words(name: str) -> None:
     row, kind, reason = WRONG[name]

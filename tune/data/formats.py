@@ -163,12 +163,21 @@ def _sharegpt_message(turn: object, index: int, before: list[JsonObject], where:
     if role == "function_call":
         return {"role": "assistant", "tool_calls": _sharegpt_calls(value, index, where, line)}
     if role == "tool":
-        calls = before[-1].get("tool_calls") if before else None
-        if not calls:
-            raise row_fault(line, f"{where} answers a call, but no function_call comes before it", "tool_order", where)
-        return {"role": "tool", "content": value, "tool_call_id": calls[0]["id"]}
+        call_id = _first_call_id(before[-1]) if before else None
+        if call_id is None:
+            reason = f"{where} answers a call, but no function_call comes before it (or tool_calls without an id)"
+            raise row_fault(line, reason, "tool_order", where)
+        return {"role": "tool", "content": value, "tool_call_id": call_id}
     weight = {"weight": turn["weight"]} if "weight" in turn else {}
     return {"role": role, "content": value, **weight}
+
+
+def _first_call_id(message: JsonObject) -> str | None:
+    """Of a message that may stand as it was given, with OpenAI's keys, and is not checked yet."""
+    calls = message.get("tool_calls")
+    first = calls[0] if isinstance(calls, list) and calls else None
+    call_id = first.get("id") if isinstance(first, dict) else None
+    return call_id if isinstance(call_id, str) else None
 
 
 def _sharegpt_calls(value: str, index: int, where: str, line: int) -> list[JsonObject]:
