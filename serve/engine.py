@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from registry import errors
+from serve import responses_answers
 from serve.body_errors import invalid_body
 from serve.constraints import SLOWEST_TRIAL_SECONDS
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
@@ -230,6 +230,8 @@ class VllmEngine(Engine):
             current_call.reset(token)
         if "abort" in call.finish_reasons:
             raise self._aborted()
+        if call.endpoint is Endpoint.RESPONSES:
+            return responses_answers.response(answer)
         return bytes(answer.model_dump_json(by_alias=True), "utf-8")
 
     async def stream(self, call: Call) -> AsyncGenerator[str, None]:
@@ -267,7 +269,7 @@ class VllmEngine(Engine):
                 if "abort" in call.finish_reasons:
                     raise self._aborted()
                 # The first two events say nothing; held back, they leave what fails before the first token its status.
-                held.append(_responses_event(chunk))
+                held.append(responses_answers.event(chunk, is_cut="length" in call.finish_reasons))
                 if chunk.type not in ("response.created", "response.in_progress"):
                     for event in held:
                         yield event
@@ -354,6 +356,7 @@ class VllmEngine(Engine):
         """The body as vLLM's request model, naming the adapter as the engine knows it; the engine is alive."""
         trials = self._live().trials
         self._abilities.check(call.body)
+        self._check_token_ids("prompt", call.body.get("prompt"))
         model = call.adapter.name if call.adapter is not None else self._base_model
         options = {"store": False} if call.endpoint is Endpoint.RESPONSES else {}
         try:
@@ -361,10 +364,20 @@ class VllmEngine(Engine):
             return REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
         except pydantic.ValidationError as error:
             raise invalid_body(error, call.body) from error
-        except (KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (KeyError, AttributeError, IndexError, TypeError, RecursionError) as error:
             # vLLM's validators look into the body before its form has been checked.
             logger.warning("vLLM's request model failed on a body", exc_info=error)
             raise errors.InvalidRequestError("The body has a form that cannot be read.") from error
+
+    def _check_token_ids(self, name: str, given: Any) -> None:
+        """vLLM does not say of which field it speaks, and detokenizes what it knows of the ids."""
+        prompts = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
+        for token_ids in prompts:
+            if isinstance(token_ids, list) and {int}.issuperset(map(type, token_ids)):
+                try:
+                    self._live().renderer.validate_token_ids(token_ids, parameter=name)
+                except VLLMClientError as error:
+                    raise refused(str(error), name) from error
 
     async def _create(self, call: Call) -> Any:
         """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
@@ -395,6 +408,7 @@ class VllmEngine(Engine):
         body = {**body, "model": self._base_model}
         try:
             if endpoint is Endpoint.DETOKENIZE:
+                self._check_token_ids("tokens", body.get("tokens"))
                 answer = await serving.create_detokenize(DetokenizeRequest.model_validate(body), raw_request)
             else:
                 kind = TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
@@ -451,16 +465,16 @@ class VllmEngine(Engine):
             return errors.UnavailableError(
                 "The engine's queue is full. Try again shortly.", code="queue_full", retry_after_seconds=1
             )
+        if (reason := _template_error(error)) is not None:
+            return errors.InvalidRequestError(f"The chat template refused the messages: {reason}", param="messages")
         if isinstance(error, VLLMClientError):
             return refused(str(error), getattr(error, "parameter", None))
         # vLLM still raises plain ValueErrors for bad requests (entrypoints/serve/exception_handling, "not yet
-        # migrated"); it counts them as the client's, and so do we. jinja2's TemplateError is one of the template's.
+        # migrated"); it counts them as the client's, and so do we.
         if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):
-            return errors.InvalidRequestError(engine_reason(error))
+            return refused(engine_reason(error), None)
         if isinstance(error, RecursionError):
             return errors.InvalidRequestError("Something in the request is nested too deeply. Send it flatter.")
-        if any(base.__name__ == "TemplateError" for base in type(error).__mro__):
-            return errors.InvalidRequestError(f"The chat template refused the messages: {error}", param="messages")
         logger.error("engine call failed", exc_info=error)
         return errors.InternalError(f"the engine failed: {type(error).__name__}")
 
@@ -470,6 +484,14 @@ class VllmEngine(Engine):
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
         )
+
+
+def _template_error(error: BaseException) -> BaseException | None:
+    """What jinja2 raised, by itself or as the cause of vLLM's error."""
+    for each in (error, error.__cause__):
+        if any(base.__name__ == "TemplateError" for base in type(each).__mro__):
+            return each
+    return None
 
 
 def _abilities_of(llm: ObservedLLM, state: State, tool_parser: str | None) -> ModelAbilities:
@@ -507,14 +529,6 @@ def _answer_model(lora_request: LoRARequest | None = None) -> str:
     call = current_call.get()
     assert call is not None, "vLLM formats an answer outside of a call"
     return call.answer_model
-
-
-def _responses_event(event: Any) -> str:
-    """One event of /v1/responses on the wire. An answer cut by max_output_tokens ends as incomplete, as OpenAI's."""
-    body = event.model_dump(mode="json", by_alias=True)
-    if event.type == "response.completed" and event.response.status == "incomplete":
-        body["type"] = "response.incomplete"
-    return f"event: {body['type']}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def _lora_request(adapter: EngineAdapter) -> LoRARequest:

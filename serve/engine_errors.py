@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from registry import errors
+from serve.request_fields import ALLOWED
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PATH = re.compile(r"(?:/[\w.@-]+){3,}")
 _NATIVE_LOCATION = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """What C++ libraries put in front of a message: time, file and line."""
+
+_PARAMETER = re.compile(r" \(parameter=.*\)$", re.DOTALL)
+"""What vLLM's VLLMValidationError puts behind its message."""
 
 # The ``parameter`` of vLLM's refusals of long prompts (vllm/renderers/params.py); no request has fields of these names.
 _PROMPT_LENGTHS = ("input_tokens", "input_text")
@@ -52,4 +56,11 @@ def refused(message: str, param: str | None) -> errors.InvalidRequestError:
     and try again look for (LiteLLM's ``ContextWindowExceededError``, LangChain)."""
     if param in _PROMPT_LENGTHS:
         return errors.InvalidRequestError(message, code="context_length_exceeded")
-    return errors.InvalidRequestError(message, param=param)
+    message = _PARAMETER.sub("", message)
+    return errors.InvalidRequestError(message, param=param or _field_named_first(message))
+
+
+def _field_named_first(message: str) -> str | None:
+    """Most of vLLM's refusals that do not give the field apart begin with its name."""
+    word = message.partition(" ")[0].strip("`")
+    return word if any(word in fields for fields in ALLOWED.values()) else None

@@ -1,13 +1,22 @@
-"""What vLLM raises is told from its cause: the client's fault is no fault of the service."""
+"""What vLLM raises is told from its cause, and of the field that the client sent: the client's fault is no fault of the
+service."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
+import jinja2
 import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.base import BaseRenderer
+from vllm.sampling_params import SamplingParams
 
 from registry import errors, locate_base_model
 from serve.engine import VllmEngine
+from serve.engine_errors import refused
 
 
 class LivingEngine(VllmEngine):
@@ -18,8 +27,85 @@ class LivingEngine(VllmEngine):
         return False
 
 
-def test_nesting_that_exhausts_the_stack_of_vllms_parsers_is_refused() -> None:
-    engine = LivingEngine(str(locate_base_model("capo-tiny").path), "capo-tiny", [])
+@dataclass
+class Renderer:
+    """As much of vLLM's as looks at token ids."""
+
+    tokenizer: Any
+    model_config: Any
+    validate_token_ids = BaseRenderer.validate_token_ids
+
+
+@pytest.fixture(scope="module")
+def engine() -> VllmEngine:
+    return LivingEngine(str(locate_base_model("capo-tiny").path), "capo-tiny", [])
+
+
+def test_nesting_that_exhausts_the_stack_of_vllms_parsers_is_refused(engine: VllmEngine) -> None:
     with pytest.raises(RecursionError) as caught:
         json.loads("[" * 100_000)
     assert isinstance(engine._translate(caught.value), errors.InvalidRequestError)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"presence_penalty": 5.0}, "presence_penalty"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"top_k": -5}, "top_k"),
+        ({"min_p": 2.0}, "min_p"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens"),
+    ],
+)
+def test_a_refusal_of_vllms_names_the_field_it_is_about(
+    engine: VllmEngine, parameters: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        SamplingParams(**parameters)
+    refusal = engine._translate(caught.value)
+    assert isinstance(refusal, errors.InvalidRequestError)
+    assert refusal.param == param
+    assert "(parameter=" not in refusal.message
+
+
+def test_a_refusal_that_begins_with_another_word_names_no_field() -> None:
+    assert refused("Something is wrong with top_k.", None).param is None
+
+
+def test_what_the_chat_template_refuses_is_about_the_messages(engine: VllmEngine) -> None:
+    """vLLM raises an error of its own from that of the template (vllm/renderers/hf.py)."""
+    error = VLLMValidationError("Unknown role: robot")
+    error.__cause__ = jinja2.TemplateError("Unknown role: robot")
+    refusal = engine._translate(error)
+    assert (refusal.param, errors.wire_kind(refusal).http_status) == ("messages", 400)
+    assert "Unknown role: robot" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("given", "is_refused"),
+    [
+        ([0, 2047], False),
+        ([], False),
+        ("text", False),
+        (["text"], False),
+        ([[1], [2047]], False),
+        ([1, 99999], True),
+        ([-1], True),
+        ([[1], [99999]], True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["prompt", "tokens"])
+def test_a_token_that_no_vocabulary_has_is_refused_wherever_it_is_sent(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, name: str, given: Any, is_refused: bool
+) -> None:
+    sizes = SimpleNamespace(max_token_id=2047, get_vocab_size=lambda: 2048)
+    monkeypatch.setattr(engine, "_live", lambda: SimpleNamespace(renderer=Renderer(sizes, sizes)))
+    if not is_refused:
+        engine._check_token_ids(name, given)
+        return
+    with pytest.raises(errors.InvalidRequestError, match="out of vocabulary") as caught:
+        engine._check_token_ids(name, given)
+    assert caught.value.param == name
