@@ -10,6 +10,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from prometheus_client import REGISTRY
 
+from capo.log_format import LogLevel
 from capo.settings import Settings
 from registry import BaseModel, Registry
 from serve.adapter_imports import AdapterImports
@@ -54,7 +55,7 @@ class InferenceSide:
             base_model.path, use_gpu=use_gpu, user_arguments=vllm_arguments
         )
         arguments = [*(part for choice in self.choices for part in choice.argv), *vllm_arguments]
-        if settings.log_level.lower() != "debug":
+        if settings.log_level is not LogLevel.DEBUG:
             arguments.insert(0, "--no-use-tqdm-on-load")  # a progress bar in a log
         catalog = Catalog(registry, base_model.id, is_shared_with=is_shared_with)
         self.serving = self._build(registry, catalog, arguments)

@@ -17,10 +17,11 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SecretsSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from capo.audit import AuditPlace
-from capo.log_format import LogFormat
+from capo.log_format import LogFormat, LogLevel
 from capo.roles import LauncherKind, Role
 from registry import errors, parse_reference
 from registry.names import check_name
@@ -53,6 +54,8 @@ class Settings(BaseSettings):
         directory = os.environ.get("CAPO_SECRETS_DIR")
         if not directory:
             return init_settings, env_settings
+        if not Path(directory).is_dir():
+            raise SettingsError(f"CAPO_SECRETS_DIR={directory} is no directory; name that with the files, or unset it")
         return init_settings, env_settings, SecretsSettingsSource(settings_cls, directory)
 
     role: Role = Field(
@@ -262,7 +265,7 @@ class Settings(BaseSettings):
         description="Adapters with metric series of their own; the rest share 'other'. With 64 busy ones a page is "
         "1.2 MB, made in 0.1 s.",
     )
-    log_level: str = Field(default="info", description="debug, info, warning or error.")
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="Of Capo's own lines.")
     log_format: LogFormat = Field(
         default=LogFormat.TEXT, description="text: lines for people. json: one object to a line, for a log collector."
     )

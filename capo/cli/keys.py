@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Create, list, revoke and rotate API keys.", no_args_is_help=True)
 
+_MOST = 10**9
+"""Of each limit: what no process comes to, and what every database can hold."""
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 DataDir = Annotated[Path | None, typer.Option(help="Where Capo writes; default ./capo-data.")]
@@ -40,12 +42,15 @@ def create(
     ] = None,
     expires: Annotated[str | None, typer.Option(help="After how long, as 90d, 12h or 30m; default never.")] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="In each process; then 429; default no limit.")
+        int | None, typer.Option(min=1, max=_MOST, help="In each process; then 429; default no limit.")
     ] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Prompt and completion tokens, likewise; then 429; default no limit.")
+        int | None,
+        typer.Option(min=1, max=_MOST, help="Prompt and completion tokens, likewise; then 429; default no limit."),
     ] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once, likewise; then 429.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Requests at once, likewise; then 429.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Write the key to this new file, for its owner's eyes only, where what is printed is kept."),

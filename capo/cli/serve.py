@@ -111,12 +111,15 @@ def read_settings(**given: Any) -> Settings:
         InvalidRequestError: a value that is not allowed, naming the setting.
     """
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from capo.settings import Settings
     from registry.errors import InvalidRequestError
 
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
+    except SettingsError as error:  # of where they are read from, and no single value
+        raise InvalidRequestError(f"settings: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])

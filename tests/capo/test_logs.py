@@ -15,7 +15,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from capo.log_format import LogFormat
+from capo.log_format import LogFormat, LogLevel
 from capo.logs import JsonLines, TextLines, library_environment
 from registry import errors
 from serve import faces
@@ -154,8 +154,9 @@ def test_a_line_of_json_is_one_line_whatever_is_in_it() -> None:
 
 def test_warnings_and_foreign_loggers_are_json_too() -> None:
     script = (
-        "import warnings, logging; from capo.log_format import LogFormat; from capo.logs import configure_logging\n"
-        "configure_logging('info', LogFormat.JSON); warnings.warn('careful')\n"
+        "import warnings, logging; from capo.log_format import LogFormat, LogLevel\n"
+        "from capo.logs import configure_logging\n"
+        "configure_logging(LogLevel.INFO, LogFormat.JSON); warnings.warn('careful')\n"
         "logging.getLogger('uvicorn').error('foreign'); logging.getLogger('uvicorn').info('chatter')\n"
         "logging.getLogger('capo.x').info('ours')"
     )
@@ -167,19 +168,20 @@ def test_warnings_and_foreign_loggers_are_json_too() -> None:
 class TestLibraries:
     def test_are_quiet_about_a_start_that_goes_well_unless_everything_is_asked_for(self) -> None:
         assert (
-            library_environment("info", LogFormat.TEXT, {})["PYTHONWARNINGS"] == "ignore:resource_tracker:UserWarning"
+            library_environment(LogLevel.INFO, LogFormat.TEXT, {})["PYTHONWARNINGS"]
+            == "ignore:resource_tracker:UserWarning"
         )
-        assert "VLLM_LOGGING_LEVEL" not in library_environment("info", LogFormat.TEXT, {})
-        assert library_environment("debug", LogFormat.TEXT, {})["VLLM_LOGGING_LEVEL"] == "INFO"
+        assert "VLLM_LOGGING_LEVEL" not in library_environment(LogLevel.INFO, LogFormat.TEXT, {})
+        assert library_environment(LogLevel.DEBUG, LogFormat.TEXT, {})["VLLM_LOGGING_LEVEL"] == "INFO"
 
     def test_what_the_operator_set_stays(self) -> None:
         given = {"PYTHONWARNINGS": "error", "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_LOGGING_CONFIG_PATH": "mine.json"}
-        assert library_environment("info", LogFormat.TEXT, given) == {}
-        assert library_environment("debug", LogFormat.TEXT, given) == {}
+        assert library_environment(LogLevel.INFO, LogFormat.TEXT, given) == {}
+        assert library_environment(LogLevel.DEBUG, LogFormat.TEXT, given) == {}
 
     @pytest.mark.parametrize("log_format", LogFormat)
     def test_vllm_speaks_like_capo_in_all_its_processes(self, log_format: LogFormat) -> None:
-        path = library_environment("info", log_format, {})["VLLM_LOGGING_CONFIG_PATH"]
+        path = library_environment(LogLevel.INFO, log_format, {})["VLLM_LOGGING_CONFIG_PATH"]
         script = (
             "import json, logging.config, sys; logging.config.dictConfig(json.load(open(sys.argv[1])))\n"
             "from serve import faces; faces.current_request_id.set('mine-1')\n"

@@ -58,7 +58,7 @@ class Database:
     def __init__(self, url: str, *, tenant: str = "capo") -> None:
         try:
             parsed = make_url(url)
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:  # the second is of a port that is no number
             raise InvalidRequestError(
                 "the job store's URL cannot be read; write sqlite:////absolute/path/jobs.db or "
                 "postgresql+psycopg://user:password@host/database",
