@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from registry import errors
-from serve import conversation_shapes
+from registry.strict_json import parse_strict_json
+from serve import conversation_shapes, schema_keywords
 from serve.shape_checks import check_is_object, check_keys, entries, require_a_name, shown
 
 # The largest schema that is tried (serve/constraints.py says how), and the largest of the other forms of a constraint.
@@ -43,11 +44,13 @@ def check(body: Mapping[str, Any]) -> None:
         _check_tool(place, tool, is_flat="input" in body)
     check_keys("stream_options", body.get("stream_options"), {"include_usage", "continuous_usage_stats"})
     _check_tool_choice(body.get("tool_choice"), is_flat="input" in body)
+    _check_named_tool(body)
     _check_response_format("response_format", body.get("response_format"))
     _check_structured_outputs(body.get("structured_outputs"))
     _check_responses_fields(body)
     schemas = [tool.get("function", tool).get("parameters") for _, tool in entries(body, "tools")]
     _check_schema("tools", [schema for schema in schemas if schema is not None])
+    schema_keywords.check_tools(_strict_parameters(body))
 
 
 def asks_for_a_format(value: Any) -> bool:
@@ -83,6 +86,20 @@ def _check_tool_choice(choice: Any, *, is_flat: bool) -> None:
     require_a_name("tool_choice" if is_flat else "tool_choice.function", choice if is_flat else choice.get("function"))
 
 
+def _check_named_tool(body: Mapping[str, Any]) -> None:
+    """Behind the checks of tools and tool_choice themselves."""
+    choice = body.get("tool_choice")
+    if not isinstance(choice, dict):
+        return
+    named = choice.get("function", choice)["name"]
+    offered = [tool.get("function", tool)["name"] for _, tool in entries(body, "tools")]
+    if named not in offered:
+        told = ", ".join(map(shown, offered))[:500] or "there are no tools"
+        raise errors.InvalidRequestError(
+            f"tool_choice names {shown(named)}, which is none of the tools: {told}.", param="tool_choice"
+        )
+
+
 def _check_response_format(place: str, given: Any) -> None:
     if not isinstance(given, dict):
         return
@@ -103,7 +120,7 @@ def _check_response_format(place: str, given: Any) -> None:
         )
     if isinstance(schema, dict):
         check_keys(f"{place}.json_schema", schema, {"name", "description", "schema", "strict"})
-        _check_schema(f"{place}.json_schema.schema", schema["schema"])
+        _check_answer_schema(f"{place}.json_schema.schema", schema["schema"])
 
 
 def _check_structured_outputs(given: Any) -> None:
@@ -120,6 +137,8 @@ def _check_structured_outputs(given: Any) -> None:
     (kind,) = kinds
     value = given[kind]
     _check_schema(f"{place}.{kind}", value)
+    if kind == "json":
+        _check_answer_schema(f"{place}.json", _parsed(f"{place}.json", value) if isinstance(value, str) else value)
     limits = {"regex": MAX_REGEX_CHARACTERS, "grammar": MAX_GRAMMAR_CHARACTERS, "choice": MAX_CHOICES}
     if kind in limits and isinstance(value, str | list) and len(value) > limits[kind]:
         raise errors.InvalidRequestError(
@@ -137,7 +156,14 @@ def _check_responses_fields(body: Mapping[str, Any]) -> None:
         check_is_object("text.format", text.get("format"))
         if isinstance(form := text.get("format"), dict):
             check_keys("text.format", form, {"type", "name", "description", "schema", "strict"})
-            _check_schema("text.format.schema", form.get("schema"))
+            if form.get("type") == "json_schema" and not isinstance(form.get("schema"), dict):
+                raise errors.InvalidRequestError(
+                    f"text.format.schema must be a JSON schema, which type json_schema needs, got "
+                    f"{shown(form.get('schema'))}.",
+                    param="text.format.schema",
+                )
+            if form.get("schema") is not None:
+                _check_answer_schema("text.format.schema", form["schema"])
     _check_metadata(body.get("metadata"))
     reasoning = body.get("reasoning")
     if isinstance(reasoning, dict):
@@ -165,6 +191,29 @@ def _check_metadata(pairs: Any) -> None:
             f"characters and values of at most {MAX_METADATA_VALUE}, got {shown(pairs)}.",
             param="metadata",
         )
+
+
+def _strict_parameters(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for place, tool in entries(body, "tools"):
+        function = tool.get("function", tool)
+        if function.get("strict") and function.get("parameters") is not None:
+            yield (
+                f"{place}.function.parameters" if "function" in tool else f"{place}.parameters",
+                function["parameters"],
+            )
+
+
+def _parsed(place: str, text: str) -> Any:
+    try:
+        return parse_strict_json(text.encode())
+    except (ValueError, RecursionError) as error:
+        raise errors.InvalidRequestError(f"{place} must be a JSON schema: {error}.", param=place) from error
+
+
+def _check_answer_schema(place: str, schema: Any) -> None:
+    """What an answer is bound to, the engine must hold in full."""
+    _check_schema(place, schema)
+    schema_keywords.check(place, schema)
 
 
 def _check_schema(place: str, schema: Any) -> None:

@@ -28,6 +28,8 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
     Endpoint.DETOKENIZE: {"model": "m", "tokens": [1]},
 }
 FLAT_CALL = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
+DROPPED = {"type": "array", "items": {"type": "integer", "multipleOf": 3}}
+STRICT = {"name": "look", "strict": True}
 BAD_ARGUMENTS = ("{bad", "[1, 2]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', "[" * 100_000)
 OPENAI_TYPES = {
     Endpoint.CHAT: OpenAIChat,
@@ -92,6 +94,18 @@ def nested(levels: int) -> Any:
         (CHAT, {"response_format": {"type": "json_object", "json_schema": {}}}, "response_format"),
         (CHAT, {"response_format": schema_format({"a": "x" * MAX_SCHEMA_BYTES})}, "response_format.json_schema.schema"),
         (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH + 1))}, "response_format.json_schema.schema"),
+        # What the engine would not hold (serve/schema_keywords.py), wherever a schema may stand.
+        (CHAT, {"response_format": schema_format(DROPPED)}, "response_format.json_schema.schema"),
+        (COMPLETION, {"response_format": schema_format(DROPPED)}, "response_format.json_schema.schema"),
+        (CHAT, {"structured_outputs": {"json": DROPPED}}, "structured_outputs.json"),
+        (CHAT, {"structured_outputs": {"json": json.dumps(DROPPED)}}, "structured_outputs.json"),
+        (CHAT, {"structured_outputs": {"json": json.dumps(nested(MAX_SCHEMA_DEPTH + 1))}}, "structured_outputs.json"),
+        (CHAT, {"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a", "schema": DROPPED}}},
+         "text.format.schema"),
+        (CHAT, {"tools": [{"type": "function", "function": {**STRICT, "parameters": DROPPED}}]},
+         "tools.0.function.parameters"),
+        (RESPONSES, {"tools": [{"type": "function", **STRICT, "parameters": DROPPED}]}, "tools.0.parameters"),
         (CHAT, {"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
         (CHAT, {"structured_outputs": {}}, "structured_outputs"),
         (CHAT, {"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
@@ -169,6 +183,9 @@ def test_what_would_be_ignored_is_refused_by_its_place(endpoint: Endpoint, field
         *((CHAT, {"messages": after_call(arguments)}) for arguments in ("", "{}", ' {"a": [1, {"b": null}]} ')),
         (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "text"}}),
         (CHAT, {"tools": [TOOL], "response_format": schema_format({"type": "object"})}),
+        (CHAT, {"structured_outputs": {"json": '{"type": "integer", "minimum": 5}'}}),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "look", "parameters": DROPPED}}]}),
+        (CHAT, {"tools": [{"type": "function", "function": {**STRICT, "parameters": {"properties": {}}}}]}),
         (CHAT, {"response_format": schema_format(nested(MAX_SCHEMA_DEPTH))}),
         (RESPONSES, {"tools": [FLAT_TOOL], "tool_choice": {"type": "function", "name": "look"}}),
         (CHAT, {"messages": [*after_call("{}"), {"role": "tool", "content": "x", "tool_call_id": "c"}]}),
