@@ -153,8 +153,12 @@ def _check_model(body: Mapping[str, Any]) -> None:
 
 
 def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
-    if body.get("n", 1) < 1:
-        raise errors.InvalidRequestError(f"n is {body['n']}; at least 1 is allowed.", param="n")
+    for field in ("n", "max_tokens", "max_completion_tokens", "max_output_tokens"):
+        least = 0 if field == "max_tokens" and body.get("echo") else 1  # an echo alone
+        if body.get(field, least) < least:
+            raise errors.InvalidRequestError(
+                f"{field} is {shown(body[field])}; at least {least} is allowed.", param=field
+            )
     _at_most(body, "n", MAX_N, code="n_too_large")
     for field in ("top_logprobs", "prompt_logprobs", *(() if endpoint is Endpoint.CHAT else ("logprobs",))):
         _at_most(body, field, MAX_LOGPROBS, code="logprobs_too_large")
