@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -20,13 +21,31 @@ _TIMEOUT_SECONDS = 300.0  # of the longest answer: an upload is checked row by r
 Url = Annotated[str, typer.Option(help="Address of the service.", envvar="CAPO_URL")]
 
 
+class Answer(dict[str, Any]):
+    """A JSON object of an answer. Where it lacks what a command reads, something else answers at the address."""
+
+    def __init__(self, address: str, members: dict[str, Any]) -> None:
+        super().__init__(members)
+        self._address = address
+
+    def __missing__(self, name: str) -> Any:
+        raise _no_capo(self._address, f"its answer has no {name!r}")
+
+    def records(self) -> list[Answer]:
+        """Of a list."""
+        records = self["data"]
+        if not isinstance(records, list) or not all(isinstance(record, Answer) for record in records):
+            raise _no_capo(self._address, "its 'data' is no list of objects")
+        return records
+
+
 class Service:
     """Calls the service; its refusals become Capo's errors, with the service's own words."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    def __call__(self, verb: str, path: str, **options: Any) -> dict[str, Any]:
+    def __call__(self, verb: str, path: str, **options: Any) -> Answer:
         import httpx
 
         try:
@@ -35,15 +54,25 @@ class Service:
             raise errors.UnavailableError(
                 f"no answer from {self._client.base_url}: {error}; start capo serve, or give --url"
             ) from error
+        except httpx.InvalidURL as error:
+            raise errors.InvalidRequestError(f"{path!r} can be no address: {error}") from error
+        address = str(response.url)
         try:
-            body: dict[str, Any] = response.json()
-        except ValueError:
-            body = {}
+            body = response.json(object_hook=partial(Answer, address))
+        except (ValueError, RecursionError):
+            body = None
         if response.is_error:
-            fault = body.get("error") or {}
-            message = fault.get("message") or f"HTTP {response.status_code} from {response.url}"
-            raise errors.InvalidRequestError(message, code=fault.get("code"), line=fault.get("line"))
+            fault = body.get("error") if isinstance(body, Answer) else None
+            if not isinstance(fault, Answer):
+                raise errors.InvalidRequestError(f"HTTP {response.status_code} from {address}")
+            raise errors.InvalidRequestError(fault["message"], code=fault.get("code"), line=fault.get("line"))
+        if not isinstance(body, Answer):
+            raise _no_capo(address, f"its answer, HTTP {response.status_code}, is no JSON object")
         return body
+
+
+def _no_capo(address: str, reason: str) -> errors.UnavailableError:
+    return errors.UnavailableError(f"{address} is no Capo: {reason}; give the address of one with --url")
 
 
 def api_key() -> str | None:
@@ -67,5 +96,11 @@ def service(url: str) -> Iterator[Service]:
     base_url = url.rstrip("/").removesuffix("/v1")
     key = api_key()
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=base_url, timeout=_TIMEOUT_SECONDS, headers=headers) as client:
+    try:
+        client = httpx.Client(base_url=base_url, timeout=_TIMEOUT_SECONDS, headers=headers)
+    except httpx.InvalidURL as error:
+        raise errors.InvalidRequestError(
+            f"--url {url!r} is no address ({error}); write it like {DEFAULT_URL}", param="url"
+        ) from error
+    with client:
         yield Service(client)

@@ -59,7 +59,7 @@ def list_jobs(
 ) -> None:
     """One job on each line: id, state, base model, result."""
     with service(url) as ask:
-        for job in ask("GET", "/fine_tuning/jobs", params={"limit": limit})["data"]:
+        for job in ask("GET", "/fine_tuning/jobs", params={"limit": limit}).records():
             console.print(f"{job['id']}  {_state(job):<10} {job['model']}  {job['fine_tuned_model'] or '-'}")
 
 
@@ -142,7 +142,7 @@ def _events_after(ask: Service, job_id: str, seen: str | None) -> list[dict[str,
     params: dict[str, Any] = {"limit": _PAGE}
     while True:
         page = ask("GET", f"/fine_tuning/jobs/{job_id}/events", params=params)
-        for event in page["data"]:
+        for event in page.records():
             if event["id"] == seen:
                 return newer[::-1]
             newer.append(event)

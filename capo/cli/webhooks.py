@@ -38,7 +38,7 @@ def list_endpoints(url: Url = DEFAULT_URL) -> None:
     with service(url) as ask:
         while True:
             page = ask("GET", "/webhook_endpoints", params=params)
-            for endpoint in page["data"]:
+            for endpoint in page.records():
                 ends = ",".join(event.removeprefix("fine_tuning.job.") for event in endpoint["event_types"])
                 console.print(f"{endpoint['id']}  {endpoint['url']}  {endpoint['name']}  {ends}")
             if not page["has_more"]:

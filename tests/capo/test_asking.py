@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from capo.cli import chat, jobs
-from registry.errors import InvalidRequestError
+from capo.cli import chat, jobs, webhooks
+from registry.errors import InvalidRequestError, UnavailableError
 from tests.capo.answering import answering
 from tests.capo.guarded import guarded
 
@@ -46,3 +46,46 @@ def test_a_key_read_from_a_file_may_end_in_a_newline() -> None:
     with answering(b'{"data": []}') as (url, shown):
         done = CliRunner().invoke(jobs.app, ["list", "--url", url], env={"CAPO_API_KEY": "capo_1_2\n"})
     assert (done.exit_code, shown) == (0, ["Bearer capo_1_2"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>hello</html>",
+        "",
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        '{"data": "jobs"}',
+        '{"data": {"id": "ftjob-1"}}',
+        '{"data": ["ftjob-1"], "has_more": false}',
+        '{"data": [{"id": "ftjob-1", "status": "queued", "model": "g", "fine_tuned_model": null}], "has_more": false}',
+        "\xff",
+    ],
+)
+def test_an_answer_of_something_else_says_whose_it_is(body: str) -> None:
+    with answering(body.encode("latin-1")) as (url, _):
+        for app, arguments in ((jobs.app, ["list"]), (jobs.app, ["logs", "ftjob-1"]), (webhooks.app, ["list"])):
+            done = CliRunner().invoke(app, [*arguments, "--url", url])
+            assert isinstance(done.exception, UnavailableError), done.exception
+            assert done.exception.message.startswith(f"{url}/v1/")
+            assert "is no Capo" in done.exception.message
+
+
+@pytest.mark.parametrize("body", ["<html>no</html>", "[]", '{"error": "no"}', '{"error": null}', "{}"])
+def test_a_refusal_in_nobodys_words_tells_its_status(body: str) -> None:
+    with answering(body.encode(), status=404) as (url, _):
+        done = CliRunner().invoke(jobs.app, ["show", "ftjob-1", "--url", url])
+    assert isinstance(done.exception, InvalidRequestError)
+    assert done.exception.message == f"HTTP 404 from {url}/v1/fine_tuning/jobs/ftjob-1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["list", "--url", "http://[::1"], "'http://[::1' is no address"), (["show", "a\nb"], "can be no address")],
+)
+def test_what_is_no_address_is_refused_before_anything_is_sent(arguments: list[str], says: str) -> None:
+    done = CliRunner().invoke(jobs.app, arguments)
+    assert isinstance(done.exception, InvalidRequestError)
+    assert says in done.exception.message
