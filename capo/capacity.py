@@ -20,7 +20,7 @@ _BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
 """Of the cache, vLLM's defaults; a sequence takes whole blocks."""
 _RESERVE_BYTES = {"cpu": GIB, "gpu": 3 * GIB}
 """For activations, CUDA graphs and libraries: a rule of thumb. A running engine's log has the true figure."""
-_LARGEST_SHARE = 0.95
+_LARGEST_PERCENT = 95
 """Of a GPU: the driver and other processes have the rest."""
 _ADAPTER_BYTES = 4
 """Capo publishes adapters in float32."""
@@ -61,6 +61,8 @@ class Plan:
     concurrency: int
     reserve_bytes: int
     memory_bytes: int
+    usable_bytes: int
+    """Of the memory, what an engine may ask for."""
     adapter_file_bytes: int
     """Of one adapter of that rank on the registry's disk."""
     adapters_on_disk: int | None
@@ -83,13 +85,19 @@ class Plan:
     @property
     def left_bytes(self) -> int:
         """Less than nothing: it does not fit."""
-        return self.memory_bytes - self.weights_bytes - self.slots_bytes - self.kv_bytes - self.reserve_bytes
+        return self.usable_bytes - self.weights_bytes - self.slots_bytes - self.kv_bytes - self.reserve_bytes
 
 
 def plan(path: Path, wish: Wish) -> Plan:
     """Raises:
     InvalidRequestError: the model cannot be planned, or the wish asks for what no engine takes.
     """
+    if wish.memory_bytes < 1:
+        raise InvalidRequestError(f"memory={wish.memory_bytes} bytes hold nothing; give at least 1", param="memory")
+    if wish.target_modules is not None and not wish.target_modules:
+        raise InvalidRequestError(
+            "target_modules names none; leave it out for all that vLLM knows of", param="target_modules"
+        )
     shape = read_shape(path)
     dtype = wish.dtype or shape.dtype
     if dtype not in DTYPE_BYTES:
@@ -111,7 +119,8 @@ def plan(path: Path, wish: Wish) -> Plan:
     reserve = wish.reserve_bytes
     if reserve is None:
         reserve = _RESERVE_BYTES["gpu" if wish.is_gpu else "cpu"]
-    room = wish.memory_bytes - weights_bytes - reserve
+    usable = wish.memory_bytes * _LARGEST_PERCENT // 100 if wish.is_gpu else wish.memory_bytes
+    room = usable - weights_bytes - reserve
     file_bytes = _adapter_file_bytes(shape, wish.target_modules, wish.max_lora_rank)
     arguments, reasons = _arguments(
         wish, rank, context_tokens, needed=weights_bytes + reserve + slot_bytes * wish.max_loras,
@@ -129,6 +138,7 @@ def plan(path: Path, wish: Wish) -> Plan:
         concurrency=wish.concurrency,
         reserve_bytes=reserve,
         memory_bytes=wish.memory_bytes,
+        usable_bytes=usable,
         adapter_file_bytes=file_bytes,
         adapters_on_disk=None if wish.disk_bytes is None else wish.disk_bytes // file_bytes,
         most_slots=max(0, (room - per_request * wish.concurrency) // slot_bytes),
@@ -185,8 +195,8 @@ def _arguments(
         reasons.append("adapters that change other modules are refused with --lora-target-modules")
     if not wish.is_gpu:
         return [*arguments, "--kv-cache-memory-bytes", str(kv_bytes)], reasons
-    share = math.ceil(100 * (needed + kv_bytes) / wish.memory_bytes) / 100
-    if share > _LARGEST_SHARE:
-        reasons.append(f"it would take {share:.0%} of the GPU; {_LARGEST_SHARE:.0%} is what can be asked for")
-    arguments += ["--gpu-memory-utilization", f"{min(share, _LARGEST_SHARE):.2f}"]
+    percent = -(-100 * (needed + kv_bytes) // wish.memory_bytes)
+    if percent > _LARGEST_PERCENT:
+        reasons.append(f"it would take {percent} % of the GPU; {_LARGEST_PERCENT} % is what can be asked for")
+    arguments += ["--gpu-memory-utilization", f"{min(percent, _LARGEST_PERCENT) / 100:.2f}"]
     return arguments, reasons

@@ -151,29 +151,37 @@ def read_shape(path: Path) -> ModelShape:
         )
     try:
         return _shape(config, model_type)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError(
             f"{file} lacks something that a {model_type} model has, or has it in another form: {error}", param="model"
         ) from error
 
 
 def _shape(config: Mapping[str, Any], model_type: str) -> ModelShape:
-    heads = int(config["num_attention_heads"])
+    heads = _positive("num_attention_heads", config["num_attention_heads"])
+    hidden_size = _positive("hidden_size", config["hidden_size"])
     attention_bias = bool(config.get("attention_bias", False))
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     return ModelShape(
         model_type=model_type,
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        intermediate_size=int(config["intermediate_size"]),
+        num_layers=_positive("num_hidden_layers", config["num_hidden_layers"]),
+        hidden_size=hidden_size,
+        intermediate_size=_positive("intermediate_size", config["intermediate_size"]),
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
-        vocabulary_size=int(config["vocab_size"]),
+        num_kv_heads=_positive("num_key_value_heads", config.get("num_key_value_heads") or heads),
+        head_size=_positive("head_dim", config.get("head_dim") or hidden_size // heads),
+        vocabulary_size=_positive("vocab_size", config["vocab_size"]),
         is_tied=bool(config.get("tie_word_embeddings", False)),
         has_query_key_value_bias=model_type == "qwen2" or attention_bias,
         has_output_bias=model_type == "llama" and attention_bias,
         has_mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
         dtype=dtype if dtype in DTYPE_BYTES else "bfloat16",
-        max_model_len=int(config["max_position_embeddings"]),
+        max_model_len=_positive("max_position_embeddings", config["max_position_embeddings"]),
     )
+
+
+def _positive(name: str, value: Any) -> int:
+    number = int(value)
+    if number < 1:
+        raise ValueError(f"{name}={number} is below 1")
+    return number

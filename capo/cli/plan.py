@@ -103,7 +103,11 @@ def _as_table(made: Plan) -> str:
             f"{made.concurrency} x {made.context_tokens} tokens, {_human(made.kv_bytes_per_token)} each",
         ),
         ("reserve", made.reserve_bytes, "activations, graphs, libraries: a rule of thumb"),
-        ("left" if made.left_bytes >= 0 else "MISSING", abs(made.left_bytes), f"of {_human(made.memory_bytes)}"),
+        (
+            "left" if made.left_bytes >= 0 else "MISSING",
+            abs(made.left_bytes),
+            f"of {_human(made.usable_bytes)} that an engine may take",
+        ),
     ]
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:<{width}}  {_human(size):>10}  {note}" for name, size, note in rows]
