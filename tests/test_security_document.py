@@ -43,8 +43,9 @@ def test_the_figures_of_the_limits_are_those_of_the_code() -> None:
         "| stop |": f"{request_policy.MAX_STOP_STRINGS} of {request_policy.MAX_STOP_CHARACTERS} characters",
         "prompts in one request": f"| {request_policy.MAX_PROMPTS} |",
         "messages, or items": f"| {request_policy.MAX_MESSAGES} |",
-        "tools, logit_bias": f"{request_policy.MAX_TOOLS}, {request_policy.MAX_LOGIT_BIAS}, "
-        f"{request_policy.MAX_BAD_WORDS}",
+        "tools, logit_bias": f"| {request_policy.MAX_TOOLS}, {request_policy.MAX_LOGIT_BIAS} |",
+        "| bad_words |": f"{request_policy.MAX_BAD_WORDS} of {request_policy.MAX_BAD_WORDS_BYTES // 1024} KiB together",
+        "allowed_token_ids, stop": f"{request_policy.MAX_ALLOWED_TOKEN_IDS:,}, {request_policy.MAX_STOP_TOKEN_IDS} |",
         "JSON schema of": f"{request_shapes.MAX_SCHEMA_BYTES // 1024} KiB, {request_shapes.MAX_SCHEMA_DEPTH} deep",
         "regex, grammar": f"{request_shapes.MAX_REGEX_CHARACTERS:,} and {request_shapes.MAX_GRAMMAR_CHARACTERS:,} "
         f"characters, {request_shapes.MAX_CHOICES:,}",
