@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from capo.cli.asking import DEFAULT_URL, Service, Url, service
 from capo.cli.printing import plain_console
 from registry import errors
+from registry.strict_json import parse_strict_json
 
 app = typer.Typer(help="Fine-tuning jobs of a running service.", no_args_is_help=True)
 
@@ -42,7 +42,7 @@ def create(
     body |= {name: value for name, value in {"suffix": suffix, "seed": seed}.items() if value is not None}
     if capo is not None:
         try:
-            body["capo"] = json.loads(capo)
+            body["capo"] = parse_strict_json(capo.encode())
         except ValueError as error:
             raise errors.InvalidRequestError(f"--capo is not valid JSON: {error}", param="capo") from error
     with service(url) as ask:

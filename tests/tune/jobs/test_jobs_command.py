@@ -134,6 +134,8 @@ def test_refusals_come_in_the_services_own_words(url: str, rows: str) -> None:
         capo_jobs(url, "create", rows, "--model", "gpt-4o")
     with pytest.raises(CapoError, match="not valid JSON"):
         capo_jobs(url, "create", rows, "--model", BASE, "--capo", "{")
+    with pytest.raises(CapoError, match="1e999 is too large"):
+        capo_jobs(url, "create", rows, "--model", BASE, "--capo", '{"validation_share": 1e999}')
     with pytest.raises(CapoError, match="no fine-tuning job"):
         capo_jobs(url, "show", "ftjob-nothing")
     with pytest.raises(CapoError, match="capo serve"):
