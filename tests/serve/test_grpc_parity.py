@@ -18,7 +18,7 @@ from registry import Registry
 from registry.errors import WIRE_KINDS, InvalidRequestError
 from serve.engine_api import Endpoint
 from serve.grpc.requests import chat_body, completion_body
-from serve.request_policy import ALLOWED
+from serve.request_policy import ALLOWED, check_body
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.grpc_channel import Faces, both_faces
 from tests.serve.running import BASE, publish
@@ -221,6 +221,18 @@ def test_a_schema_is_held_to_the_same_json_as_a_body(text: str) -> None:
     ):
         with pytest.raises(InvalidRequestError, match="not valid JSON"):
             chat_body(request, stream=False)
+
+
+def test_a_schema_that_the_engine_would_not_hold_is_refused_at_its_place() -> None:
+    dropped = json.dumps({"type": "integer", "multipleOf": 3})
+    for request, param in (
+        (pb.ChatRequest(sampling=pb.Sampling(json_schema=dropped)), "response_format.json_schema.schema"),
+        (pb.ChatRequest(tools=[pb.Tool(name="a", parameters=dropped, strict=True)]), "tools.0.function.parameters"),
+    ):
+        request.model = "m"
+        with pytest.raises(InvalidRequestError, match="multipleOf at # is not enforced") as caught:
+            check_body(chat_body(request, stream=False), CHAT)
+        assert caught.value.param == param
 
 
 def test_an_enum_value_of_another_version_is_refused() -> None:
