@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from capo.error_answers import answer_error
@@ -105,17 +105,21 @@ def _add_manners(
 def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
     router = APIRouter()
 
+    # Balancers ask by HEAD, too.
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez")
     async def livez() -> dict[str, str]:
         """The process runs its event loop. Readiness is another question."""
         return {"status": "alive"}
 
+    @router.head("/startupz", include_in_schema=False)
     @router.get("/startupz")
     async def startupz() -> Response:
         """503 until the engine has come up for the first time; afterwards its troubles are /readyz's."""
         is_starting = not_ready_reason() == "starting"
         return JSONResponse({"status": "starting" if is_starting else "started"}, 503 if is_starting else 200)
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")
     async def readyz() -> Response:
         reason = not_ready_reason()
@@ -148,17 +152,25 @@ async def _answer_capo_error(request: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """The framework's own refusals: no such route, wrong method, a body that is no form."""
     assert isinstance(error, HTTPException)
-    code = None
+    code, headers = None, error.headers
     if error.status_code == 404:
         offered = ", ".join(sorted({path for route in request.app.routes if (path := _public_path(route))}))
         message = f"No route {request.method} {request.url.path[:200]}. Offered are {offered}."
         code = "unknown_url"  # OpenAI's
     elif error.status_code == 405:
-        message = f"{request.method} is not allowed on {request.url.path}."
+        allowed = ", ".join(_methods_of(request))
+        message = f"{request.method} is not allowed on {request.url.path[:200]}; allowed are {allowed}."
+        code, headers = "method_not_allowed", {"Allow": allowed}  # the framework's names those of one route only
     else:
         message = str(error.detail)
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-    return JSONResponse(body, error.status_code, error.headers)
+    return JSONResponse(body, error.status_code, headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What the path of the request may be asked for by."""
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
 
 
 def _public_path(route: BaseRoute) -> str | None:

@@ -123,7 +123,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await context.send_initial_metadata((("x-request-id", call_id),))
                 with self._access.let_in(ask):
                     self._refuse_excess(metadata)
-                    yield
+                    try:
+                        yield
+                    except grpc.aio.AbortError:
+                        # Another service's handler refused, and has said so itself; ours raise errors of our own.
+                        ask.error_code = str(context.code().name).lower()
+                        raise
             except _CALL_IS_OVER:
                 raise
             except Exception as error:

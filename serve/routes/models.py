@@ -23,6 +23,8 @@ def models_router(catalog: Catalog) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> dict[str, Any]:
+        if not model:  # /v1/models/
+            return await list_models()
         principal = current_principal()
         if model == catalog.base_model:
             return _model(model, created=0)

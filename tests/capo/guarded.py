@@ -97,7 +97,8 @@ class Guarded:
         method, _, template = operation.partition(" ")
         headers = options.pop("headers", {}) | ({} if key is None else {"Authorization": key})
         response = await self.http.request(method, path or filled(template), headers=headers, **options)
-        body = response.json() if response.headers.get("content-type") == "application/json" else response.text
+        is_json = response.headers.get("content-type") == "application/json" and method != "HEAD"
+        body = response.json() if is_json else response.text
         code = body["error"]["code"] if response.is_error and isinstance(body, dict) else None
         return Answer(response.status_code, code, body, dict(response.headers))
 

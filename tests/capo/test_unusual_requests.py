@@ -1,0 +1,74 @@
+"""Requests beside the usual ones: other methods, a slash too many, probes by HEAD, the health of a service unknown."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2
+
+from tests.capo.guarded import bearer, guarded
+from tests.serve.running import BASE, eventually
+
+CHECK = "/grpc.health.v1.Health/Check"
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        ("GET /v1/chat/completions", "POST"),
+        ("POST /v1/models", "GET"),
+        ("PATCH /v1/models/one", "DELETE, GET"),
+        ("POST /v1/aliases/one", "DELETE, GET, PUT"),
+        ("POST /livez", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_a_path_does_not_have_is_405_and_told_which_it_has(
+    tmp_path: Path, asked: str, allowed: str
+) -> None:
+    async with guarded(tmp_path) as service:
+        method, _, path = asked.partition(" ")
+        answer = await service.ask(asked, None, path=path)
+    assert (answer.status, answer.code) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == allowed
+    assert answer.body["error"]["message"] == f"{method} is not allowed on {path}; allowed are {allowed}."
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/startupz"])
+async def test_probes_answer_a_head_as_a_get_without_its_body(tmp_path: Path, path: str) -> None:
+    async with guarded(tmp_path) as service:
+        service.key()
+        got, head = await asyncio.gather(service.http.get(path), service.http.head(path))
+    assert (head.status_code, head.content) == (200, b"")
+    assert [head.headers["content-length"], str(len(got.content))] == [got.headers["content-length"]] * 2
+
+
+async def test_readiness_by_head_is_503_while_there_is_no_readiness(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        await service.service.drain(1)
+        head = await service.http.head("/readyz")
+    assert (head.status_code, head.content) == (503, b"")
+
+
+async def test_models_are_listed_with_a_slash_at_the_end_too(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        key = {"Authorization": bearer(service.key())}
+        plain, slash = [await service.http.get(path, headers=key) for path in ("/v1/models", "/v1/models/")]
+        without_a_key: httpx.Response = await service.http.get("/v1/models/")
+    assert [model["id"] for model in plain.json()["data"]] == [BASE]
+    assert slash.json() == plain.json()
+    assert without_a_key.status_code == 401
+
+
+async def test_the_health_of_an_unknown_service_is_not_found_and_counted_so(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+
+        def counted(code: str) -> float | None:
+            return service.metrics.get_sample_value("capo_request_errors_total", {"protocol": "grpc", "code": code})
+
+        message = health_pb2.HealthCheckRequest(service="nope").SerializeToString()
+        assert (await service.ask(CHECK, None, message=message)).status == "NOT_FOUND"
+        await eventually(lambda: counted("not_found") == 1)
+        assert counted("internal_error") is None
