@@ -196,9 +196,10 @@ class CapoServer:
         )
         credentials = None if self._tls is None else self._tls.grpc_credentials()
         grpc_port = await grpc_server.start(settings.host, settings.grpc_port, credentials)
-        grpc_address = f"{settings.host}:{grpc_port}"
+        grpc_address = server_address(settings.host, grpc_port)
         serving = [asyncio.create_task(server.serve(sockets=[place]), name="http") for server, place in servers]
-        url = f"{'http' if self._tls is None else 'https'}://{settings.host}:{listener.getsockname()[1]}"
+        scheme = "http" if self._tls is None else "https"
+        url = f"{scheme}://{server_address(settings.host, listener.getsockname()[1])}"
         try:
             yield _Faces(http=serving[0], url=url, grpc=grpc_server, grpc_address=grpc_address)
         finally:
@@ -260,6 +261,11 @@ class _Server(uvicorn.Server):
         yield
 
 
+def server_address(host: str, port: int) -> str:
+    """As a URL has them: in brackets what has colons of its own (RFC 3986, section 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket, so that a taken port is one clear error before the engine starts, and port 0 is known."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -269,7 +275,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
+        place = server_address(host, port)
         raise errors.UnavailableError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or 0 for a free one."
+            f"Cannot listen on {place}: {error.strerror}. Choose another --port, or 0 for a free one."
         ) from error
     return listener

@@ -71,15 +71,14 @@ def check(
         tokenizer=tokenizer,
         max_tokens=max_tokens or context_tokens,
     )
-    if json_file is not None:
-        text = json.dumps(as_json(account), indent=1, ensure_ascii=False)
-        if str(json_file) == "-":
-            typer.echo(text)
-        else:
-            json_file.write_text(text + "\n", "utf-8")
-    if str(json_file) != "-":
+    text = json.dumps(as_json(account), indent=1, ensure_ascii=False)
+    if str(json_file) == "-":
+        typer.echo(text)
+    else:
         for line in lines(account, shown_per_kind=shown):
             typer.echo(line)
+        if json_file is not None:
+            _write(json_file, text)
     raise typer.Exit(0 if account.may_train else 1)
 
 
@@ -114,6 +113,15 @@ def show(
             console.print(_marked(list(pieces(example, tokenizer))) if plain else _coloured(pieces(example, tokenizer)))
     if is_empty:
         raise InvalidRequestError(f"{file} has no row that begins on line {row}", param="row")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise InvalidRequestError(
+            f"--json {path} cannot be written: {error.strerror}; name a file in a directory of yours", param="json"
+        ) from error
 
 
 def _coloured(parts: Any) -> Text:

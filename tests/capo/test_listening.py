@@ -21,6 +21,7 @@ import pytest
 from capo.access import is_loopback
 from capo.keys.records import NewKey
 from capo.keys.store import KeyStore
+from capo.server import server_address
 from capo.settings import Settings
 from capo.tls import Tls
 from registry import errors
@@ -128,6 +129,12 @@ def test_tls_files_that_are_no_pair_are_refused_at_the_start(tmp_path: Path) -> 
     for half in ({"tls_key": one.key}, {"tls_certificate": one.certificate}, {"tls_client_ca": authority.path}):
         with pytest.raises(ValueError, match="tls_"):
             Settings(**half)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "localhost"])
+def test_the_address_that_is_told_is_one_that_clients_can_read(host: str) -> None:
+    told = httpx.URL(f"http://{server_address(host, 8123)}")
+    assert (told.host, told.port) == (host, 8123)
 
 
 @pytest.mark.parametrize(

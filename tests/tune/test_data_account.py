@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from capo.cli.data import app
+from registry.errors import InvalidRequestError
 from tests.sizes import size
 from tests.tune.planted import FAULTY, WARNED, Planted, plant
 from tests.tune.samples import chat_rows, message, write_jsonl
@@ -197,6 +198,15 @@ def test_the_terminal_shows_the_first_of_each_kind_and_the_file_has_all(tmp_path
     account = json.loads(whole.read_text("utf-8"))
     assert [finding["line"] for finding in account["faults"]] == list(range(1, 31))
     assert (account["may_train"], account["faults_by_kind"]) == (False, {"messages_shape": 30})
+
+
+@pytest.mark.parametrize("place", ["no-such-directory/account.json", "."])
+def test_an_account_that_cannot_be_written_is_shown_all_the_same(tmp_path: Path, place: str) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", chat_rows(20))
+    result = run(app, ["check", str(good), "--json", str(tmp_path / place)])
+    assert "may train: yes" in result.output
+    assert isinstance(result.exception, InvalidRequestError)
+    assert str(tmp_path / place) in result.exception.message
 
 
 def test_several_files_are_sources_whose_shares_are_told(tmp_path: Path) -> None:
