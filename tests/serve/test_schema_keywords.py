@@ -237,7 +237,8 @@ def within(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         "pattern": patterns,
         "format": formats,
         "properties": objects,
-        "patternProperties": st.dictionaries(patterns, inner, max_size=2),
+        # jsonschema does not find that an empty pattern matches where additionalProperties is false.
+        "patternProperties": st.dictionaries(patterns.filter(bool), inner, max_size=2),
         "propertyNames": inner | sometimes(pattern=patterns, enum=st.lists(values, min_size=1), type=types),
         "required": st.lists(names, unique=True, max_size=3),
         "uniqueItems": st.booleans(),
