@@ -198,7 +198,7 @@ def assert_holds(compiler: Any, schema: Any, *, num_walks: int, seed: int = 0) -
     for number in range(num_walks):
         text = walk(compiled, random.Random(f"{seed} {number}"), 200)
         if text is not None and is_utf8(text):
-            validator.validate(json.loads(text, strict=False))
+            validator.validate(json.loads(text.decode(), strict=False))
             num_judged += 1
     return num_judged
 
