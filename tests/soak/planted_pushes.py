@@ -55,7 +55,7 @@ TAKES_NO_TEXT: Mapping[str, str] = {
 
 def operations_with_text() -> set[str]:
     """All but those named above, and those whose method has no body."""
-    return {rule for rule in RULES if not rule.startswith(("GET ", "DELETE "))} - set(TAKES_NO_TEXT)
+    return {rule for rule in RULES if not rule.startswith(("GET ", "HEAD ", "DELETE "))} - set(TAKES_NO_TEXT)
 
 
 def rows() -> bytes:
