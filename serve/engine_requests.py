@@ -4,15 +4,17 @@
 - Several answers at temperature 0. They are equal, and evaluation scripts ask for them; the engine can give them,
   because it works each answer as a request of its own (vllm/v1/engine/parallel_sampling.py).
 
+And of the items of a response's input the first fault is enough.
+
 A part of :mod:`serve.engine`; nothing else imports it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import Field
+from pydantic import FailFast, Field
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -20,6 +22,10 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from vllm.sampling_params import SamplingParams
 
 from serve.engine_api import Endpoint
+
+_INPUT_ITEMS: Any = next(
+    form for form in get_args(ResponsesRequest.model_fields["input"].annotation) if get_origin(form) is list
+)
 
 
 class _ChatRequest(ChatCompletionRequest):
@@ -36,8 +42,16 @@ class _CompletionRequest(CompletionRequest):
         return _times(self.n, super(_CompletionRequest, _asked_once(self)).to_sampling_params(*arguments))
 
 
+class _AtFirstFault(FailFast):
+    """Hashable, as a part of a union has to be; pydantic's own is not."""
+
+    __hash__ = object.__hash__
+
+
 class _ResponsesRequest(ResponsesRequest):
     stop: str | list[str] | None = Field(default_factory=list)
+    # Each of the thousands of items there may be has some 200 faults if none of its forms fits: seconds of this loop.
+    input: str | Annotated[_INPUT_ITEMS, _AtFirstFault()]
 
 
 REQUEST_TYPES: Mapping[Endpoint, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jsonschema
@@ -76,3 +77,13 @@ def test_the_document_says_of_what_asks_for_nothing_what_the_policy_says(endpoin
     for name, value in nothing:
         jsonschema.validate({**minimal, name: value}, schema)
         assert check_body({**minimal, name: value}, endpoint).keys() - {name} == minimal.keys()
+
+
+def test_of_thousands_of_wrong_items_the_first_is_enough() -> None:
+    """All of them took vLLM's model 13 s on the event loop, and the telling half as long."""
+    items = [{"type": "message", "role": "user", "content": "hi"}, *[{"type": "reasoning", "id": "r"}] * 4095]
+    began = time.process_time()
+    with pytest.raises(pydantic.ValidationError) as caught:
+        REQUEST_TYPES[Endpoint.RESPONSES].model_validate({"model": "m", "input": items})
+    assert {each["loc"][2] for each in caught.value.errors() if len(each["loc"]) > 2} == {1}
+    assert time.process_time() - began < 2
