@@ -36,6 +36,7 @@ MAX_BAD_WORDS_BYTES = 4096
 MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_MESSAGES = 4096
+"""And as many parts in the contents of all together: each is looked at on the loop that streams the others' tokens."""
 
 
 def parse_body(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
@@ -183,12 +184,27 @@ def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
     ):
         if isinstance(body.get(field), list | dict):
             _length_at_most(field, body[field], limit, code=code)
+    for field in ("messages", "input"):
+        _check_number_of_parts(field, body.get(field))
     num_bytes = len("".join(body.get("bad_words", ())).encode())
     if num_bytes > MAX_BAD_WORDS_BYTES:
         raise errors.InvalidRequestError(
             f"bad_words has {num_bytes} bytes; at most {MAX_BAD_WORDS_BYTES} are allowed.",
             param="bad_words",
             code="bad_words_too_large",
+        )
+
+
+def _check_number_of_parts(field: str, messages: Any) -> None:
+    contents = (
+        [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    )
+    number = sum(len(content) for content in contents if isinstance(content, list))
+    if number > MAX_MESSAGES:
+        raise errors.InvalidRequestError(
+            f"The contents of {field} have {number} parts; at most {MAX_MESSAGES} are allowed. Join their texts.",
+            param=field,
+            code="messages_too_large",
         )
 
 

@@ -52,6 +52,12 @@ def chat(**fields: Any) -> Ask:
     return http("POST /v1/chat/completions", json=CHAT | fields)
 
 
+def in_parts(number: int) -> list[dict[str, Any]]:
+    """Two messages whose contents have this many parts together."""
+    part = {"type": "text", "text": "a"}
+    return [{"role": "user", "content": [part] * many} for many in (1, number - 1)]
+
+
 def raw(sent: list[bytes]) -> Ask:
     async def ask(service: Guarded) -> tuple[int | str, str | None]:
         status, body = await exchange(service, iter(sent))
@@ -136,6 +142,7 @@ MET: dict[str, tuple[Ask, int | str]] = {
         400,
     ),
     "messages_too_large": (chat(messages=CHAT["messages"] * (request_policy.MAX_MESSAGES + 1)), 400),
+    "messages_too_large (parts)": (chat(messages=in_parts(request_policy.MAX_MESSAGES + 1)), 400),
     "tools_too_large": (chat(tools=[TOOL] * (request_policy.MAX_TOOLS + 1)), 400),
     "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS + 1)}), 400),
     "bad_words_too_large": (chat(bad_words=["x"] * (request_policy.MAX_BAD_WORDS + 1)), 400),
@@ -169,6 +176,7 @@ AT_THE_LIMIT: dict[str, tuple[Ask, int | str]] = {
         200,
     ),
     "messages_too_large": (chat(messages=CHAT["messages"] * request_policy.MAX_MESSAGES), 200),
+    "messages_too_large (parts)": (chat(messages=in_parts(request_policy.MAX_MESSAGES)), 200),
     "tools_too_large": (chat(tools=[TOOL] * request_policy.MAX_TOOLS), 200),
     "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS)}), 200),
     "bad_words_too_large": (
