@@ -205,7 +205,7 @@ def test_a_benchmark_gives_the_served_model_the_score_of_the_same_weights_in_mem
         load(served.quantized.path, served.adapter.path), tokenizer, benchmarks, tmp_path, batch_size=4
     )
     over_http = run_on_endpoint(
-        served.service.url, served.adapter.revision, served.quantized.path, benchmarks, tmp_path
+        served.service.url, served.adapter.revision, served.quantized.path, benchmarks, tmp_path, api_key=None
     )
     assert in_memory.keys() == over_http.keys() == {"benchmarks.answers.acc"}
     # The engine computes in bfloat16, so one close pair of sixteen may fall the other way.
