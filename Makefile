@@ -25,7 +25,7 @@ run: setup       ## Start the service on http://127.0.0.1:8000 with its data in 
 test: setup      ## The whole test suite
 	-@scripts/test_programs.sh
 	@failed=; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile --no-loadscope-reorder || failed=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine" -n 3 --dist loadfile --no-loadscope-reorder || failed=1; \
 	$(BIN)/python -m pytest -m engine $(ENGINE_TESTS) || failed=1; \
 	[ -z "$$failed" ]
 
