@@ -7,7 +7,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
 # Where tests may start the real engine (tests/test_house.py holds it). They take the whole machine, one after another;
-# all others run two at a time, file by file in their order: the files of few tests are the slow ones, and must not come last.
+# all others run three at a time, for two cores are half idle with two, file by file in their order: the files of few
+# tests are the slow ones, and must not come last.
 ENGINE_TESTS := tests/e2e tests/soak tests/fuzz tests/serve/test_engine_repairs.py
 
 help:            ## Show this list
