@@ -17,7 +17,7 @@ from registry.errors import InvalidArtifactError
 from tests.e2e.service import Service, running
 from tests.e2e.trained import SFT, Trained, assert_answers_are_the_trainers, train
 
-pytestmark = [pytest.mark.engine, pytest.mark.training, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.training, pytest.mark.beside, pytest.mark.timeout(300)]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "tasks"
 MAX_TOKENS = 16

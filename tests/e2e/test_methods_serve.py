@@ -16,7 +16,7 @@ from tests.e2e.service import running
 from tests.e2e.trained import SFT, Trained, assert_answers_are_the_trainers, train
 from tests.sizes import LONG
 
-pytestmark = [pytest.mark.engine, pytest.mark.training]
+pytestmark = [pytest.mark.engine, pytest.mark.training, pytest.mark.beside]
 
 SLOW_SFT = SFT | {"learning_rate": 3e-4}
 TEXT = {"kind": "cpt", "data": [{"path": "modes/corpus.jsonl"}], "max_steps": 3, "max_length": 256}

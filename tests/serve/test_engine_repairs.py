@@ -15,7 +15,7 @@ import pytest
 
 from tests.serve import engine_contract
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.beside]
 
 
 def run_script(folder: Path, mode: str) -> dict[str, Any]:
