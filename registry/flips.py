@@ -68,11 +68,12 @@ class Flips:
             code="no_earlier_revision",
         )
 
-    def remove(self, alias: MutableReference) -> None:
+    def remove(self, alias: MutableReference) -> Alias:
         """See :meth:`registry.store.Registry.remove_alias`."""
         with self._changes.one(f"remove the alias '{alias.text}'"):
-            self._aliases.require_own(alias)
+            removed = self._aliases.require_own(alias)
             self._aliases.remove(alias)
+        return removed
 
     def _found(self, revision: RevisionReference, canary: CanaryRequest | None) -> tuple[Artifact, Artifact | None]:
         artifact = self._artifacts.find(revision)

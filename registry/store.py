@@ -317,14 +317,14 @@ class Registry:
         self._require_writable("roll back an alias")
         return self._flips.roll_back(parse_alias(alias), now=self._now())
 
-    def remove_alias(self, alias: str) -> None:
-        """Remove an alias or ``ft:`` name; the artifact stays.
+    def remove_alias(self, alias: str) -> Alias:
+        """Remove an alias or ``ft:`` name; the artifact stays. Returns what was removed.
 
         Raises:
             ModelNotFoundError: it is not set.
         """
         self._require_writable("remove an alias")
-        self._flips.remove(parse_alias(alias))
+        return self._flips.remove(parse_alias(alias))
 
     # Removing
 

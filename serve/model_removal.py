@@ -31,17 +31,18 @@ async def remove_model(catalog: Catalog, model: str) -> None:
     principal = current_principal()
     registry = await asyncio.to_thread(catalog.registry.on_behalf_of, principal)
     await asyncio.to_thread(registry.resolve, model)
-    served = await catalog.served_by(model, principal=principal)
-    await asyncio.to_thread(_remove, registry, model, [artifact.revision for artifact in served])
+    await catalog.served_by(model, principal=principal)
+    await asyncio.to_thread(_remove, registry, model)
     await catalog.refresh()
 
 
-def _remove(registry: Registry, model: str, revisions: list[str]) -> None:
+def _remove(registry: Registry, model: str) -> None:
     if isinstance(parse_reference(model), RevisionReference):
         registry.remove(model)
         return
-    registry.remove_alias(model)
-    for revision in revisions:
+    # By the record that was removed: the catalog's picture may be of before a flip that another process made.
+    alias = registry.remove_alias(model)
+    for revision in [alias.revision] if alias.canary is None else [alias.revision, alias.canary.revision]:
         try:
             registry.remove(revision)
         except (errors.ConflictError, errors.PermissionDeniedError) as error:

@@ -8,9 +8,12 @@ import httpx
 import openai
 import pytest
 
-from registry import Registry
+from registry import CanaryRequest, Registry
+from registry.principal import Principal, acting_as
+from serve.catalog import Catalog
+from serve.model_removal import remove_model
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.running import BASE, publish, running_service
+from tests.serve.running import BASE, TENANT, publish, running_service
 
 FT = "ft:capo-tiny:capo:support:abcd1234"
 
@@ -46,6 +49,19 @@ async def test_an_artifact_that_another_name_serves_stays(tmp_path: Path) -> Non
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "artifact_in_use")
         assert (await delete(client, "help")).status_code == 200
     assert registry.artifacts() == []
+
+
+async def test_what_goes_is_what_the_name_meant_last_however_old_the_catalogs_picture_is(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    before = publish(registry, "support", "one", alias="help")
+    meant, canary = publish(registry, "support", "two"), publish(registry, "support", "three")
+    catalog = Catalog(registry, BASE)
+    await catalog.refresh()
+    Registry(tmp_path).set_alias("help", meant.revision, canary=CanaryRequest(canary.revision, 10))
+    assert [artifact.revision for artifact in await catalog.served_by("help")] == [before.revision], "not seen yet"
+    with acting_as(Principal.local(TENANT)):
+        await remove_model(catalog, "help")
+    assert [artifact.revision for artifact in registry.artifacts()] == [before.revision]
 
 
 @pytest.mark.parametrize("digits", [8, 20, 64])
