@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from capo.settings import Settings
 from tests.deploy.dockerfile import Stage, environment, line_of, read_stages, values
@@ -118,6 +122,26 @@ def test_the_image_of_ray_nodes_has_ray_beside_all_that_the_other_has() -> None:
     assert {pin for pin in added if pin.startswith("ray==")} == {
         pin for pin in pins(ROOT / "tests/soak/ray.lock") if pin.startswith("ray==")
     }, "the version that tests/soak/test_ray_launcher.py trains with"
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_image_holds_what_an_evaluation_computes_with(device: str) -> None:
+    """And whatever that needs in turn, as the packages that are installed here say it."""
+    there = {canonicalize_name(pin.partition("==")[0]) for pin in pins(CONTAINER / f"requirements-{device}.lock")}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    open_ones, needed = [Requirement(line) for line in extras["eval"]], set[str]()
+    while open_ones:
+        requirement = open_ones.pop()
+        needed.add(canonicalize_name(requirement.name))
+        for line in requires(requirement.name) or ():
+            below = Requirement(line)
+            is_asked = below.marker is None or any(
+                below.marker.evaluate({"extra": extra}) for extra in (*requirement.extras, "")
+            )
+            if is_asked and canonicalize_name(below.name) not in needed:
+                open_ones.append(below)
+    assert {"sacrebleu", "rouge-score", "lm-eval", "nltk"} <= needed
+    assert needed <= there
 
 
 def test_copies_are_plain_and_shells_are_few(stages: dict[str, Stage]) -> None:
