@@ -24,6 +24,7 @@ from tune.data.dataset import remove_stores
 from tune.epoch_checkpoints import EpochCheckpoints
 from tune.evaluation.after_training import make_exports, reviewer
 from tune.evaluation.curves import CurveLog
+from tune.evaluation.libraries import import_libraries, libraries_of
 from tune.observers import TensorBoardLog
 from tune.parallel import joined_ranks
 from tune.preparation import prepare
@@ -96,6 +97,8 @@ def run(
             f"promote_if={recipe.promote_if!r} decides whether an alias moves, and none is given; set promote_alias",
             param="promote_if",
         )
+    if recipe.evaluation is not None:
+        import_libraries(libraries_of(recipe.evaluation))  # what judges the result must be here before there is one
     with joined_ranks() as ranks, ExitStack() as stack:
         if ranks.is_first:
             work_dir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def test_a_gate_that_does_not_hold_leaves_the_alias_and_still_publishes(tmp_path
         registry.resolve("colours-live")
     assert registry.resolve(result.artifact.revision).manifest.metrics["promotion.is_promoted"] == 0.0
     assert any("does not hold (base.loss = " in event.message for event in heard.events if event.level == "warn")
+
+
+@pytest.mark.parametrize(
+    ("library", "more"),
+    [
+        ("sacrebleu", {}),
+        ("rouge_score.rouge_scorer", {}),
+        ("lm_eval", {"evaluation": {"benchmarks": [{"task": "arc_easy"}]}}),
+    ],
+)
+def test_an_evaluation_whose_library_is_missing_is_refused_before_its_data_are_read(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, library: str, more: dict[str, Any]
+) -> None:
+    """And as the request's fault: a job would try again what the machine is to blame for."""
+    monkeypatch.setitem(sys.modules, library, None)
+    heard, asked = Heard(), recipe(tmp_path, base_dir, **more)
+    with pytest.raises(InvalidRequestError, match=f"{library}.* not installed"):
+        run(asked, registry=Registry(tmp_path / "r"), work_dir=tmp_path / "work", observer=heard, recipe_dir=tmp_path)
+    assert heard.events == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from registry.errors import InvalidRequestError, NotFoundError, UnavailableError
+from registry.errors import InvalidRequestError, NotFoundError
+from tune.evaluation.libraries import BENCHMARKS, import_libraries
 from tune.evaluation.settings import Benchmark, benchmark_metric
 
 _CODE = re.compile(r"!function|unsafe_code|^\s*class\s*:", re.MULTILINE)
@@ -24,11 +25,10 @@ def check(benchmarks: Sequence[Benchmark], directory: Path) -> None:
 
     Raises:
         NotFoundError: there is no such task file.
-        InvalidRequestError: it brings code, or calls its task by another name.
-        UnavailableError: lm-eval is not installed.
+        InvalidRequestError: it brings code, or calls its task by another name; or lm-eval is not installed.
     """
     if benchmarks:
-        _library()
+        import_libraries(BENCHMARKS, param="evaluation.benchmarks")
     for benchmark in benchmarks:
         if benchmark.file is None:
             continue
@@ -118,13 +118,6 @@ def _run(language_model: Any, benchmarks: Sequence[Benchmark], directory: Path) 
             if isinstance(value, int | float) and not metric.endswith("_stderr") and chosen_filter:
                 figures[benchmark_metric(benchmark.task, metric)] = float(value)
     return figures
-
-
-def _library() -> None:
-    try:
-        import lm_eval  # noqa: F401 - only asked whether it is there
-    except ImportError as error:
-        raise UnavailableError("benchmarks need lm-eval, which is not installed; install capo-llm[eval]") from error
 
 
 @contextlib.contextmanager

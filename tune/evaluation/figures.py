@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from registry.errors import UnavailableError
+from tune.evaluation.libraries import TEXT_FIGURES, import_libraries
 
 
 def text_figures(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """All text metrics, each a mean over the answers except BLEU, which is over the whole set.
 
     Raises:
-        UnavailableError: sacrebleu or rouge-score is not installed.
+        InvalidRequestError: sacrebleu or rouge-score is not installed.
     """
     assert len(answers) == len(wanted) > 0, (len(answers), len(wanted))
     pairs = list(zip(answers, wanted, strict=True))
@@ -25,13 +25,10 @@ def text_figures(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, flo
         "exact_match": sum(is_exact(answer, right) for answer, right in pairs) / len(pairs),
         "f1": sum(token_f1(answer, right) for answer, right in pairs) / len(pairs),
     }
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise UnavailableError(
-            f"evaluation needs {error.name}, which is not installed; install capo-llm[eval]"
-        ) from error
+    import_libraries(TEXT_FIGURES)
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
     figures["bleu"] = float(sacrebleu.corpus_bleu(list(answers), [list(wanted)]).score)
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=False)

@@ -15,6 +15,7 @@ from tune.evaluation.benchmarks import check as check_benchmarks
 from tune.evaluation.benchmarks import run_on_endpoint, run_on_model
 from tune.evaluation.comparison import Measured, Rows, measure, side_by_side
 from tune.evaluation.curves import CurvePoint
+from tune.evaluation.libraries import import_libraries, libraries_of
 from tune.evaluation.loading import load, locate
 from tune.evaluation.promotion import Decision, Promotion
 from tune.evaluation.report import Report
@@ -123,8 +124,9 @@ def evaluate_reference(
 
     Raises:
         ModelNotFoundError, InvalidArtifactError: it or its base cannot be had.
-        InvalidRequestError, InvalidDataError, NotFoundError: there are no rows, or bad ones.
+        InvalidRequestError, InvalidDataError, NotFoundError: there are no rows, or bad ones, or libraries are missing.
     """
+    import_libraries(libraries_of(settings))
     judged, artifact = locate(reference, registry, base_model)
     held_out: Sequence[Example] = []
     if settings.data is None:

@@ -143,6 +143,7 @@ def job_recipe(
     parsed = parse_recipe(recipe)
     _check_servable(parsed)
     _check_no_paths(parsed)
+    _check_judged(parsed)
     return parsed
 
 
@@ -165,6 +166,27 @@ def _check_no_paths(recipe: Recipe) -> None:
             "the held-out rows are evaluated",
             param="capo.evaluation",
         )
+
+
+def _check_judged(recipe: Recipe) -> None:
+    """A recipe's alias may come from elsewhere (``capo tune --alias``) and its rows from a file; a job's may not."""
+    if recipe.promote_if is not None and recipe.promote_alias is None:
+        raise InvalidRequestError(
+            f"capo.promote_if={recipe.promote_if!r} decides whether an alias moves, and none is given; set capo.alias",
+            param="capo.promote_if",
+        )
+    if recipe.evaluation is None:
+        return
+    if any(stage.kind != "dpo" and stage.validation is not None for stage in recipe.stages):
+        return
+    if all(stage.kind == "dpo" for stage in recipe.stages):
+        reason = "it is measured on held-out chat rows, and preference rows are none; leave it out"
+    else:
+        reason = (
+            "no rows are held out: give validation_file or capo.validation_share (nothing is held out by itself of "
+            f"fewer than {FEWEST_ROWS_TO_HOLD_OUT} rows)"
+        )
+    raise InvalidRequestError(f"capo.evaluation has no rows to judge on: {reason}", param="capo.evaluation")
 
 
 def parse_extension(stored: Mapping[str, Any]) -> CapoBody:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from registry import Artifact, Registry, tracing
 from registry.errors import InvalidNameError, InvalidRequestError, ModelNotFoundError
 from registry.names import alias_file_stem, check_name, parse_alias
+from tune.evaluation.libraries import check_installed
 from tune.jobs.checkpoints import CheckpointRecord, checkpoints_of
 from tune.jobs.checks import (
     as_one,
@@ -111,6 +112,8 @@ class JobService:
             base_model=bases[start.base],
             training_rows=files.training.rows or 0,
         )
+        if recipe.evaluation is not None:
+            check_installed(recipe.evaluation, param="capo.evaluation")
         self._check_rank(recipe if start.adapter is None else _going_on(recipe, start.adapter))
         main_stage = main_stage_of(body.capo or CapoBody())
         new = replace(new, further_files=further_files(recipe, main_stage, self._file_store))

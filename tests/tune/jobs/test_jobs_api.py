@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.tune.jobs.sdk_types import assert_no_wrong_typed_field
-from tests.tune.jobs.support import BASE, Place, add_file_row, chat_rows, new_job
+from tests.tune.jobs.support import BASE, Place, add_file_row, chat_rows, new_job, preference_rows
 from tune.jobs.queue import Outcome, WorkQueue
 from tune.jobs.records import JobError, NewEvent
 
@@ -295,6 +296,14 @@ WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown stage key": ({"capo": {"stage": {"pack": True}}}, "stages[0]"),
     "an evaluation file": ({"capo": {"evaluation": {"data": "/etc/passwd"}}}, "capo.evaluation"),
     "a promotion of nothing": ({"capo": {"promote_if": "exact_match > base"}}, None),
+    "a promotion to nowhere": (
+        {"capo": {"promote_if": "loss < base", "evaluation": {}, "validation_share": 0.2}},
+        "capo.promote_if",
+    ),
+    "an evaluation with all rows trained on": (
+        {"capo": {"evaluation": {}, "validation_share": 0}},
+        "capo.evaluation",
+    ),
     "an unknown export": ({"capo": {"exports": [{"kind": "zip"}]}}, "exports[0]"),
     "priority too high": ({"capo": {"priority": 1001}}, "capo.priority"),
     "alias that climbs": ({"capo": {"alias": "../x"}}, "capo.alias"),
@@ -343,6 +352,32 @@ def test_a_body_that_is_no_json_object_is_refused(quiet_client: OpenAI, content:
     response = quiet_client._client.post(f"{quiet_client.base_url}fine_tuning/jobs", content=content)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["message"]
+
+
+def test_an_evaluation_that_nothing_is_held_out_for_is_refused_with_what_to_do(client: OpenAI, place: Place) -> None:
+    few, pairs = place.upload(chat_rows(49)).id, place.upload(preference_rows(60)).id
+    validation = place.upload(chat_rows(10, first=900)).id
+    asked: dict[str, Any] = {"model": BASE, "extra_body": {"capo": {"evaluation": {}}}}
+    with pytest.raises(openai.BadRequestError, match=r"validation_file or capo\.validation_share"):
+        client.fine_tuning.jobs.create(training_file=few, **asked)
+    with pytest.raises(openai.BadRequestError, match="preference rows are none; leave it out"):
+        client.fine_tuning.jobs.create(training_file=pairs, method={"type": "dpo"}, **asked)
+    client.fine_tuning.jobs.create(training_file=few, validation_file=validation, **asked)
+    client.fine_tuning.jobs.create(training_file=place.upload(chat_rows(50)).id, **asked)
+
+
+@pytest.mark.parametrize(
+    ("library", "evaluation"), [("sacrebleu", {}), ("rouge_score", {}), ("lm_eval", {"benchmarks": [{"task": "x"}]})]
+)
+def test_an_evaluation_whose_library_is_not_installed_is_refused(
+    client: OpenAI, place: Place, monkeypatch: pytest.MonkeyPatch, library: str, evaluation: dict[str, Any]
+) -> None:
+    rows = place.upload(chat_rows(50)).id
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(openai.BadRequestError, match=f"{library}.* not installed") as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=rows, extra_body={"capo": {"evaluation": evaluation}})
+    assert (refused.value.code, refused.value.param) == ("evaluation_unavailable", "capo.evaluation")
+    client.fine_tuning.jobs.create(model=BASE, training_file=rows)
 
 
 def test_a_huge_body_is_refused_before_it_is_read(quiet_client: OpenAI) -> None:
