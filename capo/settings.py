@@ -188,7 +188,9 @@ class Settings(BaseSettings):
         description="The same for one revision or the base, running and waiting ones in one number; beyond it 429.",
     )
     engine_stall_seconds: float = Field(
-        default=_LIMITS.engine_stall_seconds, gt=0, description="Without a finished step the engine counts as hanging."
+        default=_LIMITS.engine_stall_seconds,
+        gt=0,
+        description="Without a finished step or load the engine counts as hanging.",
     )
     alias_warm_seconds: float = Field(
         default=_LIMITS.alias_warm_seconds,

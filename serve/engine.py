@@ -161,8 +161,8 @@ class VllmEngine(Engine):
         return self._llm is not None and self._llm.has_work
 
     @property
-    def last_step_at(self) -> float:
-        return self._llm.last_step_at if self._llm is not None else 0.0
+    def last_progress_at(self) -> float:
+        return self._llm.last_progress_at if self._llm is not None else 0.0
 
     @property
     def limits(self) -> EngineLimits:

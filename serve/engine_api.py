@@ -78,6 +78,8 @@ class Call:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
+    was_in_engine: bool = False
+    """It was handed to the engine, which may have died of it."""
     error: BaseException | None = None
     """What ended the generation early, before any wire format hid it."""
 
@@ -117,8 +119,9 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def last_step_at(self) -> float:
-        """``time.monotonic()`` of the last step that the engine finished; steps happen only while there is work."""
+    def last_progress_at(self) -> float:
+        """``time.monotonic()`` of the last thing that the engine finished: a step, or an adapter that it loaded,
+        refused or unloaded. Happens only while there is work."""
 
     @property
     def parses_chat(self) -> bool:

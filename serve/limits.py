@@ -22,8 +22,8 @@ class Limits:
     """The same for one revision or the base: those in the engine and those that wait for it or for an adapter slot, in
     one number. Beyond it 429, so that one cannot take everything."""
     engine_stall_seconds: float = 30.0
-    """An engine that finishes no step for this long with work in it is ended and started again. Above the longest step:
-    a large model's prefill on a CPU may take seconds."""
+    """An engine that finishes neither a step nor a load for this long with work in it is ended and started again. Above
+    the longest of either: a large model's prefill on a CPU may take seconds."""
     alias_warm_seconds: float = 20.0
     """How long setting an alias or a pin waits for its adapters to load. Below the 60 s after which proxies give up on
     an answer, above the load of a large adapter."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from prometheus_client import Gauge
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
@@ -43,6 +44,7 @@ class ObservedLLM(AsyncLLM):
     """
 
     trials: ConstraintTrials
+    _adapters_changed_at = 0.0
 
     @classmethod
     def start(cls, config: VllmConfig, *, slowest_trial_seconds: float) -> ObservedLLM:
@@ -78,10 +80,25 @@ class ObservedLLM(AsyncLLM):
         return self.output_processor.has_unfinished_requests() or bool(self.engine_core.utility_results)
 
     @property
-    def last_step_at(self) -> float:
-        """On the monotonic clock; 0 before the first step."""
+    def last_progress_at(self) -> float:
+        """On the monotonic clock; 0 before the first."""
         loggers = self.logger_manager.stat_loggers if self.logger_manager is not None else ()
-        return max((logger.last_step_at for logger in loggers if isinstance(logger, _StatLogger)), default=0.0)
+        steps = (logger.last_step_at for logger in loggers if isinstance(logger, _StatLogger))
+        return max((self._adapters_changed_at, *steps))
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        try:
+            is_new: bool = await super().add_lora(lora_request)
+        finally:
+            self._adapters_changed_at = time.monotonic()  # a refusal is an answer, too
+        return is_new
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        try:
+            was_there: bool = await super().remove_lora(lora_id)
+        finally:
+            self._adapters_changed_at = time.monotonic()
+        return was_there
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -96,6 +113,7 @@ class ObservedLLM(AsyncLLM):
         except Exception as error:
             call.error = error
             raise
+        call.was_in_engine = True
         outputs = super().generate(prompt, sampling_params, request_id, **options)
         prompt_counted = False
         try:

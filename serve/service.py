@@ -288,7 +288,7 @@ class ServingService:
         except Exception as error:
             if isinstance(error, errors.EngineDeadError) and self._is_draining:
                 error = _cut_off()
-            elif isinstance(error, errors.EngineDeadError):
+            elif isinstance(error, errors.EngineDeadError) and call.was_in_engine:
                 self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
             raise error

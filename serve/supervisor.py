@@ -1,8 +1,9 @@
 """Keeps the engine alive: notices death and standstill, starts it again in process, and keeps killers away.
 
-An engine counts as standing still when calls are in it and it has not finished a step for ``stall_seconds``. A request
-body that was in the engine at two deaths is refused for a while, so that it cannot kill a third time. A body that only
-kept bad company is set free again after that while.
+An engine counts as standing still when it has had work for ``stall_seconds`` and finished nothing meanwhile, neither a
+step nor the load of an adapter. A request body that was in the engine at two deaths is refused for a while, so that it
+cannot kill a third time; one that only waited for its adapter was not in it. A body that only kept bad company is set
+free again after that while.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from registry import Artifact, errors
@@ -30,40 +32,53 @@ _DEATHS_TO_QUARANTINE = 2
 _MAX_SUSPECTS = 10_000
 
 
+@dataclass(slots=True)
+class _Suspect:
+    deaths: set[int] = field(default_factory=set)
+    """The numbers of those at which it was in the engine."""
+    blamed_at: float = 0.0
+
+
 class Quarantine:
     """Request bodies that were in the engine when it died, by fingerprint. Bounded in number and time."""
 
     def __init__(self, seconds: float = _QUARANTINE_SECONDS) -> None:
         self._seconds = seconds
-        self._deaths: dict[str, set[int]] = {}
-        self._blamed_at: dict[str, float] = {}
+        self._suspects: dict[str, _Suspect] = {}
+        """Who was blamed last stands last."""
 
     def blame(self, call: Call, death: int) -> None:
         """``call`` was in the engine at its ``death``-th death."""
-        now = time.monotonic()
-        for fingerprint in [key for key, at in self._blamed_at.items() if now - at > self._seconds]:
-            del self._deaths[fingerprint], self._blamed_at[fingerprint]
+        self._acquit()
         fingerprint = _fingerprint(call.body)
-        if len(self._deaths) < _MAX_SUSPECTS or fingerprint in self._deaths:
-            self._deaths.setdefault(fingerprint, set()).add(death)
-            self._blamed_at[fingerprint] = now
+        suspect = self._suspects.pop(fingerprint, None) or _Suspect()
+        if len(self._suspects) < _MAX_SUSPECTS:
+            suspect.deaths.add(death)
+            suspect.blamed_at = time.monotonic()
+            self._suspects[fingerprint] = suspect
 
     def check(self, body: Mapping[str, Any]) -> None:
-        """Costs nothing while no engine has died.
+        """Costs nothing while no engine has died lately.
 
         Raises:
             InvalidRequestError: the engine died twice while it worked on this very body.
         """
-        if not self._deaths:
+        self._acquit()
+        if not self._suspects:
             return
-        fingerprint = _fingerprint(body)
-        deaths = len(self._deaths.get(fingerprint, ()))
-        if deaths >= _DEATHS_TO_QUARANTINE and time.monotonic() - self._blamed_at[fingerprint] < self._seconds:
+        suspect = self._suspects.get(_fingerprint(body))
+        if suspect is not None and (deaths := len(suspect.deaths)) >= _DEATHS_TO_QUARANTINE:
             raise errors.InvalidRequestError(
                 f"The engine died {deaths} times while it worked on this request, so it is not tried again for "
                 f"{self._seconds / 60:g} minutes. Change the request, or report it with its x-request-id.",
                 code="quarantined",
             )
+
+    def _acquit(self) -> None:
+        """Let go whoever was blamed too long ago; else every body would be hashed for ever after one death."""
+        is_kept_from = time.monotonic() - self._seconds
+        while self._suspects and next(iter(self._suspects.values())).blamed_at < is_kept_from:
+            del self._suspects[next(iter(self._suspects))]
 
 
 class Supervisor:
@@ -84,7 +99,7 @@ class Supervisor:
         self.quarantine = Quarantine()
         self.is_restarting = False
         self._deaths = 0
-        self._idle_at = time.monotonic()
+        self._work_since: float | None = None
         self._reload: asyncio.Task[None] | None = None
 
     def died_under(self, call: Call) -> None:
@@ -104,7 +119,7 @@ class Supervisor:
         if self._engine.is_dead:
             logger.error("the engine died")
         elif self._stands_still():
-            logger.error("the engine has finished no step for %g s with work in it; ending it", self._stall_seconds)
+            logger.error("the engine has finished nothing for %g s with work in it; ending it", self._stall_seconds)
             await self._engine.kill()
         else:
             return
@@ -113,9 +128,11 @@ class Supervisor:
     def _stands_still(self) -> bool:
         now = time.monotonic()
         if not self._engine.has_work:
-            self._idle_at = now
+            self._work_since = None
             return False
-        return now - max(self._idle_at, self._engine.last_step_at) > self._stall_seconds
+        if self._work_since is None:
+            self._work_since = now
+        return now - max(self._work_since, self._engine.last_progress_at) > self._stall_seconds
 
     async def _restart(self) -> None:
         """Start the engine again, with growing pauses for as long as that fails."""
@@ -139,7 +156,7 @@ class Supervisor:
         self.is_restarting = False
         self._metrics.ready.set(1)
         logger.warning("the engine is back after %.1f s", time.monotonic() - began)
-        self._idle_at = time.monotonic()
+        self._work_since = None
         self._reload = asyncio.create_task(self._load_again(wanted), name="reload-adapters")
 
     async def _load_again(self, artifacts: list[Artifact]) -> None:

@@ -134,6 +134,7 @@ async def a_call_says_afterwards_what_became_of_it(subject: Subject) -> None:
         assert began <= call.first_token_at <= call.last_token_at <= time.monotonic()
         assert call.queued_seconds is not None
         assert call.error is None
+        assert call.was_in_engine
 
 
 @check
@@ -168,13 +169,25 @@ async def it_says_what_bodies_it_takes(subject: Subject) -> None:
 @check
 async def work_is_seen_while_it_is_owed_and_steps_when_it_is_done(subject: Subject) -> None:
     assert not subject.engine.has_work
-    before = subject.engine.last_step_at
+    before = subject.engine.last_progress_at
     with subject.hold():
         answering = asyncio.create_task(subject.engine.complete(chat(None, num_tokens=NUM_TOKENS_OF_LONG)))
         await until(lambda: subject.engine.has_work)
     await answering
     await until(lambda: not subject.engine.has_work)
-    assert subject.engine.last_step_at > before
+    assert subject.engine.last_progress_at > before
+
+
+@check
+async def adapters_that_come_and_go_are_progress(subject: Subject) -> None:
+    engine, adapter = subject.engine, subject.adapters[0]
+    before = engine.last_progress_at
+    await engine.load_adapter(adapter)
+    loaded_at = engine.last_progress_at
+    await engine.unload_adapter(adapter)
+    unloaded_at = engine.last_progress_at
+    await raises(errors.InvalidArtifactError, engine.load_adapter(subject.refused))
+    assert before < loaded_at < unloaded_at < engine.last_progress_at <= time.monotonic()
 
 
 @check

@@ -16,7 +16,10 @@ from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits
 
 
 class FakeEngine(Engine):
-    """``load_gate`` and ``answer_gate`` hold loads and answers until set; ``refuse`` names adapters it rejects."""
+    """``load_gate`` and ``answer_gate`` hold loads and answers until set; ``refuse`` names adapters it rejects.
+
+    Loads take ``load_seconds`` each, one after the other, and a start takes ``start_seconds``.
+    """
 
     def __init__(self, *, max_loras: int = 2, num_tokens: int = 4) -> None:
         self._limits = EngineLimits(max_loras=max_loras, max_lora_rank=16, max_model_len=1024, vocab_size=512)
@@ -30,12 +33,14 @@ class FakeEngine(Engine):
         self.refuse: set[str] = set()
         self.load_gate = asyncio.Event()
         self.load_gate.set()
+        self.load_seconds = self.start_seconds = 0.0
+        self._loads_in_turn = asyncio.Lock()
         self.answer_gate = asyncio.Event()
         self.answer_gate.set()
         self.fail_after_tokens: int | None = None
         self.starts = self.kills = self.failing_starts = 0
-        self.stepped_at = 0.0
-        self.waiting = 0
+        self.progressed_at = 0.0
+        self.waiting = self.loading = 0
         self.by_name: dict[str, int] = {}
 
     @property
@@ -48,11 +53,11 @@ class FakeEngine(Engine):
 
     @property
     def has_work(self) -> bool:
-        return self.waiting > 0
+        return self.waiting + self.loading > 0
 
     @property
-    def last_step_at(self) -> float:
-        return self.stepped_at
+    def last_progress_at(self) -> float:
+        return self.progressed_at
 
     async def kill(self) -> None:
         self.kills += 1
@@ -60,6 +65,7 @@ class FakeEngine(Engine):
 
     async def start(self) -> None:
         self.starts += 1
+        await asyncio.sleep(self.start_seconds)
         if self.failing_starts:
             self.failing_starts -= 1
             raise RuntimeError("no start today")
@@ -74,8 +80,15 @@ class FakeEngine(Engine):
         self.loaded.clear()
 
     async def load_adapter(self, adapter: EngineAdapter) -> None:
-        await self.load_gate.wait()
         self._require_life()
+        life = self.starts
+        self.loading += 1
+        try:
+            await self._take_time_to_load()
+        finally:
+            self.loading -= 1
+            self.progressed_at = time.monotonic()
+        self._require_life(life)
         if adapter.name in self.refuse:
             raise errors.InvalidArtifactError("the engine does not like it", code="engine_refused")
         assert adapter.engine_id not in self.loaded, "an engine id was used twice"
@@ -84,12 +97,18 @@ class FakeEngine(Engine):
         self.most_loaded = max(self.most_loaded, len(self.loaded))
         self.loads.append(adapter.name)
 
+    async def _take_time_to_load(self) -> None:
+        await self.load_gate.wait()
+        async with self._loads_in_turn:
+            await asyncio.sleep(self.load_seconds)
+
     async def unload_adapter(self, adapter: EngineAdapter) -> None:
         self._require_life()
         del self.loaded[adapter.engine_id]
         if self.by_name.get(adapter.name) == adapter.engine_id:
             del self.by_name[adapter.name]
         self.unloads.append(adapter.name)
+        self.progressed_at = time.monotonic()
 
     async def loaded_engine_ids(self) -> frozenset[int]:
         self._require_life()
@@ -142,6 +161,7 @@ class FakeEngine(Engine):
         name = call.adapter.name if call.adapter is not None else "base"
         life = self.starts
         call.prompt_tokens, call.queued_seconds = 1, 0.0
+        call.was_in_engine = True
         try:
             for number in range(self._num_tokens):
                 self.waiting += 1
@@ -163,7 +183,7 @@ class FakeEngine(Engine):
             raise
 
     def _note_token(self, call: Call) -> None:
-        self.stepped_at = call.last_token_at = time.monotonic()
+        self.progressed_at = call.last_token_at = time.monotonic()
         call.first_token_at = call.first_token_at or call.last_token_at
         call.completion_tokens += 1
         if call.on_tokens is not None:

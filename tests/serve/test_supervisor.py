@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
@@ -10,8 +11,10 @@ import pytest
 
 from registry import Registry, errors
 from registry.principal import Principal, Scope, acting_as
-from serve.engine_api import Endpoint
+from serve.engine_api import Call, Endpoint
+from serve.resident import AdapterState
 from serve.service import Origin
+from serve.supervisor import Quarantine
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import BASE, eventually, publish, running_service
 from tests.serve.test_http import HELLO, ask
@@ -50,6 +53,35 @@ async def test_an_engine_that_stands_still_with_work_in_it_is_ended_and_started_
         engine.answer_gate.set()
         assert (await stuck).status_code == 503
         await eventually(lambda: service.not_ready_reason() is None)
+
+
+async def test_an_engine_that_took_long_to_start_is_not_ended_for_its_first_work(tmp_path: Path) -> None:
+    publish(Registry(tmp_path), "support", alias="help")  # loaded ahead, as soon as the engine is up
+    engine = FakeEngine()
+    engine.start_seconds, engine.load_seconds = 0.6, 0.3
+    async with running_service(engine, tmp_path, engine_stall_seconds=0.5):
+        await eventually(lambda: engine.loads != [])
+    assert engine.kills == 0
+
+
+async def test_an_engine_that_loads_many_adapters_one_after_the_other_does_not_stand_still(tmp_path: Path) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=6)
+    revisions = [publish(registry, f"a{number}").revision for number in range(6)]
+    engine.load_seconds = 0.15
+    async with running_service(engine, tmp_path, engine_stall_seconds=0.5) as (client, _):
+        answers = await asyncio.gather(*(ask(client, revision) for revision in revisions))
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert engine.kills == 0
+
+
+async def test_an_engine_that_does_not_end_a_load_is_ended(tmp_path: Path) -> None:
+    engine, revision = FakeEngine(), publish(Registry(tmp_path), "support").revision
+    engine.load_gate.clear()
+    async with running_service(engine, tmp_path, engine_stall_seconds=0.3) as (client, _):
+        stuck = asyncio.create_task(ask(client, revision))
+        await eventually(lambda: engine.kills == 1)
+        engine.load_gate.set()
+        assert (await stuck).status_code == 503
 
 
 async def test_a_bug_while_the_engine_is_looked_after_is_logged_and_it_is_looked_after_again(
@@ -101,6 +133,38 @@ async def test_a_key_does_not_hide_a_request_that_kills_the_engine_from_the_quar
                 await service.complete(Endpoint.CHAT, body, Origin("http", "r"))
     assert refusal.value.code == "quarantined"
     assert engine.starts == 3
+
+
+async def test_a_request_that_only_waited_for_a_slot_at_two_deaths_is_answered_afterwards(tmp_path: Path) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
+    hot, cold = (publish(registry, name).revision for name in ("hot", "cold"))
+    async with running_service(engine, tmp_path) as (client, service):
+        for number in range(2):
+            engine.answer_gate.clear()
+            prompt = [{"role": "user", "content": f"another one: {number}"}]
+            holding = asyncio.create_task(client.post("/v1/chat/completions", json={"model": hot, "messages": prompt}))
+            await eventually(lambda: engine.waiting == 1)
+            waiting = asyncio.create_task(ask(client, cold))
+            await eventually(lambda: service.pool.status(cold).state is AdapterState.LOADING)
+            engine.die()
+            engine.answer_gate.set()
+            assert [(await task).status_code for task in (holding, waiting)] == [503, 503]
+            await eventually(lambda: service.not_ready_reason() is None)
+        assert cold not in engine.loads
+        assert (await ask(client, cold)).status_code == 200
+
+
+def test_who_was_blamed_too_long_ago_costs_nothing_any_more() -> None:
+    quarantine = Quarantine(seconds=0.05)
+    body = {"model": BASE, "prompt": "poison"}
+    for death in range(2):
+        quarantine.blame(Call(Endpoint.COMPLETION, body, None, BASE, "r"), death)
+    with pytest.raises(errors.InvalidRequestError):
+        quarantine.check(body)
+    time.sleep(0.06)
+    quarantine.check({"model": BASE, "prompt": "good"})
+    assert quarantine._suspects == {}, "else every body is hashed for the rest of the process's life"
+    quarantine.check(body)
 
 
 async def test_a_client_that_does_not_read_is_no_standstill_of_the_engine(tmp_path: Path) -> None:
