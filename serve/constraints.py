@@ -17,6 +17,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from typing import Any
 
 from registry import errors
 from serve.engine_errors import engine_dead, engine_reason
+from serve.fair_line import FairLine
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,11 @@ SLOWEST_TRIAL_SECONDS = 2.0
 """For checking, compiling and some 150 tokens of made-up answers together. Ordinary schemas take 0.01 s."""
 SLOWEST_STEP_SECONDS = 0.05
 """CPU time for one token; the engine spends it between two steps of everybody."""
+LONGEST_WAIT_SECONDS = 10.0
+"""In line behind the constraints of others: five that are stopped for their cost, hundreds of ordinary ones."""
+_CLOCK_VERDICT_SECONDS = 60.0
+"""How long it holds that a constraint took too long by the clock, or took its process along: it may have been the
+machine that stood still, and a good schema must not be refused for ever."""
 _START_SECONDS = 60.0
 _REMEMBERED = 1024
 
@@ -43,12 +51,19 @@ Start = Callable[[], tuple[BaseProcess, Connection]]
 class _Refusal:
     reason: str
     code: str
+    holds_until: float = math.inf
+    """``time.monotonic()`` seconds."""
 
 
 class ConstraintTrials:
     """Owns the trial process: started on first use, and again after each kill. All methods run on one event loop."""
 
-    def __init__(self, start: Start, slowest_seconds: float = SLOWEST_TRIAL_SECONDS) -> None:
+    def __init__(
+        self,
+        start: Start,
+        slowest_seconds: float = SLOWEST_TRIAL_SECONDS,
+        longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
+    ) -> None:
         self._start = start
         self._slowest_seconds = slowest_seconds
         self._process: BaseProcess | None = None
@@ -56,31 +71,50 @@ class ConstraintTrials:
         """To the process once it is ready; until then its greeting would be taken for a verdict."""
         self._starting: asyncio.Task[Connection] | None = None
         self._is_closed = False
-        self._one_at_a_time = asyncio.Lock()
+        self._longest_wait_seconds = longest_wait_seconds
+        self._line = FairLine()
         self._outcomes: OrderedDict[bytes, _Refusal | None] = OrderedDict()
 
-    async def check_all(self, constraints: Iterable[tuple[str, Any]]) -> None:
+    async def check_all(self, constraints: Iterable[tuple[str, Any]], *, tenant: str) -> None:
         """:meth:`check` for each."""
         for kind, specification in constraints:
-            await self.check(kind, specification)
+            await self.check(kind, specification, tenant=tenant)
 
-    async def check(self, kind: str, specification: Any) -> None:
-        """Returns when ``specification`` may go to the engine.
+    async def check(self, kind: str, specification: Any, *, tenant: str = "") -> None:
+        """Returns when ``specification`` may go to the engine. Tenants whose constraints are new take turns.
 
         Raises:
             InvalidRequestError: it is malformed, uses what the engine does not support, or costs too much.
-            UnavailableError: the process does not start. EngineDeadError: it ended with the engine.
+            UnavailableError: the process does not start, or its turn did not come in time. EngineDeadError: it ended
+                with the engine.
         """
         key = hashlib.sha256(json.dumps([kind, specification], sort_keys=True).encode()).digest()
-        if key not in self._outcomes:
-            async with self._one_at_a_time:
-                if key not in self._outcomes:
-                    self._outcomes[key] = await self._try(kind, specification)
+        if not self._knows(key):
+            await self._judge(key, kind, specification, tenant)
         self._outcomes.move_to_end(key)
         if len(self._outcomes) > _REMEMBERED:
             self._outcomes.popitem(last=False)
         if (refusal := self._outcomes[key]) is not None:
             raise errors.InvalidRequestError(refusal.reason, code=refusal.code)
+
+    def _knows(self, key: bytes) -> bool:
+        if (known := self._outcomes.get(key)) is not None and time.monotonic() > known.holds_until:
+            del self._outcomes[key]
+        return key in self._outcomes
+
+    async def _judge(self, key: bytes, kind: str, specification: Any, tenant: str) -> None:
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                await held.enter_async_context(self._line.turn(tenant, longest_wait_seconds=self._longest_wait_seconds))
+            except TimeoutError:
+                raise errors.UnavailableError(
+                    f"Other constraints on answers that cost too much were before yours for "
+                    f"{self._longest_wait_seconds:g} s. Try again shortly; each is tried out once only.",
+                    code="constraints_busy",
+                    retry_after_seconds=5,
+                ) from None
+            if not self._knows(key):
+                self._outcomes[key] = await self._try(kind, specification)
 
     def close(self) -> None:
         """For good, with the engine: whoever waits for a verdict is told that the engine is gone."""
@@ -106,14 +140,15 @@ class ConstraintTrials:
         except (EOFError, OSError):
             self._raise_if_closed()
             self._kill()
-            return _too_costly(kind, "more than its process survived")
+            return _too_costly(kind, "more than its process survived", seconds=_CLOCK_VERDICT_SECONDS)
         except asyncio.CancelledError:
             self._kill()  # its answer would be taken for that of the next
             raise
         if not is_answered:
             self._raise_if_closed()
             self._kill()
-            return _too_costly(kind, f"more than {self._slowest_seconds:g} s to prepare")
+            what = f"more than {self._slowest_seconds:g} s to prepare"
+            return _too_costly(kind, what, seconds=_CLOCK_VERDICT_SECONDS)
         if answer is None:
             return None
         name, text = answer
@@ -158,9 +193,10 @@ class ConstraintTrials:
 _NAMES = {"json": "JSON schema", "regex": "regular expression", "choice": "list of choices"}
 
 
-def _too_costly(kind: str, what: str) -> _Refusal:
+def _too_costly(kind: str, what: str, *, seconds: float = math.inf) -> _Refusal:
+    """Which holds for ``seconds``."""
     reason = (
         f"The {_NAMES.get(kind, kind)} costs too much: {what}. Use fewer and smaller bounds (maxLength, maxItems, "
         "{m,n}), fewer patterns, and no repetition within a repetition."
     )
-    return _Refusal(reason, "constraint_too_slow")
+    return _Refusal(reason, "constraint_too_slow", time.monotonic() + seconds)

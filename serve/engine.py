@@ -51,6 +51,7 @@ from serve.engine_errors import engine_dead, engine_reason, error_in_stream, ref
 from serve.engine_requests import REQUEST_TYPES
 from serve.model_abilities import Messages, ModelAbilities, ToolParser
 from serve.observed_llm import ObservedLLM, current_call
+from serve.vllm_plugin import call_or_format
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class VllmEngine(Engine):
         except BaseException:
             await asyncio.to_thread(llm.shutdown, 0)
             raise
+        call_or_format.use(state.online_renderer)
         models = state.openai_serving_models
         models.lora_requests = {}
         models.model_name = _answer_model
@@ -219,6 +221,16 @@ class VllmEngine(Engine):
             raise errors.InternalError(f"list_loras failed: {error}") from error
 
     # -- inference -------------------------------------------------------------------------------------------
+
+    async def check(self, call: Call) -> None:
+        trials = self._live().trials
+        self._abilities.check(call.body)
+        self._check_token_ids("prompt", call.body.get("prompt"))
+        try:
+            constraints = list(_constraints_of(call.body))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise _formless(error) from error
+        await trials.check_all(constraints, tenant=call.tenant)
 
     async def complete(self, call: Call) -> bytes:
         token = current_call.set(call)
@@ -328,7 +340,7 @@ class VllmEngine(Engine):
 
     async def _render(self, call: Call) -> tuple[list[Any], SamplingParams]:
         """The prompts in the engine's form and how to sample, exactly as the serving classes make them."""
-        request = await self._request(call)
+        request = self._request(call)
         if call.endpoint is Endpoint.CHAT:
             serving = self._state.openai_serving_chat
             rendered = await serving.render_chat_request(request)
@@ -352,22 +364,18 @@ class VllmEngine(Engine):
         )
         return prompts, request.to_sampling_params(max_tokens, serving.default_sampling_params)
 
-    async def _request(self, call: Call) -> Any:
+    def _request(self, call: Call) -> Any:
         """The body as vLLM's request model, naming the adapter as the engine knows it; the engine is alive."""
-        trials = self._live().trials
-        self._abilities.check(call.body)
-        self._check_token_ids("prompt", call.body.get("prompt"))
+        self._live()
         model = call.adapter.name if call.adapter is not None else self._base_model
         options = {"store": False} if call.endpoint is Endpoint.RESPONSES else {}
         try:
-            await trials.check_all(_constraints_of(call.body))
             return REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
         except pydantic.ValidationError as error:
             raise invalid_body(error, call.body) from error
         except (KeyError, AttributeError, IndexError, TypeError, RecursionError) as error:
             # vLLM's validators look into the body before its form has been checked.
-            logger.warning("vLLM's request model failed on a body", exc_info=error)
-            raise errors.InvalidRequestError("The body has a form that cannot be read.") from error
+            raise _formless(error) from error
 
     def _check_token_ids(self, name: str, given: Any) -> None:
         """vLLM does not say of which field it speaks, and detokenizes what it knows of the ids."""
@@ -381,7 +389,7 @@ class VllmEngine(Engine):
 
     async def _create(self, call: Call) -> Any:
         """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
-        request = await self._request(call)
+        request = self._request(call)
         raw_request = _EngineRequest({"X-Request-Id": call.request_id, **call.trace_headers})
         state = self._state
         match call.endpoint:
@@ -484,6 +492,11 @@ class VllmEngine(Engine):
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
         )
+
+
+def _formless(error: Exception) -> errors.InvalidRequestError:
+    logger.warning("a body cannot be read", exc_info=error)
+    return errors.InvalidRequestError("The body has a form that cannot be read.")
 
 
 def _template_error(error: BaseException) -> BaseException | None:

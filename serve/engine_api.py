@@ -66,10 +66,14 @@ class Call:
     """The ``model`` that the answer names."""
     request_id: str
     trace_headers: Mapping[str, str] = field(default_factory=dict)
+    tenant: str = ""
+    """Whose it is; where something is scarce, tenants take turns."""
     on_tokens: Callable[[Call, int], None] | None = None
     """Called on the event loop for each engine output with the number of new tokens in it."""
 
     created_at: float = field(default_factory=time.monotonic)
+    checked_at: float | None = None
+    """When the engine had said that it can do this; then it waits for its adapter."""
     adapter_at: float | None = None
     """When the adapter was there to be used; set with it."""
     first_token_at: float | None = None
@@ -155,6 +159,15 @@ class Engine(ABC):
     @abstractmethod
     async def loaded_engine_ids(self) -> frozenset[int]:
         """The ids of the adapters that hold memory in the engine, as the engine itself counts them."""
+
+    @abstractmethod
+    async def check(self, call: Call) -> None:
+        """Whether this engine and its base model can do what ``call`` asks for; may take seconds for a new constraint
+        on the answer, so it comes before an adapter is held for the call. The three answers below count on it.
+
+        Raises:
+            InvalidRequestError: it cannot. UnavailableError: too much stands in line before it.
+        """
 
     @abstractmethod
     async def complete(self, call: Call) -> bytes:

@@ -109,7 +109,7 @@ class ObservedLLM(AsyncLLM):
                 yield output
             return
         try:
-            await self.trials.check_all(_constraints(sampling_params.structured_outputs))
+            await self.trials.check_all(_constraints(sampling_params.structured_outputs), tenant=call.tenant)
         except Exception as error:
             call.error = error
             raise

@@ -220,10 +220,14 @@ class ServingService:
             answer_model=target.answer_model,
             request_id=origin.request_id,
             trace_headers=request_trace.headers,
+            tenant=principal.tenant,
             on_tokens=self._inter_token_observer(label, origin.protocol) if body.get("stream") else None,
         )
         request_trace.follow(call, target.artifact)
         with self._measure(call, target, model, label, origin.protocol):
+            # First, for who waits for a verdict on a schema must hold no adapter that others want to go.
+            await self.engine.check(call)
+            call.checked_at = time.monotonic()
             if target.artifact is None:
                 yield call
             else:
@@ -308,9 +312,9 @@ class ServingService:
                 metrics.e2e_latency.labels(label, protocol).observe(time.monotonic() - call.created_at)
             if call.first_token_at is not None:
                 metrics.time_to_first_token.labels(label, protocol).observe(call.first_token_at - call.created_at)
-            if target.artifact is not None:
+            if target.artifact is not None and call.checked_at is not None:
                 # Also of those who gave up: theirs are the longest waits.
-                metrics.adapter_wait.labels(label).observe((call.adapter_at or time.monotonic()) - call.created_at)
+                metrics.adapter_wait.labels(label).observe((call.adapter_at or time.monotonic()) - call.checked_at)
             if call.queued_seconds is not None:
                 metrics.queue_wait.labels(label).observe(call.queued_seconds)
             metrics.prompt_tokens.labels(label).inc(call.prompt_tokens)

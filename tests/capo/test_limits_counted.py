@@ -58,6 +58,11 @@ def in_parts(number: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [part] * many} for many in (1, number - 1)]
 
 
+def with_calls(number: int) -> list[dict[str, Any]]:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+    return [{"role": "assistant", "tool_calls": [call] * number}]
+
+
 def raw(sent: list[bytes]) -> Ask:
     async def ask(service: Guarded) -> tuple[int | str, str | None]:
         status, body = await exchange(service, iter(sent))
@@ -100,14 +105,29 @@ async def with_the_models_places_taken(service: Guarded) -> tuple[int | str, str
 async def with_a_slow_constraint(service: Guarded) -> tuple[int | str, str | None]:
     trials = Trials()
 
-    async def complete(call: Any) -> bytes:
+    async def check(call: Any) -> None:
         await trials.check("regex", "hang")
-        raise AssertionError("it hangs")
 
     try:
-        with patch.object(service.engine, "complete", complete):
+        with patch.object(service.engine, "check", check):
             return await chat()(service)
     finally:
+        trials.close()
+
+
+async def with_costly_constraints_before_it(service: Guarded) -> tuple[int | str, str | None]:
+    trials = Trials(longest_wait_seconds=0.1)
+
+    async def check(call: Any) -> None:
+        await trials.check("regex", "fine")
+
+    first = asyncio.create_task(trials.check("regex", "hang"))
+    await asyncio.sleep(0)
+    try:
+        with patch.object(service.engine, "check", check):
+            return await chat()(service)
+    finally:
+        first.cancel()
         trials.close()
 
 
@@ -143,6 +163,8 @@ MET: dict[str, tuple[Ask, int | str]] = {
     ),
     "messages_too_large": (chat(messages=CHAT["messages"] * (request_policy.MAX_MESSAGES + 1)), 400),
     "messages_too_large (parts)": (chat(messages=in_parts(request_policy.MAX_MESSAGES + 1)), 400),
+    "messages_too_large (calls)": (chat(messages=with_calls(request_policy.MAX_MESSAGES + 1)), 400),
+    "too_large (values)": (chat(tools=[TOOL | {"a": [0] * request_policy.MAX_VALUES}]), 413),
     "tools_too_large": (chat(tools=[TOOL] * (request_policy.MAX_TOOLS + 1)), 400),
     "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS + 1)}), 400),
     "bad_words_too_large": (chat(bad_words=["x"] * (request_policy.MAX_BAD_WORDS + 1)), 400),
@@ -177,6 +199,7 @@ AT_THE_LIMIT: dict[str, tuple[Ask, int | str]] = {
     ),
     "messages_too_large": (chat(messages=CHAT["messages"] * request_policy.MAX_MESSAGES), 200),
     "messages_too_large (parts)": (chat(messages=in_parts(request_policy.MAX_MESSAGES)), 200),
+    "messages_too_large (calls)": (chat(messages=with_calls(request_policy.MAX_MESSAGES)), 200),
     "tools_too_large": (chat(tools=[TOOL] * request_policy.MAX_TOOLS), 200),
     "logit_bias_too_large": (chat(logit_bias={str(n): 0 for n in range(request_policy.MAX_LOGIT_BIAS)}), 200),
     "bad_words_too_large": (
@@ -198,6 +221,7 @@ MET_ALONE: dict[str, tuple[Ask, int]] = {
     "context_length_exceeded": (with_a_long_prompt, 400),
     "constraint_too_large": (chat(structured_outputs={"regex": "x" * 1000}), 400),
     "constraint_too_slow": (with_a_slow_constraint, 400),
+    "constraints_busy": (with_costly_constraints_before_it, 503),
     "overloaded": (with_all_places_taken, 503),
     "model_overloaded": (with_the_models_places_taken, 429),
 }

@@ -212,6 +212,7 @@ async def a_killed_engine_cuts_its_streams_says_so_and_can_be_started_again(subj
     for events in cut:
         await raises(errors.EngineDeadError, events)
     assert (engine.is_dead, engine.has_work) == (True, False)
+    await raises(errors.EngineDeadError, engine.check(chat(None)))
     await raises(errors.EngineDeadError, engine.complete(chat(None)))
     await raises(errors.EngineDeadError, anext(engine.stream(chat(None, stream=True))))
     await raises(errors.EngineDeadError, anext(engine.pieces(chat(None))))

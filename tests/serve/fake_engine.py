@@ -37,6 +37,8 @@ class FakeEngine(Engine):
         self._loads_in_turn = asyncio.Lock()
         self.answer_gate = asyncio.Event()
         self.answer_gate.set()
+        self.check_gate = asyncio.Event()
+        self.check_gate.set()
         self.fail_after_tokens: int | None = None
         self.starts = self.kills = self.failing_starts = 0
         self.progressed_at = 0.0
@@ -113,6 +115,11 @@ class FakeEngine(Engine):
     async def loaded_engine_ids(self) -> frozenset[int]:
         self._require_life()
         return frozenset(self.loaded)
+
+    async def check(self, call: Call) -> None:
+        """``check_gate`` holds verdicts until set."""
+        self._require_life()
+        await self.check_gate.wait()
 
     async def complete(self, call: Call) -> bytes:
         pieces = [piece async for piece in self._tokens(call)]

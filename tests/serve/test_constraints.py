@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from registry import errors
+from serve import constraints
 from serve.constraints import ConstraintTrials
 from tests.serve.running import eventually
 
@@ -35,8 +36,8 @@ def trial_process(connection: Connection, start_seconds: float) -> None:
 
 
 class Trials(ConstraintTrials):
-    def __init__(self, start_seconds: float = 0) -> None:
-        super().__init__(self._start_process, slowest_seconds=0.5)
+    def __init__(self, start_seconds: float = 0, longest_wait_seconds: float = 10) -> None:
+        super().__init__(self._start_process, slowest_seconds=0.5, longest_wait_seconds=longest_wait_seconds)
         self._start_seconds = start_seconds
         self.starts = 0
 
@@ -133,3 +134,45 @@ async def test_an_engine_that_ends_tells_everybody_who_waits_for_a_verdict(start
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [errors.EngineDeadError] * 2
     assert trials.starts == 1, "nothing starts again for an engine that is gone"
+
+
+async def test_one_tenants_costly_constraints_do_not_hold_up_anothers(trials: Trials) -> None:
+    await trials.check("regex", "fine")
+    costly = [asyncio.create_task(trials.check(f"kind {n}", "hang", tenant="greedy")) for n in range(6)]
+    await asyncio.sleep(0.1)
+    await trials.check("choice", "fine", tenant="patient")
+    assert sum(task.done() for task in costly) == 1, "it waited for the one that was under way, not for all six"
+    for task in costly:
+        task.cancel()
+    await asyncio.gather(*costly, return_exceptions=True)
+
+
+async def test_who_waits_too_long_for_a_verdict_is_told_to_come_again() -> None:
+    with contextlib.closing(Trials(longest_wait_seconds=0.2)) as trials:
+        await trials.check("regex", "fine")
+        costly = asyncio.create_task(refused(trials, "hang"))
+        await asyncio.sleep(0.1)
+        with pytest.raises(errors.UnavailableError) as caught:
+            await trials.check("choice", "fine")
+        assert (caught.value.code, caught.value.retry_after_seconds) == ("constraints_busy", 5)
+        await trials.check("regex", "fine")  # what is known waits for nobody
+        await costly
+        await trials.check("choice", "fine")
+
+
+@pytest.mark.parametrize("told", ["hang", "die"])
+async def test_a_verdict_by_the_clock_holds_for_a_while_only(
+    trials: Trials, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraints, "_CLOCK_VERDICT_SECONDS", 0.5)
+    await trials.check("regex", "fine")
+    await refused(trials, told)
+    await refused(trials, told)
+    assert trials.starts == 1, "the verdict was remembered"
+    await asyncio.sleep(0.6)
+    await refused(trials, told)
+    assert trials.starts == 2, "it was tried again"
+    await refused(trials, "slow")
+    await asyncio.sleep(0.6)
+    trials.close()
+    await refused(trials, "slow")  # by the CPU's time: for good

@@ -87,3 +87,18 @@ async def test_a_wait_for_a_slot_that_was_in_vain_is_measured_too(tmp_path: Path
         assert (num, seconds > 0.25) == (1, True)
         engine.answer_gate.set()
         assert (await first).status_code == 200
+
+
+async def test_who_waits_for_a_verdict_on_a_schema_holds_no_slot(tmp_path: Path) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
+    one, two = (publish(registry, name).revision for name in ("one", "two"))
+    async with running_service(engine, tmp_path) as (client, service):
+        engine.check_gate.clear()
+        first = asyncio.create_task(ask(client, one))
+        await eventually(lambda: service.metrics.in_flight.labels("one")._value.get() == 1)
+        await asyncio.sleep(0.1)
+        assert engine.loads == []
+        engine.check_gate.set()
+        assert (await ask(client, two)).status_code == 200
+        assert (await first).status_code == 200
+        assert waits(service, "one")[1] < 0.09, "the wait for the verdict is none for the adapter"
