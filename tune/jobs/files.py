@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from registry.errors import InvalidDataError, InvalidRequestError, StorageError, TooLargeError
+from registry.errors import InvalidDataError, InvalidRequestError, NotFoundError, StorageError, TooLargeError
 from tune.jobs.check_file import check_training_file, row_format
 from tune.jobs.file_store import FileStore, Order
 from tune.jobs.idempotency import Idempotency
@@ -246,9 +247,17 @@ class FileService:
     def files(self, *, after: str | None, limit: int, order: Order, purpose: str | None) -> Page[FileRecord]:
         return self._store.page(after=after, limit=limit, order=order, purpose=purpose)
 
-    def content_path(self, file_id: str) -> Path:
-        """Where the content of a file the store knows lies. Raises :class:`NotFoundError`."""
-        return self.storage.path(self._store.get(file_id).id)
+    def open_content(self, file_id: str) -> BinaryIO:
+        """For the caller to read and close, to its end also when the file is deleted meanwhile.
+
+        Raises:
+            NotFoundError: there is no such file, or it was deleted at this moment.
+        """
+        path = self.storage.path(self._store.get(file_id).id)
+        try:
+            return path.open("rb")
+        except FileNotFoundError as error:
+            raise NotFoundError(f"the content of {file_id} is gone: it was deleted, or has expired") from error
 
     def delete(self, file_id: str) -> None:
         """Remove the file. Raises :class:`ConflictError` while an open job needs it."""

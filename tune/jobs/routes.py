@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 from registry.errors import InvalidRequestError
 from registry.principal import current_principal
 from tune.jobs import wire
 from tune.jobs.checks import reinforcement_not_offered
+from tune.jobs.file_response import OpenFileResponse
 from tune.jobs.files import FileService
 from tune.jobs.query import idempotency_of, limit_of, order_of, read_body, read_query
 from tune.jobs.requests import CreateJobBody, parse_body
@@ -81,9 +82,9 @@ def files_router(service: FileService) -> APIRouter:
         return JSONResponse(wire.file_object(await asyncio.to_thread(own().file, file_id)))
 
     @router.get("/{file_id}/content")
-    async def retrieve_content(file_id: str) -> FileResponse:
-        path = await asyncio.to_thread(own().content_path, file_id)
-        return FileResponse(path, media_type="application/octet-stream")
+    async def retrieve_content(file_id: str) -> OpenFileResponse:
+        file = await asyncio.to_thread(own().open_content, file_id)
+        return OpenFileResponse(file, media_type="application/octet-stream")
 
     @router.delete("/{file_id}")
     async def delete_file(file_id: str) -> JSONResponse:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -47,6 +49,40 @@ class TestFilesOfTheSdk:
             with pytest.raises(openai.NotFoundError):
                 call(made.id)
         assert place.stored_files() == []
+
+    def test_what_is_being_read_is_read_to_its_end_though_it_is_deleted(self, client: OpenAI, place: Place) -> None:
+        content = b"".join(json.dumps({"text": f"{number} {'word ' * 4000}"}).encode() + b"\n" for number in range(45))
+        made = place.upload(content)
+        asked = client._client.stream("GET", f"{client.base_url}files/{made.id}/content")
+        with asked as answer:
+            client.files.delete(made.id)
+            assert answer.read() == content
+
+    async def test_who_reads_beside_a_deletion_gets_all_or_a_404(self, url: str, place: Place) -> None:
+        content, seen = chat_rows(10), Counter[int]()
+        async with httpx.AsyncClient(base_url=f"{url}/v1/files", trust_env=False, timeout=60) as client:
+
+            async def read(file_id: str) -> None:
+                answer = await client.get(f"/{file_id}/content")
+                seen[answer.status_code] += 1
+                assert answer.status_code == 404 or answer.content == content
+
+            for _ in range(15):
+                made = place.upload(content).id
+                await asyncio.gather(read(made), read(made), client.delete(f"/{made}"), read(made), read(made))
+        assert set(seen) <= {200, 404}
+
+    def test_bytes_that_are_gone_from_the_disk_are_not_there(self, client: OpenAI, place: Place) -> None:
+        made = place.upload(chat_rows(10)).id
+        place.files.storage.path(made).unlink()
+        with pytest.raises(openai.NotFoundError, match="the content of"):
+            client.files.content(made)
+
+    def test_a_range_of_a_file_is_answered(self, client: OpenAI, place: Place) -> None:
+        content = chat_rows(10)
+        made = place.upload(content).id
+        answer = client._client.get(f"{client.base_url}files/{made}/content", headers={"range": "bytes=5-24"})
+        assert (answer.status_code, answer.content) == (206, content[5:25])
 
     def test_lists_are_ordered_filtered_and_paged(self, client: OpenAI, place: Place) -> None:
         ids = [add_file_row(place.file_rows) for _ in range(25)]

@@ -167,7 +167,7 @@ class TestStages:
             training_file=training_file,
             extra_body={"capo": {"stages": [{"kind": "cpt", "data": [{"path": texts}]}, {}]}},
         )
-        place.files.content_path(texts).write_bytes(text_rows(19))
+        place.files.storage.path(texts).write_bytes(text_rows(19))
         with pytest.raises(InvalidRequestError, match="has changed since its upload"):
             recipe_of(place, job.id)
 

@@ -127,7 +127,7 @@ class TestSuccess:
         (result,) = done.result_files
         record = place.files.file(result)
         assert record.purpose == "fine-tune-results"
-        lines = place.files.content_path(result).read_text().splitlines()
+        lines = place.files.storage.path(result).read_text().splitlines()
         assert lines[0].startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy")
         assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
         assert lines[3].split(",")[3] == "1.5"
@@ -188,12 +188,12 @@ class TestFailure:
         assert any("SIGKILL" in message for message in messages(place, job.id))
         told = [event.data for event in place.store.events_since(job.id, 0) if event.kind == "metrics"]
         assert [data["step"] for data in told if data] == [1, 2, 3], "the second attempt repeats the first step"
-        lines = place.files.content_path(done.result_files[0]).read_text().splitlines()
+        lines = place.files.storage.path(done.result_files[0]).read_text().splitlines()
         assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
 
     def test_a_file_changed_behind_our_back_is_not_trained_on(self, place: Place, training_file: str) -> None:
         job = place.queue_job(training_file)
-        place.files.content_path(training_file).write_bytes(chat_rows(20, first=1))
+        place.files.storage.path(training_file).write_bytes(chat_rows(20, first=1))
         with worker(place, standins.trains_well):
             failed = wait_for(place, job.id, "failed")
         assert failed.error is not None
