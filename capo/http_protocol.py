@@ -1,8 +1,8 @@
-"""uvicorn's HTTP protocol with two things that it has not itself.
+"""uvicorn's HTTP protocol with three things that it has not itself.
 
 A bound on what comes before a body: everything until the end of the headers is kept in memory and read by nobody, and a
-client that never ends it would cost as much memory as it likes to send. And answers to clients of HTTP/1.0, which know
-no chunks.
+client that never ends it would cost as much memory as it likes to send. Answers to clients of HTTP/1.0, which know no
+chunks. And a client that leaves frees its request also when it has sent the next one already.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from registry import errors
@@ -45,9 +46,22 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._received_bytes = 0
         """Of this head, as far as it came in pieces of its own."""
         self._parsed_bytes = 0
+        self._running: RequestResponseCycle | None = None
+        self._ahead_bytes = 0
+        """Read behind a request that waits for the running one's answer."""
 
     def data_received(self, data: bytes) -> None:
+        if self.pipeline and self._running is not None:
+            self._ahead_bytes += len(data)
+            if self._ahead_bytes > HIGH_WATER_LIMIT:
+                # Not kept, so its answer is the last one here; a client sends again what was not answered
+                # (RFC 9112, section 9.3.2).
+                self._running.keep_alive = False
+                return
         super().data_received(data)
+        if self.pipeline:
+            # uvicorn stops reading until the answer is out, and would not notice that the client has left.
+            self.flow.resume_reading()
         # The parser holds back a name or value until its end, so what it has told of is not all there is.
         if self._is_in_head:
             self._received_bytes += len(data)
@@ -72,8 +86,16 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running, self._ahead_bytes = cycle, 0
         is_old = cycle.scope["http_version"] == "1.0"
         super()._start_asgi_task(cycle, _delimited_by_its_end(app, cycle) if is_old else app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        # uvicorn tells the request that came last, which need not be the one that runs.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def _count(self, num_bytes: int) -> None:
         self._parsed_bytes += num_bytes
