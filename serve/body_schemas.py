@@ -1,7 +1,8 @@
 """JSON schemas of the inference endpoints' bodies: vLLM's fields, cut down to what the request policy lets through.
 
 Scalar fields are described by vLLM's own request models. Objects within a request are described here, because vLLM's
-models take any key and many kinds of content that :mod:`serve.request_shapes` refuses.
+models take any key and many kinds of content that :mod:`serve.request_shapes` and :mod:`serve.conversation_shapes`
+refuse.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
         "prompt_logprobs": logprobs,
         **({"logprobs": logprobs} if endpoint is Endpoint.COMPLETION else {}),
         "temperature": _number(minimum=0),
+        "truncate_prompt_tokens": {"type": ["integer", "null"], "minimum": 1},
         "top_p": _number(exclusiveMinimum=0, maximum=1),
         "min_p": _number(minimum=0, maximum=1),
         "frequency_penalty": _number(minimum=-2, maximum=2),
@@ -122,9 +124,14 @@ def _input_items() -> list[Schema]:
         "role": {"enum": ["system", "developer", "user"]},
         "content": _one_of(_TEXT, _list(_part("input_text"), None)),
     }
-    answered: Schema = {"type": {"const": "message"}, "role": {"const": "assistant"}, "content": _TEXT}
+    answered: Schema = {
+        "type": {"const": "message"},
+        "role": {"const": "assistant"},
+        "content": _one_of(_TEXT, _list(_part("output_text"), 1) | {"minItems": 1}),
+    }
     call = {"type": {"const": "function_call"}, "call_id": _TEXT, "name": _TEXT, "arguments": _TEXT}
-    returned = {"type": {"const": "function_call_output"}, "call_id": _TEXT, "output": _TEXT}
+    output = _one_of(_TEXT, _list(_part("input_text"), None) | {"minItems": 1})
+    returned = {"type": {"const": "function_call_output"}, "call_id": _TEXT, "output": output}
     return [
         _closed(said, "role", "content"),
         _closed(answered, "role", "content"),

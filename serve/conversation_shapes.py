@@ -1,4 +1,7 @@
-"""The conversation within a request: the messages of a chat, the items of the input of /v1/responses."""
+"""The conversation within a request: the messages of a chat, the items of the input of /v1/responses.
+
+What means the same in several forms is brought into the one that vLLM reads, and what nobody reads is left out.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,30 @@ _MESSAGE_KEYS = {
     "assistant": {"tool_calls", "reasoning", "reasoning_content", "provider_specific_fields"},
     "tool": {"tool_call_id"},
 }
-# Empty fields that the SDKs' message objects carry when they are sent back.
-_EMPTY_MESSAGE_KEYS = {"refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning"}
+# Empty fields that the SDKs' message objects carry when they are sent back, whatever their role.
+_EMPTY_MESSAGE_KEYS = {"refusal", "audio", "function_call", "annotations"}.union(*_MESSAGE_KEYS.values())
 _INPUT_ROLES = ("user", "assistant", "system", "developer")
+# Most chat templates pass over a message of a role that they do not know.
+_MESSAGE_ROLES = (*_INPUT_ROLES, "tool")
+_STATUSES = ("in_progress", "completed", "incomplete")
+_ITEM_KEYS = {
+    "message": {"type", "role", "content", "id", "status", "phase"},
+    "function_call": {"type", "id", "call_id", "name", "arguments", "status", "namespace"},
+    "function_call_output": {"type", "id", "call_id", "output", "status"},
+    "reasoning": {"type", "id", "summary", "content", "status", "encrypted_content"},
+}
 
 
 def check(body: Mapping[str, Any]) -> None:
-    """Look into ``messages`` and ``input``.
+    """Look into ``messages`` and ``input``, whose entries are changed in place.
 
     Raises:
-        InvalidRequestError: an entry has a key that would be ignored, says nothing, or answers a call that nobody made.
+        InvalidRequestError: there are no entries, or one has a key that would be ignored, is of a role that nobody has,
+            says nothing, or answers a call that nobody made.
     """
+    for name in ("messages", "input"):
+        if body.get(name) == []:
+            raise errors.InvalidRequestError(f"{name} is empty; send at least one entry.", param=name)
     called: set[str] = set()
     for place, message in entries(body, "messages"):
         _check_message(place, message)
@@ -41,24 +57,33 @@ def check(body: Mapping[str, Any]) -> None:
 
 
 def _check_message(place: str, message: dict[str, Any]) -> None:
-    role = message.get("role")
-    allowed = {"role", "content", "name"} | _MESSAGE_KEYS.get(role if isinstance(role, str) else "", set())
+    role = _role(place, message, _MESSAGE_ROLES)
     known = {name: value for name, value in message.items() if value or name not in _EMPTY_MESSAGE_KEYS}
-    check_keys(place, known, allowed)
-    if not isinstance(message.get("name"), str | None):
-        raise errors.InvalidRequestError(
-            f"{place}.name must be a text, got {shown(message['name'])}.", param=f"{place}.name"
-        )
+    check_keys(place, known, {"role", "content", "name"} | _MESSAGE_KEYS.get(role, set()))
+    if message.get("name") is None:
+        message.pop("name", None)  # vLLM takes null for a tool's name only
+    else:
+        require_a_text(f"{place}.name", message["name"])
     _check_content(f"{place}.content", message.get("content"), ("text",))
     _require_content(place, message)
     _check_calls(place, message)
+
+
+def _role(place: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> str:
+    role = entry.get("role")
+    if not isinstance(role, str) or role not in allowed:
+        raise errors.InvalidRequestError(
+            f"{place}.role is {shown(role)}; allowed are {', '.join(allowed)}.", param=f"{place}.role"
+        )
+    return role
 
 
 def _require_content(place: str, message: dict[str, Any]) -> None:
     """An assistant's turn may have called tools instead. A message without content would be an empty turn."""
     content = message.get("content")
     is_said = isinstance(content, str) or (isinstance(content, list) and content)
-    if message.get("role") in ("system", "developer", "user", "tool") and not is_said:
+    may_be_silent = message["role"] == "assistant" and content in (None, [])
+    if not is_said and not may_be_silent:
         here = f"{place}.content"
         got = f"got {shown(message['content'])}" if "content" in message else "and there is none"
         raise errors.InvalidRequestError(f"{here} must be a text or a list with texts, {got}.", param=here)
@@ -130,35 +155,67 @@ def _check_content(place: str, content: Any, kinds: tuple[str, ...]) -> None:
 
 def _check_input_item(place: str, item: dict[str, Any]) -> None:
     """An item of the input of /v1/responses, which may be an item of an earlier output."""
-    match item.get("type", "message"):
+    kind = "message" if item.get("type") is None else item["type"]
+    if not isinstance(kind, str) or kind not in _ITEM_KEYS:
+        raise _unknown_item(place, kind)
+    check_keys(place, item, _ITEM_KEYS[kind])
+    for name in [name for name, value in item.items() if value is None]:
+        del item[name]
+    require_a_text(f"{place}.id", item.get("id", ""))
+    if item.get("status", "completed") not in _STATUSES:
+        raise errors.InvalidRequestError(
+            f"{place}.status is {shown(item['status'])}; allowed are {', '.join(_STATUSES)}.", param=f"{place}.status"
+        )
+    match kind:
         case "message":
-            check_keys(place, item, {"type", "role", "content", "id", "status", "phase"})
-            if item.get("role") not in _INPUT_ROLES:
-                raise errors.InvalidRequestError(
-                    f"{place}.role is {shown(item.get('role'))}; allowed are {', '.join(_INPUT_ROLES)}.",
-                    param=f"{place}.role",
-                )
-            kinds = ("output_text", "input_text") if item.get("role") == "assistant" else ("input_text",)
-            _check_content(f"{place}.content", item.get("content"), kinds)
-            _require_content(place, item)
-            content = item.get("content")
-            if item.get("role") == "assistant" and isinstance(content, list) and len(content) != 1:
-                raise errors.InvalidRequestError(
-                    f"{place}.content has {len(content)} parts; an assistant's message has one.", param=place
-                )
+            _check_input_message(place, item)
         case "function_call":
-            check_keys(place, item, {"type", "id", "call_id", "name", "arguments", "status", "namespace"})
             require_a_text(f"{place}.call_id", item.get("call_id"))
             _check_arguments(f"{place}.arguments", item.get("arguments"))
         case "function_call_output":
-            check_keys(place, item, {"type", "id", "call_id", "output", "status"})
-            if not isinstance(item.get("output"), str):
-                raise errors.InvalidRequestError(f"{place}.output must be a text.", param=f"{place}.output")
+            _check_output(place, item)
         case "reasoning":
-            check_keys(place, item, {"type", "id", "summary", "content", "status", "encrypted_content"})
-        case other:
-            raise errors.InvalidRequestError(
-                f"{place}.type is {shown(other)}; allowed are message, function_call, function_call_output and "
-                "reasoning.",
-                param=f"{place}.type",
-            )
+            _check_content(f"{place}.summary", item.get("summary"), ("summary_text",))
+            _check_content(f"{place}.content", item.get("content"), ("reasoning_text",))
+
+
+def _unknown_item(place: str, kind: Any) -> errors.InvalidRequestError:
+    if kind == "item_reference":
+        return errors.InvalidRequestError(
+            f"{place} refers to an item that was stored, and nothing is stored here. Send the item itself; the Vercel "
+            "AI SDK does so with store: false.",
+            param=f"{place}.type",
+        )
+    return errors.InvalidRequestError(
+        f"{place}.type is {shown(kind)}; allowed are {', '.join(_ITEM_KEYS)}.", param=f"{place}.type"
+    )
+
+
+def _check_input_message(place: str, item: dict[str, Any]) -> None:
+    is_said_before = _role(place, item, _INPUT_ROLES) == "assistant"
+    content = item.get("content")
+    _check_content(f"{place}.content", content, ("output_text", "input_text") if is_said_before else ("input_text",))
+    _require_content(place, item)
+    if not is_said_before or not isinstance(content, list):
+        return
+    if len(content) != 1:
+        raise errors.InvalidRequestError(
+            f"{place}.content has {len(content)} parts; an assistant's message has one.", param=place
+        )
+    # vLLM knows an answer only by its type, and reads its text alone. The log probabilities and annotations that stood
+    # with it would cost pydantic seconds of the event loop: four faults for each entry of a wrong form.
+    item["type"] = "message"
+    item["content"] = [{"type": "output_text", "text": content[0]["text"], "annotations": []}]
+
+
+def _check_output(place: str, item: dict[str, Any]) -> None:
+    """Of a tool."""
+    place, output = f"{place}.output", item.get("output")
+    if isinstance(output, list) and output:
+        _check_content(place, output, ("input_text",))
+        # As vLLM joins the parts of a tool's message in a chat.
+        item["output"] = "\n".join(part["text"] for part in output)
+    elif not isinstance(output, str):
+        raise errors.InvalidRequestError(
+            f"{place} must be a text or a list with texts, got {shown(output)}.", param=place
+        )

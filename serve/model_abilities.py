@@ -58,8 +58,8 @@ class ModelAbilities:
         self.check_names(body)
 
     def check_names(self, body: Mapping[str, Any]) -> None:
-        """Whether the model sees the names in ``messages``. Which tool a message answers for is said by the call's id
-        too, so a name that says the same may stand there unread.
+        """Whether the model sees the names in ``messages``. A name may stand there unread if it says nothing new: which
+        tool a message answers for is said by the call's id too, and some clients repeat the role.
 
         Raises:
             InvalidRequestError: it does not see one.
@@ -67,9 +67,10 @@ class ModelAbilities:
         called: dict[str, str] = {}
         messages = body.get("messages")
         for number, message in enumerate(messages if isinstance(messages, list) else []):
-            role, name = message.get("role"), message.get("name")
+            role, name = message["role"], message.get("name")
             called |= _called(message)
-            if not name or not isinstance(role, str) or (role == "tool" and name == called.get(_call_id(message))):
+            known = {role, called.get(_call_id(message))} if role == "tool" else {role}
+            if not name or name in known:
                 continue
             if role not in self._reads_name:
                 self._reads_name[role] = self._looks_different_with_a_name(role)

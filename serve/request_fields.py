@@ -33,8 +33,7 @@ ALLOWED: Mapping[Endpoint, frozenset[str]] = {
     Endpoint.COMPLETION: frozenset(_GENERATION) | {"prompt", "echo", "suffix"},
     Endpoint.RESPONSES: frozenset(_SAMPLING | _TOOLS)
     | {
-        "input", "instructions", "max_output_tokens", "text", "include", "top_logprobs", "truncation", "reasoning",
-        "metadata",
+        "input", "instructions", "max_output_tokens", "text", "include", "top_logprobs", "reasoning", "metadata",
     },
     Endpoint.TOKENIZE: frozenset(
         {
@@ -90,6 +89,7 @@ REFUSED: Mapping[str, str] = {
     "previous_response_id": _NOT_STORED,
     "conversation": _NOT_STORED,
     "previous_input_messages": _NOT_STORED,
+    "truncation": "vLLM would cut off the beginning of the prompt and leave room for one token; send what fits",
     "metadata": "no answer is stored here, so nobody could look for it by that; POST /v1/responses repeats it",
     "moderation": "nothing is moderated here",
     "access_programs": "it is a matter of accounts at OpenAI",
@@ -111,9 +111,20 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "modalities": (["text"],),
     "stream_options": ({}, {"include_obfuscation": False}),
+    "truncation": ("disabled",),
+    "n": (1,),
+    "echo": (False,),
+    "best_of": (1,),
+    "functions": ([],),
+    "function_call": ("none",),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "priority": (0,),
 }
-"""OpenAI's fields that ask for nothing when they have these values; clients send them by default. Null asks for nothing
-in every field that is known and not required."""
+"""Fields of OpenAI's and vLLM's that ask for nothing when they have these values; clients send them by default. Null
+asks for nothing in every field that is known and not required."""
 
 LABELS = frozenset({"safety_identifier", "prompt_cache_key"})
 """OpenAI's opaque texts about who asks. They ask nothing of an answer, at OpenAI too, so any text passes. ``user`` is

@@ -13,7 +13,7 @@ from typing import Any
 
 from registry import errors
 from registry.strict_json import parse_strict_json
-from serve import request_shapes, request_types
+from serve import conversation_shapes, request_shapes, request_types
 from serve.engine_api import Endpoint
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
 from serve.shape_checks import shown
@@ -36,7 +36,10 @@ MAX_BAD_WORDS_BYTES = 4096
 MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_MESSAGES = 4096
-"""And as many parts in the contents of all together: each is looked at on the loop that streams the others' tokens."""
+"""And as many parts and calls in all together: each is looked at on the loop that streams the others' tokens."""
+MAX_VALUES = 200_000
+"""Entries of all lists and objects together, but for tokens. To walk them takes 50 ms; messages, calls and schemas at
+their bounds have 100,000."""
 
 
 def parse_body(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
@@ -61,10 +64,12 @@ def parse_body(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
 
 
 def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
-    """``body`` without the fields that ask for nothing; both faces come through here.
+    """``body``, changed in place: without the fields that ask for nothing, and with its conversation in vLLM's form.
+    Both faces come through here. What is counted is counted before it is looked at.
 
     Raises:
         InvalidRequestError: a field is missing, unknown, refused or out of bounds.
+        TooLargeError: the body has more values than anybody needs.
     """
     for name, value in list(body.items()):
         if name in REQUIRED[endpoint] or (name in ALLOWED[endpoint] and value is not None):
@@ -77,9 +82,10 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     _check_model(body)
     request_types.check(body, endpoint)
     _leave_out_empty_stream_options(body)
-    _check_integers(body)
     _check_label("user", body.get("user"))
     _check_bounds(body, endpoint)
+    conversation_shapes.check(body)
+    _check_values(body)
     _check_combinations(body)
     if endpoint is Endpoint.TOKENIZE:
         _check_what_is_tokenized(body)
@@ -90,8 +96,10 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
 def _asks_for_nothing(name: str, value: Any, endpoint: Endpoint) -> bool:
     if value is None:
         return name in ALLOWED[endpoint] or name in REFUSED or name in HARMLESS_VALUES
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     # As JSON: to Python 0 is false.
-    return json.dumps(value) in map(json.dumps, HARMLESS_VALUES.get(name, ()))
+    return shown(value) in map(shown, HARMLESS_VALUES.get(name, ()))
 
 
 def _leave_out_empty_stream_options(body: dict[str, Any]) -> None:
@@ -134,14 +142,22 @@ def _check_label(name: str, value: Any) -> None:
         )
 
 
-def _check_integers(body: Mapping[str, Any]) -> None:
-    """No integer beyond 64 bits: the request could not be sent to the engine. Of long lists vLLM checks each entry."""
+def _check_values(body: Mapping[str, Any]) -> None:
+    """Not too many, and no integer beyond 64 bits: the request could not be sent to the engine. Of long lists of tokens
+    vLLM checks each entry."""
     todo = [(name, value) for name, value in body.items() if name not in ("prompt", "tokens")]
+    number = len(todo)
     while todo:
         name, value = todo.pop()
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise errors.InvalidRequestError(f"{name} holds an integer of more than 64 bits.", param=name)
         if isinstance(value, dict | list):
+            number += len(value)
+            if number > MAX_VALUES:
+                raise errors.TooLargeError(
+                    f"The lists and objects of the body have more than {MAX_VALUES} entries. Send less in {name}.",
+                    param=name,
+                )
             todo.extend((name, inner) for inner in (value.values() if isinstance(value, dict) else value))
 
 
@@ -160,6 +176,13 @@ def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
             raise errors.InvalidRequestError(
                 f"{field} is {shown(body[field])}; at least {least} is allowed.", param=field
             )
+    kept = body.get("truncate_prompt_tokens")
+    if kept is not None and kept < 1:
+        raise errors.InvalidRequestError(
+            f"truncate_prompt_tokens is {shown(kept)}; at least 1 is allowed: how many of the prompt's last tokens to "
+            "keep. To keep all there is room for would leave none for the answer.",
+            param="truncate_prompt_tokens",
+        )
     _at_most(body, "n", MAX_N, code="n_too_large")
     for field in ("top_logprobs", "prompt_logprobs", *(() if endpoint is Endpoint.CHAT else ("logprobs",))):
         _at_most(body, field, MAX_LOGPROBS, code="logprobs_too_large")
@@ -195,14 +218,15 @@ def _check_bounds(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         )
 
 
-def _check_number_of_parts(field: str, messages: Any) -> None:
-    contents = (
-        [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
-    )
-    number = sum(len(content) for content in contents if isinstance(content, list))
+def _check_number_of_parts(field: str, entries: Any) -> None:
+    """Of the messages of a chat, or the items of an input."""
+    known = [each for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
+    lists = [each.get(name) for each in known for name in ("content", "tool_calls", "output", "summary")]
+    number = sum(len(parts) for parts in lists if isinstance(parts, list))
     if number > MAX_MESSAGES:
         raise errors.InvalidRequestError(
-            f"The contents of {field} have {number} parts; at most {MAX_MESSAGES} are allowed. Join their texts.",
+            f"The entries of {field} have {number} parts and calls; at most {MAX_MESSAGES} are allowed. Join their "
+            "texts.",
             param=field,
             code="messages_too_large",
         )

@@ -1,4 +1,4 @@
-"""The objects within a request: tools, formats, and messages, which :mod:`serve.conversation_shapes` looks into.
+"""The objects within a request, but for its conversation: tools and formats.
 
 vLLM's models ignore keys they do not know, here too.
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from registry import errors
 from registry.strict_json import parse_strict_json
-from serve import conversation_shapes, schema_keywords
+from serve import schema_keywords
 from serve.shape_checks import check_is_object, check_keys, entries, require_a_name, shown
 
 # The largest schema that is tried (serve/constraints.py says how), and the largest of the other forms of a constraint.
@@ -39,7 +39,6 @@ def check(body: Mapping[str, Any]) -> None:
     """
     for name in _OBJECTS:
         check_is_object(name, body.get(name))
-    conversation_shapes.check(body)
     for place, tool in entries(body, "tools"):
         _check_tool(place, tool, is_flat="input" in body)
     check_keys("stream_options", body.get("stream_options"), {"include_usage", "continuous_usage_stats"})

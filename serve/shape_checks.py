@@ -12,6 +12,9 @@ from typing import Any
 
 from registry import errors
 
+_SHOWN_CHARACTERS = 100
+_JSON = json.JSONEncoder()
+
 
 def entries(body: Mapping[str, Any], name: str, within: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a list of objects with their places. What is no list is left to vLLM's own models."""
@@ -49,4 +52,10 @@ def require_a_text(place: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    return json.dumps(value)[:100]
+    """The first 100 characters of its JSON. Written in pieces, so that of megabytes no more than these are."""
+    text = ""
+    for piece in _JSON.iterencode(value):
+        text += piece
+        if len(text) >= _SHOWN_CHARACTERS:
+            break
+    return text[:_SHOWN_CHARACTERS]

@@ -37,7 +37,7 @@ def test_the_figures_of_the_limits_are_those_of_the_code() -> None:
     mebibyte = 1024 * 1024
     said = {
         "request line and headers": f"{faces.MAX_HEAD_BYTES // 1024} KiB",
-        "JSON body": f"{faces.MAX_REQUEST_BYTES // mebibyte} MiB",
+        "JSON body": f"{faces.MAX_REQUEST_BYTES // mebibyte} MiB; {request_policy.MAX_VALUES:,} entries",
         "| n |": f"| {request_policy.MAX_N} |",
         "logprobs, top_logprobs": f"| {request_policy.MAX_LOGPROBS} |",
         "| stop |": f"{request_policy.MAX_STOP_STRINGS} of {request_policy.MAX_STOP_CHARACTERS} characters",

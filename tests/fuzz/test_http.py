@@ -64,7 +64,7 @@ SOUND: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"model": MODEL, "input": given, "max_output_tokens": MOST_TOKENS, **fields}
         for given, fields in (
             ("hello", {"temperature": 0.5, "instructions": "Be brief.", "stream": True}),
-            ([HELLO, {"role": "assistant", "content": "hi"}, HELLO], {"truncation": "auto"}),
+            ([HELLO, {"role": "assistant", "content": "hi"}, HELLO], {"truncation": "disabled"}),
             ("hello", {"tools": [{"type": "function", **FUNCTION}], "tool_choice": "required", "stream": True}),
             ("hello", {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}}),
             ([HELLO, {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},

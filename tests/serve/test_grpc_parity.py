@@ -126,7 +126,7 @@ SAME: list[tuple[Endpoint, dict[str, Any], dict[str, Any]]] = [
             "repetition_penalty": 1.2, "logit_bias": {"5": -99.9, "6": 0.1}, "min_tokens": 2, "ignore_eos": True,
             "bad_words": ["no"], "allowed_token_ids": [1, 2], "include_stop_str_in_output": True,
             "skip_special_tokens": False, "spaces_between_special_tokens": False, "add_special_tokens": True,
-            "truncate_prompt_tokens": -1, "prompt_logprobs": 0, "user": "someone", "return_token_ids": True,
+            "truncate_prompt_tokens": 4, "prompt_logprobs": 0, "user": "someone", "return_token_ids": True,
         }.items()
     ),
     *(
@@ -230,6 +230,7 @@ def test_a_schema_that_the_engine_would_not_hold_is_refused_at_its_place() -> No
         (pb.ChatRequest(tools=[pb.Tool(name="a", parameters=dropped, strict=True)]), "tools.0.function.parameters"),
     ):
         request.model = "m"
+        request.messages.add(role="user", content="hello")
         with pytest.raises(InvalidRequestError, match="multipleOf at # is not enforced") as caught:
             check_body(chat_body(request, stream=False), CHAT)
         assert caught.value.param == param

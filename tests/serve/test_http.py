@@ -325,6 +325,6 @@ async def test_the_openapi_document_describes_bodies_as_the_policy_has_them(tmp_
     body = post["requestBody"]["content"]["application/json"]["schema"]
     assert body["additionalProperties"] is False
     assert body["properties"]["n"]["maximum"] == 16
-    assert "priority" not in body["properties"]  # the engine knows it, clients may not send it
+    assert "cache_salt" not in body["properties"]  # the engine knows it, clients may not send it
     alias = document["paths"]["/v1/aliases/{alias}"]["put"]["requestBody"]["content"]["application/json"]["schema"]
     assert alias["required"] == ["revision"]

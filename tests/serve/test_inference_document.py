@@ -28,7 +28,7 @@ def test_every_refused_field_is_named_among_the_refused() -> None:
 
 
 def test_nothing_is_named_as_refused_that_no_rule_refuses() -> None:
-    values = {"auto", "default", "medium"}
+    values = {"auto", "default", "medium", "disabled"}
     instead = {"tools", "tool_choice", "n", "response_format", "structured_outputs"}
     pairs = {"max_tokens", "max_completion_tokens", "stream_options", "stream", "tool_choice", "name", "strict"}
     assert named("What is refused") - set(REFUSED) - set(HARMLESS_VALUES) - values - instead - pairs == set()

@@ -61,6 +61,14 @@ def test_a_tools_message_may_repeat_what_its_call_says() -> None:
         assert refusal({"messages": [called, wrong]}).param == "messages.1.name"
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_a_name_that_repeats_the_role_may_stand_unread(role: str) -> None:
+    """AutoGen's client names every user's message "user"."""
+    message = {"role": role, "content": "b", "name": role}
+    abilities().check({"messages": [message]})
+    assert refusal({"messages": [{**message, "name": role.upper()}]}).param == "messages.0.name"
+
+
 def test_the_embedded_model_sees_no_names() -> None:
     template = (locate_base_model("capo-tiny").path / "chat_template.jinja").read_text()
     assert refusal({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, template=template)
@@ -85,6 +93,34 @@ def test_strict_is_refused_where_the_parser_cannot_hold_it(choice: dict[str, Any
     assert "'lfm2'" in error.message
     abilities(tool_parser=LOOSE).check({"tools": tools(LAX), **choice})
     abilities(tool_parser=BINDING).check({"tools": tools(STRICT), **choice})
+
+
+FORMATS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"choice": ["a"]}},
+    {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}},
+]
+
+
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "auto"}, {"tool_choice": None}])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_format_beside_tools_is_refused_where_it_would_keep_them_from_being_called(
+    choice: dict[str, Any], form: dict[str, Any]
+) -> None:
+    error = refusal({"tools": [LAX], **form, **choice}, tool_parser=LOOSE)
+    assert (error.param, error.code, "'lfm2'" in error.message) == (next(iter(form)), "format_not_supported", True)
+    abilities(tool_parser=BINDING).check({"tools": [LAX], **form, **choice})
+
+
+def test_a_format_passes_beside_tools_that_may_not_be_called_and_what_is_no_format_beside_all() -> None:
+    for body in (
+        {"response_format": {"type": "json_object"}, "tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"text": {}},
+        {"text": {"verbosity": "medium"}},
+        {"text": {"format": {"type": "text"}, "verbosity": None}},
+    ):
+        abilities(tool_parser=LOOSE).check({"tools": [LAX], **body})
 
 
 def test_strict_passes_where_no_call_or_one_certain_call_is_asked_for() -> None:

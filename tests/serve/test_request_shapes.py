@@ -10,9 +10,11 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as OpenAIChat
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as OpenAICompletion
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming as OpenAIResponse
+from vllm.entrypoints.openai.responses.utils import construct_input_messages, should_continue_final_message
 
 from registry import errors
 from serve.engine_api import Endpoint
+from serve.engine_requests import REQUEST_TYPES
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
 from serve.request_policy import check_body, parse_body
 from serve.request_shapes import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
@@ -28,6 +30,8 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
     Endpoint.DETOKENIZE: {"model": "m", "tokens": [1]},
 }
 FLAT_CALL = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
+INPUT_TEXT, IMAGE = {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "https://a.example"}
+OUTPUT_TEXT = {"type": "output_text", "text": "a"}
 DROPPED = {"type": "array", "items": {"type": "integer", "multipleOf": 3}}
 STRICT = {"name": "look", "strict": True}
 BAD_ARGUMENTS = ("{bad", "[1, 2]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', "[" * 100_000)
@@ -133,7 +137,24 @@ def nested(levels: int) -> Any:
         (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         (RESPONSES, {"input": [{"role": "assistant", "content": [{"type": "output_text", "text": "a"}] * 2}]},
          "input.0"),
-        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": [{}]}]}, "input.0.output"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": [{}]}]}, "input.0.output.0"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": []}]}, "input.0.output"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "call_id": "c", "output": [INPUT_TEXT, IMAGE]}]},
+         "input.0.output.1"),
+        (RESPONSES, {"input": [{"type": "reasoning", "summary": [{"type": "summary_text"}]}]}, "input.0.summary.0"),
+        (RESPONSES, {"input": [{"type": "reasoning", "summary": [], "content": [INPUT_TEXT]}]}, "input.0.content.0"),
+        (RESPONSES, {"input": [{**HELLO, "status": "done"}]}, "input.0.status"),
+        (RESPONSES, {"input": [{**HELLO, "id": [1]}]}, "input.0.id"),
+        (RESPONSES, {"truncation": "auto"}, "truncation"),
+        *((endpoint, {"truncate_prompt_tokens": number}, "truncate_prompt_tokens")
+          for endpoint in (CHAT, COMPLETION) for number in (-1, 0)),
+        *((CHAT, {"messages": [HELLO, {"role": role, "content": "x"}]}, "messages.1.role")
+          for role in ("User", "model", "function", "", None, ["user"])),
+        (TOKENIZE, {"prompt": None, "messages": [{"role": "model", "content": "x"}]}, "messages.0.role"),
+        (CHAT, {"messages": [{"role": "assistant", "content": 5}]}, "messages.0.content"),
+        (CHAT, {"messages": []}, "messages"),
+        (TOKENIZE, {"prompt": None, "messages": []}, "messages"),
+        (RESPONSES, {"input": []}, "input"),
         (RESPONSES, {"top_logprobs": 2}, "top_logprobs"),
         (RESPONSES, {"text": {"verbosity": "low"}}, "text.verbosity"),
         (RESPONSES, {"reasoning": {"summary": "auto"}}, "reasoning.summary"),
@@ -160,6 +181,9 @@ def nested(levels: int) -> Any:
           for value in ({"a": 1}, {"": "b"}, {"a" * 65: "b"}, {"a": "b" * 513}, {str(n): "" for n in range(17)}, [])),
         (CHAT, {"prompt_cache_options": {}}, "prompt_cache_options"),
         (CHAT, {"store": 0}, "store"),
+        (RESPONSES, {"n": 2}, "n"),
+        (CHAT, {"echo": 0}, "echo"),
+        (CHAT, {"documents": [{}]}, "documents"),
         (COMPLETION, {"best_of": 2}, "best_of"),
         (CHAT, {"n": 0}, "n"),
         (COMPLETION, {"n": -1}, "n"),
@@ -203,6 +227,62 @@ def test_what_means_something_or_asks_for_nothing_passes(endpoint: Endpoint, fie
     assert check(endpoint, **fields) == {**MINIMAL[endpoint], **fields}
 
 
+def test_a_name_that_is_null_is_left_out() -> None:
+    """vLLM's models take it for a tool's message only."""
+    assert check(CHAT, messages=[{**HELLO, "name": None}])["messages"] == [HELLO]
+
+
+def test_empty_fields_of_another_role_pass() -> None:
+    empty = {"reasoning_content": None, "tool_calls": None, "tool_call_id": None, "refusal": None}
+    request = REQUEST_TYPES[CHAT].model_validate(check(CHAT, messages=[{**HELLO, **empty}]))
+    assert [message["content"] for message in request.messages] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"content": [OUTPUT_TEXT]},  # the Vercel AI SDK's without an id, and OpenAI's own examples
+        {"content": [INPUT_TEXT]},
+        {"type": "message", "content": [OUTPUT_TEXT]},
+        {"id": "msg_1", "content": [OUTPUT_TEXT]},
+        {"type": None, "id": None, "status": None, "phase": None, "content": [{**OUTPUT_TEXT, "logprobs": None}]},
+        {"id": "msg_1", "type": "message", "status": "completed",
+         "content": [{**OUTPUT_TEXT, "annotations": [{"type": "anything"}], "logprobs": [{"token": 5}]}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_assistants_turn_is_what_it_said_whatever_its_form(item: dict[str, Any]) -> None:
+    body = check(RESPONSES, input=[HELLO, {"role": "assistant", **item}, HELLO])
+    request = REQUEST_TYPES[RESPONSES].model_validate(body)
+    assert construct_input_messages(request_input=request.input) == [
+        HELLO,
+        {"role": "assistant", "content": "a"},
+        HELLO,
+    ]
+
+
+def test_an_answer_that_was_cut_can_still_be_continued() -> None:
+    cut = {"role": "assistant", "status": "incomplete", "content": [OUTPUT_TEXT]}
+    request = REQUEST_TYPES[RESPONSES].model_validate(check(RESPONSES, input=[HELLO, cut]))
+    assert should_continue_final_message(request.input)
+
+
+def test_what_a_tool_answers_in_parts_is_their_texts() -> None:
+    parts = [INPUT_TEXT, {"type": "input_text", "text": "b"}]
+    body = check(RESPONSES, input=[FLAT_CALL, {"type": "function_call_output", "call_id": "c", "output": parts}])
+    request = REQUEST_TYPES[RESPONSES].model_validate(body)
+    assert construct_input_messages(request_input=request.input)[-1] == {
+        "role": "tool",
+        "content": "a\nb",
+        "tool_call_id": "c",
+    }
+
+
+def test_a_reference_to_an_item_is_told_that_nothing_is_stored_and_what_to_do() -> None:
+    with pytest.raises(errors.InvalidRequestError, match=r"nothing is stored here\. Send the item itself"):
+        check(RESPONSES, input=[{"type": "item_reference", "id": "msg_1"}])
+
+
 @pytest.mark.parametrize("endpoint", Endpoint)
 def test_fields_that_ask_for_nothing_do_not_reach_the_engine(endpoint: Endpoint) -> None:
     for name, values in HARMLESS_VALUES.items():
@@ -210,6 +290,22 @@ def test_fields_that_ask_for_nothing_do_not_reach_the_engine(endpoint: Endpoint)
             assert check(endpoint, **{name: value}) == MINIMAL[endpoint], f"{name}={value!r}"
     for name in LABELS:
         assert check(endpoint, **{name: "someone"}) == MINIMAL[endpoint]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        *((CHAT, {name: value}) for name, value in {
+            "best_of": 1, "echo": False, "use_beam_search": False, "length_penalty": 1.0, "functions": [],
+            "function_call": "none", "chat_template_kwargs": {}, "documents": [], "priority": 0,
+        }.items()),
+        (COMPLETION, {"best_of": 1, "length_penalty": 1}),
+        (RESPONSES, {"n": 1, "truncation": "disabled"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_defaults_that_clients_send_ask_for_nothing(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    assert check(endpoint, **fields) == MINIMAL[endpoint]
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
