@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from registry import errors
+from serve.request_shapes import asks_for_a_format
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class ToolParser:
     """vLLM's."""
     binds_arguments: bool
     """Whether a call that the model chose to make can be bound to the schema of a strict tool (vLLM's structural
-    tags)."""
+    tags), and so be chosen beside a format."""
 
 
 class ModelAbilities:
@@ -94,6 +95,15 @@ class ModelAbilities:
             )
         if choice not in (None, "auto") or self._tool_parser.binds_arguments:
             return
+        for name in ("response_format", "structured_outputs", "text"):
+            if asks_for_a_format(body.get(name)):
+                raise errors.InvalidRequestError(
+                    f"{name} would keep the tools from ever being called: this base model's tool calls are read by the "
+                    f"parser {self._tool_parser.name!r}, which cannot offer the choice between a call and a format. "
+                    "Leave the format out until the tools have answered, or send tool_choice none.",
+                    param=name,
+                    code="format_not_supported",
+                )
         for number, tool in enumerate(tools if isinstance(tools, list) else []):
             if tool.get("function", tool).get("strict"):
                 raise errors.InvalidRequestError(
