@@ -23,17 +23,14 @@ from serve.schema_nodes import (
     SAME_INSTANCE,
     TYPES,
     Node,
-    Unions,
     Unresolvable,
     children,
-    is_among,
     leading,
     named_types,
-    possible_types,
     resolve,
-    type_of,
 )
 from serve.schema_twins import Twins
+from serve.schema_unions import Steps, TooManySteps, Unions, is_among, type_of
 
 _NEVER = {
     "not": "list what is allowed with enum or anyOf",
@@ -66,6 +63,7 @@ _EXCLUSIVE = (
     ("propertyNames", "patternProperties"),
     ("propertyNames", "unevaluatedProperties"),
 )
+_ANYTHING: dict[str, Any] = {}
 _DECIMALS = 6
 _BOUNDS = _OF_TYPE["number"]
 _FORMATS = ("date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference",
@@ -77,9 +75,10 @@ def check(place: str, schema: Any) -> None:
     """Whether each answer that the engine can write to ``schema`` is valid by it. ``schema`` is of bounded depth.
 
     Raises:
-        InvalidRequestError: some keyword would not be held, or the schema is none; ``param`` is ``place``.
+        InvalidRequestError: some keyword would not be held, the schema is none, or to tell takes too long; ``param`` is
+            ``place``.
     """
-    _Check(place, schema, Twins(), is_tool=False).run()
+    _Check(place, schema, Twins(), Steps(), is_tool=False).run()
 
 
 def check_tools(parameters: Iterable[tuple[str, Any]]) -> None:
@@ -88,20 +87,32 @@ def check_tools(parameters: Iterable[tuple[str, Any]]) -> None:
     Raises:
         InvalidRequestError: as above.
     """
-    twins = Twins()
+    twins, steps = Twins(), Steps()
     for place, schema in parameters:
-        _Check(place, schema, twins, is_tool=True).run()
+        _Check(place, schema, twins, steps, is_tool=True).run()
 
 
 class _Check:
-    def __init__(self, place: str, root: Any, twins: Twins, *, is_tool: bool) -> None:
+    def __init__(self, place: str, root: Any, twins: Twins, steps: Steps, *, is_tool: bool) -> None:
         self._place = place
         self._root = root
         self._twins = twins
-        self._unions = Unions(root)
+        self._unions = Unions(root, steps)
         self._is_tool = is_tool
 
     def run(self) -> None:
+        try:
+            self._check_all()
+        except TooManySteps:
+            raise errors.InvalidRequestError(
+                "The schema takes too long to check: it refers to large parts too often, or has too many values to "
+                "compare in its unions. Give the branches of each oneOf one required property with a const, or write "
+                "anyOf.",
+                param=self._place,
+                code="schema_too_large",
+            ) from None
+
+    def _check_all(self) -> None:
         todo = [(Node(self._root), "")]
         seen = {(id(self._root), False)}
         same_instance: list[tuple[Node, Node]] = []
@@ -146,11 +157,11 @@ class _Check:
         if "$id" in schema and not node.is_root:
             raise self._refusal(node, "$id", "references are followed from the root; leave it out")
         self._check_shapes(node)
-        if (twin := self._twins.other(node)) is not None:
+        if (twin := self._twins.other(self._place, node)) is not None:
             raise self._malformed(
                 node,
-                f"is taken by the engine for the schema at {twin.pointer}: they differ only in a property or key named "
-                "as an annotation is (title, description, default, ...). Rename it in one of the two",
+                f"is taken by the engine for the schema at {twin}: they differ only in a property or key named as an "
+                "annotation is (title, description, default, ...). Rename it in one of the two",
             )
         if under == "propertyNames":
             self._check_names(node)
@@ -182,6 +193,8 @@ class _Check:
         types = types if isinstance(types, list) else [types]
         if not types or not all(isinstance(name, str) and name in TYPES for name in types):
             raise self._malformed(node, f"has a type that is not among {', '.join(sorted(TYPES))}")
+        if len(types) != len(set(types)):
+            raise self._malformed(node, "has a type that names one twice")
 
     def _check_lone(self, node: Node, kind: str) -> None:
         """A schema of which xgrammar reads ``kind`` alone: what stands beside it must say nothing more."""
@@ -194,11 +207,12 @@ class _Check:
                 types = set(named_types(schema))
                 if kind == "$ref":
                     self._resolve(node)  # first says which reference leads nowhere
-                told = {type_of(value) for value in values} if values is not None else self._types_without(node, kind)
+                # Of a reference or union these are the types without the one beside it.
+                told = {*map(type_of, values)} if values is not None else self._unions.possible_types(schema)
                 if all(is_among(each, types) for each in told):
                     continue
                 advice = f"{kind} allows {', '.join(sorted(told - types))} too; let both say the same"
-            elif values is not None and name == "enum" and any(_is_equal(values[0], each) for each in schema["enum"]):
+            elif values is not None and name == "enum" and _spelled(values[0]) in map(_spelled, schema["enum"]):
                 continue
             else:
                 advice = "put it into the branches" if kind in SAME_INSTANCE else f"only {kind} is read here"
@@ -214,9 +228,6 @@ class _Check:
                 f"it is read as anyOf, and a value may fit both branches {pair[0]} and {pair[1]}. Write anyOf, or give "
                 "the branches different types or a required property with a const of their own (at most 64 branches)",
             )
-
-    def _types_without(self, node: Node, kind: str) -> set[str]:
-        return possible_types(self._root, {kind: node.schema[kind]})
 
     def _check_circles(self, edges: list[tuple[Node, Node]]) -> None:
         """No value is described by way of itself. What is left after all loose ends are taken off is a circle."""
@@ -273,7 +284,11 @@ class _Check:
         if properties and others is not False:
             # The grammar keeps a name of properties from being one of the others, but not where it is spelt with \u.
             for name, each in properties.items():
-                if not self._twins.is_same(each, others) and not self._twins.is_same(each, {}) and each is not True:
+                if (
+                    not self._twins.is_same(each, others)
+                    and not self._twins.is_same(each, _ANYTHING)
+                    and each is not True
+                ):
                     advice = (
                         f"another property could bear the name {name[:100]!r}, spelt with an escape. Leave "
                         f"{others_name} out: then only what properties names is written"
@@ -286,7 +301,7 @@ class _Check:
     def _check_names(self, node: Node) -> None:
         """xgrammar takes a schema of no type for one of strings here, but only if it stands here itself."""
         has_type = leading(node.schema) or not node.schema.keys() & set(_OF_TYPE["string"])
-        if has_type and possible_types(self._root, node.schema) != {"string"}:
+        if has_type and self._unions.possible_types(node.schema) != {"string"}:
             raise self._malformed(node, "must be of type string, or an enum of strings: it is about names")
 
     def _check_string(self, node: Node) -> None:
@@ -315,7 +330,8 @@ class _Check:
     def _check_bounds(self, node: Node, types: list[str]) -> None:
         for name in _BOUNDS:
             bound = node.schema.get(name, 0)
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or not isfinite(bound):
+            is_finite = isinstance(bound, int) or (isinstance(bound, float) and isfinite(bound))
+            if isinstance(bound, bool) or not is_finite:
                 raise self._malformed(node, f"has {name} that is no number")
             if "integer" in types and (bound != bound // 1 or not -(2**63) < bound < 2**63 - 1):
                 raise self._refusal(node, name, "of an integer it must be a whole number of 64 bits", value=bound)
@@ -353,5 +369,5 @@ def _has_a_decimal(schema: dict[str, Any]) -> bool:
     return not lowest or not highest or max(lowest) <= min(highest)
 
 
-def _is_equal(left: Any, right: Any) -> bool:
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+def _spelled(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -8,10 +8,14 @@ part of the language is taken, in which a match is a match for every validator.
 
 from __future__ import annotations
 
+import re
+
 _SETS = "dws"
 _CONTROLS = "nrtfv"
 _UNWRITABLE = '"\\'
 _QUANTIFIERS = "*+?{"
+_COUNT = re.compile(r"\{[0-9]+(,[0-9]*)?\}")
+"""Any other is a literal brace to JSON Schema, and a repetition to xgrammar."""
 
 
 def unenforced(pattern: str) -> str | None:
@@ -29,9 +33,10 @@ def unenforced(pattern: str) -> str | None:
             if is_quantified and (character != "?" or is_lazy):
                 return f"{character} after another quantifier"
             if character == "{":
-                width = pattern.find("}", position) - position + 1
-                if width <= 1:
-                    return "a { that is not closed"
+                count = _COUNT.match(pattern, position)
+                if count is None:
+                    return "a { that begins no {n}, {n,} or {n,m}"
+                width = len(count[0])
         elif character == "\\":
             if not rest or (rest[0].isalnum() and rest[0] not in _SETS) or rest[0] in _UNWRITABLE:
                 return f"\\{rest[:1]}"

@@ -15,6 +15,7 @@ from serve.schema_nodes import LISTS, MAPS, SINGLE, Node, named_types
 ANNOTATIONS_SKIPPED = frozenset(
     ("title", "default", "description", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema")
 )
+_DEFINITIONS = ("$defs", "definitions")
 
 
 class Twins:
@@ -23,12 +24,15 @@ class Twins:
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
         self._keys: dict[tuple[int, str], tuple[int, int]] = {}
-        self._first: dict[int, tuple[int, Node]] = {}
+        self._first: dict[int, tuple[int, str, Node]] = {}
         self._kept: list[Any] = []
         """So that no id is given out twice."""
 
-    def other(self, node: Node) -> Node | None:
-        """A schema seen before that xgrammar takes ``node`` for, though it says something else."""
+    def other(self, place: str, node: Node) -> str | None:
+        """Where a schema was seen before that xgrammar takes ``node`` for, though it says something else.
+
+        ``place``: of the whole schema, in the request. A list of types names each at most once.
+        """
         types = named_types(node.schema) if isinstance(node.schema, dict) else []
         forms = [node.schema]
         if isinstance(node.schema, dict) and isinstance(node.schema.get("type"), list):
@@ -36,9 +40,9 @@ class Twins:
             self._kept.extend(forms)
         for form in forms:
             cached, meaning = self._key(form, "schema")
-            first_meaning, first = self._first.setdefault(cached, (meaning, node))
+            first_meaning, first_place, first = self._first.setdefault(cached, (meaning, place, node))
             if first_meaning != meaning:
-                return first
+                return first.pointer if first_place == place else f"{first.pointer} in {first_place}"
         return None
 
     def is_same(self, left: Any, right: Any) -> bool:
@@ -75,4 +79,12 @@ def _role(role: str, name: str) -> str:
         return "schema"
     if role != "schema":
         return "value"
-    return "map" if name in MAPS else "schema" if name in SINGLE else "list" if name in LISTS else "value"
+    return (
+        "map"
+        if name in (*MAPS, *_DEFINITIONS)
+        else "schema"
+        if name in SINGLE
+        else "list"
+        if name in LISTS
+        else "value"
+    )

@@ -82,6 +82,12 @@ REFUSED: list[tuple[Any, str]] = [
     (closed(a={"$id": "b", "type": "integer"}), r"\$id at #/properties/a"),
     (False, "# is false"),
     ({"type": "banana"}, "has a type that is not among"),
+    ({"type": ["null", "string", "null"]}, "has a type that names one twice"),
+    ({"type": "string", "pattern": "^a{ 2}$"}, r"pattern .* at # .* it has a { that begins no {n}"),
+    ({"type": "string", "pattern": "^a{2 }$"}, "pattern .* at #"),
+    ({"type": "string", "pattern": "^a{,2}$"}, "pattern .* at #"),
+    ({"type": "string", "pattern": "^a{x}$"}, "pattern .* at #"),
+    ({"type": "number", "minimum": 10**400}, "minimum '1000"),
 ]  # fmt: skip
 
 
@@ -128,6 +134,7 @@ class Drawing(BaseModel):
         {"$defs": {"a": {"enum": ["x", "y"], "type": "string"}}, "type": "string", "$ref": "#/$defs/a", "title": "A"},
         {"allOf": [INTEGER], "default": 1},
         {"type": "object", "properties": {"not": INTEGER, "minimum": INTEGER}},
+        {"type": "string", "pattern": "^a{2}b{1,}(?:cd){0,3}$"},
         {"type": "object", "patternProperties": {"^x-[a-z]+$": {"type": "string"}}},
         {"type": "object", "propertyNames": {"pattern": "^[a-z]$"}, "additionalProperties": INTEGER},
         True,
@@ -142,11 +149,29 @@ def test_what_libraries_write_and_the_engine_holds_passes_and_is_held(compiler: 
 
 def test_parameters_of_strict_tools_share_one_schema() -> None:
     schema_keywords.check_tools([("tools.0", TITLED), ("tools.1", TITLED)])
-    with pytest.raises(errors.InvalidRequestError, match="taken by the engine") as caught:
+    with pytest.raises(
+        errors.InvalidRequestError, match=r"taken by the engine for the schema at # in tools\.0"
+    ) as caught:
         schema_keywords.check_tools([("tools.0", TITLED), ("tools.1", TITLED_OTHERWISE)])
     assert caught.value.param == "tools.1"
     with pytest.raises(errors.InvalidRequestError, match=r"#/\$defs/name only"):
         schema_keywords.check_tools([("tools.0", closed(a={"$ref": "#"}))])
+
+
+@pytest.mark.parametrize("keyword", ["$defs", "definitions"])
+def test_strict_tools_whose_definitions_differ_in_what_they_say_of_themselves_mean_the_same(keyword: str) -> None:
+    def parameters(**annotations: str) -> dict[str, Any]:
+        return {**closed(a=INTEGER), keyword: {"A": {"enum": ["b", "c"], **annotations}}}
+
+    told = [parameters(description="first"), parameters(description="second"), parameters(title="A")]
+    schema_keywords.check_tools([(f"tools.{number}", schema) for number, schema in enumerate(told)])
+    with pytest.raises(errors.InvalidRequestError, match="taken by the engine"):
+        schema_keywords.check_tools(
+            [
+                (f"tools.{number}", {**closed(a=INTEGER), keyword: {name: INTEGER}})
+                for number, name in enumerate(("title", "default"))
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
