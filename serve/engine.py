@@ -290,23 +290,32 @@ class VllmEngine(Engine):
             await chunks.aclose()
 
     async def pieces(self, call: Call) -> AsyncGenerator[Piece, None]:
+        # One engine to the end: in another, which may be there once the prompts are tokenized, the pool does not know
+        # of this call's adapter. One that has ended says so.
+        llm = self._live()
         try:
-            prompts, parameters = await self._render(call)
+            prompts, parameters = await self._render(call, llm)
         except Exception as error:
             raise self._translate(error) from error
         lora = None if call.adapter is None else _lora_request(call.adapter)
         for number, prompt in enumerate(prompts):
-            async with contextlib.aclosing(self._generate(call, prompt, parameters, lora, number)) as pieces:
+            async with contextlib.aclosing(self._generate(llm, call, prompt, parameters, lora, number)) as pieces:
                 async for piece in pieces:
                     yield piece
 
     async def _generate(
-        self, call: Call, prompt: Any, parameters: SamplingParams, lora: LoRARequest | None, number: int
+        self,
+        llm: ObservedLLM,
+        call: Call,
+        prompt: Any,
+        parameters: SamplingParams,
+        lora: LoRARequest | None,
+        number: int,
     ) -> AsyncGenerator[Piece, None]:
         """The answers to one prompt; their indices go on where the previous prompt's ended, as OpenAI counts."""
         first_index = number * parameters.n
         token = current_call.set(call)
-        outputs = self._live().generate(
+        outputs = llm.generate(
             prompt,
             parameters,
             f"{call.request_id}-{number}",
@@ -338,7 +347,7 @@ class VllmEngine(Engine):
         finally:
             await outputs.aclose()
 
-    async def _render(self, call: Call) -> tuple[list[Any], SamplingParams]:
+    async def _render(self, call: Call, llm: ObservedLLM) -> tuple[list[Any], SamplingParams]:
         """The prompts in the engine's form and how to sample, exactly as the serving classes make them."""
         request = self._request(call)
         if call.endpoint is Endpoint.CHAT:
@@ -353,7 +362,7 @@ class VllmEngine(Engine):
             max_tokens = request.max_tokens
         if isinstance(prompts, ErrorResponse):
             raise wire_error(prompts.error.model_dump())
-        longest = max(extract_prompt_len(self._live().model_config, prompt) for prompt in prompts)
+        longest = max(extract_prompt_len(llm.model_config, prompt) for prompt in prompts)
         max_tokens = get_max_tokens(
             self.limits.max_model_len,
             max_tokens,

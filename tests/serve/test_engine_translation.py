@@ -3,19 +3,25 @@ service."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import TokensPrompt
 from vllm.renderers.base import BaseRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
 from registry import errors, locate_base_model
 from serve.engine import VllmEngine
+from serve.engine_api import Call, Endpoint, EngineAdapter, EngineLimits
 from serve.engine_errors import refused
 
 
@@ -109,3 +115,47 @@ def test_a_token_that_no_vocabulary_has_is_refused_wherever_it_is_sent(
     with pytest.raises(errors.InvalidRequestError, match="out of vocabulary") as caught:
         engine._check_token_ids(name, given)
     assert caught.value.param == name
+
+
+async def test_a_request_stays_with_the_engine_that_it_came_to_even_if_a_new_one_is_there_before_its_prompt_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = VllmEngine(str(locate_base_model("capo-tiny").path), "capo-tiny", [])
+    is_replaced, asked = asyncio.Event(), []
+
+    class Living:
+        """As much of vLLM's client of an engine process as such a request needs."""
+
+        errored = False
+        model_config = SimpleNamespace(is_encoder_decoder=False)
+
+        async def generate(self, *_: Any, **__: Any) -> AsyncGenerator[Any, None]:
+            asked.append(self)
+            if self.errored:
+                raise VllmEngineDeadError
+            yield SimpleNamespace(outputs=[])
+
+    class Serving:
+        default_sampling_params: ClassVar[dict[str, Any]] = {}
+        override_max_tokens = None
+
+        async def render_completion_request(self, _: Any) -> list[TokensPrompt]:
+            await is_replaced.wait()
+            return [TokensPrompt(prompt_token_ids=[1, 2])]
+
+    before, after = Living(), Living()
+    monkeypatch.setattr(engine, "_llm", before)
+    monkeypatch.setattr(
+        engine, "_limits", EngineLimits(max_loras=1, max_lora_rank=8, max_model_len=64, vocab_size=2048)
+    )
+    monkeypatch.setattr(engine, "_state", SimpleNamespace(openai_serving_completion=Serving()))
+    adapter = EngineAdapter("a@1", 1, Path("a"))
+    pieces = engine.pieces(Call(Endpoint.COMPLETION, {"prompt": "x", "max_tokens": 1}, adapter, "x", "request"))
+    first = asyncio.create_task(anext(pieces))
+    await asyncio.sleep(0)
+    before.errored = True
+    monkeypatch.setattr(engine, "_llm", after)
+    is_replaced.set()
+    with pytest.raises(errors.EngineDeadError):
+        await first
+    assert asked == [before]
