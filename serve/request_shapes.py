@@ -56,7 +56,7 @@ def asks_for_a_format(value: Any) -> bool:
     """Whether response_format, structured_outputs or text binds the answer to anything."""
     if not isinstance(value, dict):
         return False
-    kind = value.get("format", value)
+    kind = value if value.keys() - {"format", "verbosity"} else value.get("format")
     return bool(kind) and not (isinstance(kind, dict) and kind.get("type") == "text")
 
 
