@@ -173,8 +173,13 @@ class Stage(Record):
     evaluate_every_steps: int | None = Field(
         None, ge=1, description="None = validate before the first step and after the last one only."
     )
+    evaluate_every_epochs: int | None = Field(
+        None, ge=1, le=1000, description="At the end of every so many epochs, instead of evaluate_every_steps."
+    )
     early_stopping: EarlyStopping | None = Field(
-        None, description="{patience: 3}. Needs evaluate_every_steps. None = the stage runs to its last step."
+        None,
+        description="{patience: 3}. Needs evaluate_every_steps or evaluate_every_epochs. None = the stage runs to its "
+        "last step.",
     )
     final_weights: Literal["last", "best"] | None = Field(
         None,
@@ -212,15 +217,7 @@ class Stage(Record):
         ):
             if value is not None and self.scheduler != scheduler:
                 raise ValueError(f"{name}={value} belongs to scheduler {scheduler!r}, got {self.scheduler!r}")
-        if self.early_stopping is not None and self.evaluate_every_steps is None:
-            raise ValueError(
-                f"early_stopping.patience={self.early_stopping.patience} counts validations, but evaluate_every_steps "
-                "is not set; set it, and validation"
-            )
-        if self.final_weights == "best" and self.evaluate_every_steps is None:
-            raise ValueError(
-                "final_weights='best' compares validations, but evaluate_every_steps is not set; set it, and validation"
-            )
+        self._check_validations()
         if self.packing and self.group_by_length:
             raise ValueError(
                 "packing=true leaves nothing to pad, so group_by_length=true has no effect; keep one of them"
@@ -235,12 +232,35 @@ class Stage(Record):
                 )
         if self.validation is not None and self.validation.path is not None:
             self._check_validation_file(self.validation)
-        if self.evaluate_every_steps is not None and self.validation is None:
-            raise ValueError(
-                f"evaluate_every_steps={self.evaluate_every_steps} needs rows to evaluate on, but validation is not "
-                "set; add validation: {share: 0.1} or validation: {path: FILE}"
-            )
         return self
+
+    def _check_validations(self) -> None:
+        given = {
+            name: value
+            for name in ("evaluate_every_steps", "evaluate_every_epochs")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            raise ValueError(
+                f"evaluate_every_steps={self.evaluate_every_steps} and evaluate_every_epochs="
+                f"{self.evaluate_every_epochs} both say when to validate; keep one of them"
+            )
+        if self.early_stopping is not None and not given:
+            raise ValueError(
+                f"early_stopping.patience={self.early_stopping.patience} counts validations, but evaluate_every_steps "
+                "is not set (nor evaluate_every_epochs); set it, and validation"
+            )
+        if self.final_weights == "best" and not given:
+            raise ValueError(
+                "final_weights='best' compares validations, but evaluate_every_steps is not set (nor "
+                "evaluate_every_epochs); set it, and validation"
+            )
+        for name, value in given.items():
+            if self.validation is None:
+                raise ValueError(
+                    f"{name}={value} needs rows to evaluate on, but validation is not set; add validation: "
+                    "{share: 0.1} or validation: {path: FILE}"
+                )
 
     def _check_validation_file(self, validation: Validation) -> None:
         if self.kind == "cpt" and validation.system_prompt:

@@ -76,11 +76,18 @@ class Validation(Record):
         lt=1.0,
         description="Equal rows always land on the same side, so none leaks into training.",
     )
+    required: bool = Field(
+        True,
+        description="Of share. False = where all rows are equal and none can be held out, all are trained on, and a "
+        "warning says so; True = that is an error.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> Validation:
         if (self.path is None) == (self.share is None):
             raise ValueError(f"give either path or share, got path={self.path} and share={self.share}")
+        if self.path is not None and not self.required:
+            raise ValueError(f"required=false is of share, and path={self.path} is read in any case; remove required")
         if self.share is not None:
             for name in ("format", "system_prompt", "ignored_keys"):
                 if getattr(self, name) is not None:

@@ -5,10 +5,9 @@ Everything here is a pure function of recipe, files and tokenizer, so that a res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,15 @@ from tune.choices import (
     choose_warmup_share,
 )
 from tune.data.batches import EpochPlan, StagePlan, plan_epoch
-from tune.data.clean import duplicates_to_drop
-from tune.data.dataset import DatasetReader, ReadOptions, RowAccount, count_overlap, held_out_mask
+from tune.data.dataset import RowAccount
 from tune.data.examples import Examples
-from tune.data.mask import Example
 from tune.data.pairs import Pairs
-from tune.data.store import StoredRows
 from tune.dpo import PreferenceObjective, Reference
 from tune.model import BaseShape
 from tune.objectives import LanguageModelling
 from tune.progress import TrainingEvent
 from tune.recipe import Dpo, Recipe, Stage
-from tune.sources import Clean, DataSource, Validation
+from tune.stage_rows import nothing_held_out_warning, overlap_warning, read_rows, validation_examples
 from tune.train import StageData
 
 
@@ -58,18 +54,6 @@ class ReadyStage:
     """Of training files, then of the validation file if there is one."""
     notes: tuple[TrainingEvent, ...]
     """Choices, accounts and warnings, in the order in which they came up."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of all training files of a stage, and those it is measured on."""
-
-    sources: list[StoredRows]
-    held_out: NDArray[np.bool_]
-    """For each row, all sources in one line, whether it is kept out of training."""
-    validation: StoredRows | None
-    """Of a file of their own."""
-    accounts: list[RowAccount]
 
 
 def prepare_stage(
@@ -94,9 +78,10 @@ def prepare_stage(
     max_length = choose_max_length(stage, base_shape.context_tokens)
     validation_file = choose_validation(stage)
     stage = stage.model_copy(update={"validation": validation_file.value})
-    read = _read_rows(
+    read = read_rows(
         recipe,
         stage,
+        param=f"stages[{index}]",
         tokenizer=tokenizer,
         max_length=max_length.value,
         recipe_dir=recipe_dir,
@@ -107,7 +92,8 @@ def prepare_stage(
         TrainingEvent("warn" if account.lost_something else "info", f"stage {label}: {account.sentence()}")
         for account in read.accounts
     ]
-    notes += _overlap_warning(label, read)
+    notes += overlap_warning(label, read)
+    notes += nothing_held_out_warning(label, stage, read)
 
     examples = Examples(read.sources, ~read.held_out)
     epochs = choose_epochs(stage, int((~read.held_out).sum()))
@@ -155,6 +141,10 @@ def prepare_stage(
     )
     grouped = batch.value.sequences_per_step if stage.group_by_length and not packing.value else None
     steps = _plan(resolved, len(first_epoch), lambda epoch: sequences_of(epoch, grouped), lengths)
+    validations = _choose_validations(stage, steps)
+    resolved = resolved.model_copy(
+        update={"evaluate_every_steps": validations.value, "evaluate_every_epochs": None}  # which are steps now
+    )
     for name, value, reason in (
         ("learning_rate", f"{rate.value:g}", rate.reason),
         ("packing", packing.value, packing.reason),
@@ -169,12 +159,15 @@ def prepare_stage(
         *((name, choice.value, choice.reason) for name, choice in schedule.items() if choice.value is not None),
     ):
         notes.append(TrainingEvent("info", f"stage {label}: {name} = {value} ({reason})"))
+    if stage.evaluate_every_epochs is not None:
+        text = f"stage {label}: evaluate_every_steps = {validations.value} ({validations.reason})"
+        notes.append(TrainingEvent("info", text))
     if stage.validation is not None and read.validation is not None:
         ignored = list(stage.validation.ignored_keys or ())
         how = f"system_prompt={stage.validation.system_prompt!r}, ignored_keys={ignored}"
         text = f"stage {label}: {stage.validation.path} has {how} ({validation_file.reason})"
         notes.append(TrainingEvent("info", text))
-    validation = _validation_examples(read)
+    validation = validation_examples(read)
     reference = Reference() if stage.kind == "dpo" else None
     return ReadyStage(
         stage=resolved,
@@ -198,82 +191,14 @@ def prepare_stage(
     )
 
 
-def _read_rows(
-    recipe: Recipe, stage: Stage, *, tokenizer: Any, max_length: int, recipe_dir: Path, store_dir: Path | None
-) -> _Rows:
-    reader = DatasetReader(
-        tokenizer, kind=stage.kind, max_length=max_length, over_length=stage.over_length, store_dir=store_dir
-    )
-    duplicates = _duplicates(reader, stage, recipe_dir)
-    sources, accounts = [], []
-    for source, dropped in zip(stage.data, duplicates, strict=True):
-        rows, account = _read_file(reader, source, stage.clean, recipe_dir, dropped)
-        sources.append(rows)
-        accounts.append(account)
-    held_out: NDArray[np.bool_] = np.zeros(sum(map(len, sources)), dtype=np.bool_)
-    if stage.validation is None:
-        return _Rows(sources, held_out, None, accounts)
-    if stage.validation.path is not None:
-        rows, account = _read_file(reader, _validation_source(stage.validation), stage.clean, recipe_dir, {})
-        return _Rows(sources, held_out, rows, [*accounts, account])
-    assert stage.validation.share is not None, stage.validation
-    held_out = held_out_mask(chain.from_iterable(sources), stage.validation.share, recipe.seed)
-    borders = np.cumsum([len(rows) for rows in sources])[:-1]
-    for account, part in zip(accounts, np.split(held_out, borders), strict=True):
-        account.rows_held_out = int(part.sum())
-    return _Rows(sources, held_out, None, accounts)
-
-
-def _duplicates(reader: DatasetReader, stage: Stage, recipe_dir: Path) -> list[dict[int, str]]:
-    """For each source the rows that are dropped because another says the same."""
-    asked = stage.clean.duplicates
-    if asked == "keep":
-        return [{} for _ in stage.data]
-    files = [reader.open(recipe_dir / source.path, _options(source, stage.clean)).rows() for source in stage.data]
-    return duplicates_to_drop(files, "exact" if asked == "drop_exact" else "near")
-
-
-def _options(source: DataSource, clean: Clean) -> ReadOptions:
-    return ReadOptions(source.format, source.system_prompt, source.ignored_keys, clean.personal_data)
-
-
-def _validation_source(validation: Validation) -> DataSource:
-    assert validation.path is not None, validation
-    return DataSource(
-        path=validation.path,
-        format=validation.format,
-        system_prompt=validation.system_prompt or None,
-        ignored_keys=validation.ignored_keys or (),
-    )
-
-
-def _read_file(
-    reader: DatasetReader, source: DataSource, clean: Clean, recipe_dir: Path, duplicates: dict[int, str]
-) -> tuple[StoredRows, RowAccount]:
-    try:
-        return reader.read(
-            recipe_dir / source.path, shown_as=source.path, options=_options(source, clean), duplicates=duplicates
-        )
-    except InvalidDataError as error:
-        message = error.message if str(source.path) in error.message else f"{source.path}: {error.message}"
-        raise InvalidDataError(message, code=error.code, param=error.param, line=error.line) from error
-
-
-def _validation_examples(read: _Rows) -> Sequence[Example]:
-    """The rows of the validation file, else those that were held out."""
-    if read.validation is not None:
-        return Examples([read.validation], np.ones(len(read.validation), dtype=np.bool_))
-    return Examples(read.sources, read.held_out)
-
-
-def _overlap_warning(label: str, read: _Rows) -> list[TrainingEvent]:
-    if read.validation is None:  # what is held out of the training files is disjoint from the rest by its choice
-        return []
-    overlap = count_overlap(chain.from_iterable(read.sources), read.validation)
-    if not overlap:
-        return []
-    text = f"stage {label}: {overlap} of {len(read.validation)} validation rows are also training rows"
-    return [TrainingEvent("warn", f"{text}, so valid_loss looks better than it is")]
+def _choose_validations(stage: Stage, steps: StagePlan) -> Choice[int | None]:
+    """Steps between validations. Epochs are equally long, but for packs of newly drawn rows."""
+    if stage.evaluate_every_epochs is None:
+        return Choice(stage.evaluate_every_steps, "given in the recipe")
+    ends = steps.epoch_ends
+    counted = stage.evaluate_every_epochs
+    every = "each epoch's end" if counted == 1 else f"each {counted} epochs' end"
+    return Choice(ends[min(counted, len(ends)) - 1], every)
 
 
 def _plan(

@@ -46,6 +46,17 @@ def stage(**changes: Any) -> dict[str, Any]:
         (recipe(stages=[stage(kind="ppo")]), "stages[0].kind", "'sft', 'cpt', 'mixed' or 'dpo', got 'ppo'"),
         (recipe(stages=[stage(epochs=2, max_steps=5)]), "stages[0]", "epochs=2 and max_steps=5"),
         (recipe(stages=[stage(evaluate_every_steps=5)]), "stages[0]", "evaluate_every_steps=5 needs"),
+        (recipe(stages=[stage(evaluate_every_epochs=1)]), "stages[0]", "evaluate_every_epochs=1 needs"),
+        (
+            recipe(stages=[stage(validation={"share": 0.1}, evaluate_every_steps=5, evaluate_every_epochs=2)]),
+            "stages[0]",
+            "steps=5 and evaluate_every_epochs=2 both",
+        ),
+        (
+            recipe(stages=[stage(validation={"path": "x", "required": False})]),
+            "stages[0].validation",
+            "required=false is of share",
+        ),
         (recipe(stages=[stage(validation={})]), "stages[0].validation", "either path or share"),
         (
             recipe(stages=[stage(validation={"path": "x", "share": 0.1})]),
@@ -167,6 +178,10 @@ def test_length_epochs_and_packing_are_chosen_with_reasons() -> None:
     assert choose_max_length(sft, 512).value == 512
     assert choose_max_length(sft, 131_072).value == 2048
     assert choose_max_length(sft, None).value == 2048
+    longest = Stage.model_validate(stage(max_length=4096))
+    assert choose_max_length(longest, 4096).value == choose_max_length(longest, None).value == 4096
+    with pytest.raises(InvalidRequestError, match="max_length=4096 is more than the base's context of 2048 tokens"):
+        choose_max_length(longest, 2048)
     assert (choose_epochs(sft, 10_000).value, choose_epochs(cpt, 10).value) == (3.0, 1.0)
     assert [choose_epochs(sft, rows).value for rows in (960, 400, 300, 10)] == [3.0, 8.0, 10.0, 10.0]
     assert choose_epochs(Stage.model_validate(stage(max_steps=7)), 10).value is None

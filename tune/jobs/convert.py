@@ -6,6 +6,7 @@ created; the job shows the numbers from then on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from tune.choices import choose_batch, choose_epochs
 from tune.jobs.integrations import wandb_options
 from tune.jobs.records import Hyperparameters, JobMethod, JobRecord, NewJob
 from tune.jobs.requests import CapoBody, DpoHyperparametersBody, HyperparametersBody
-from tune.jobs.stages import all_stages
+from tune.jobs.stages import all_stages, main_stage_of
 from tune.jobs.starting_model import base_of
 from tune.methods import LoraMethod, publishes_adapter
 from tune.recipe import Dpo, Recipe, Stage
@@ -85,8 +86,10 @@ def job_recipe(
     artifact_name: str,
     base_model: str,
     training_rows: int,
+    validation_rows: int = 0,
 ) -> Recipe:
-    """The recipe of a job. ``base_model`` is what the recipe's field of that name takes.
+    """The recipe of a job. ``base_model`` is what the recipe's field of that name takes; ``validation_rows`` are those
+    of the validation file, if there is one.
 
     Data paths are file ids, relative to the files directory: no event or manifest shows a path of the server,
     and a job goes on from its checkpoint wherever that directory is mounted.
@@ -101,7 +104,8 @@ def job_recipe(
     if job.validation_file is not None:
         validation = Validation(path=Path(job.validation_file))
     elif share > 0:
-        validation = Validation(share=share)
+        # Of what the client never asked for, nothing may fail the job.
+        validation = Validation(share=share, required=extension.validation_share is not None)
     stage: dict[str, Any] = {
         "kind": _STAGE_KINDS[job.method],
         "data": (DataSource(path=Path(job.training_file)),),
@@ -124,7 +128,9 @@ def job_recipe(
         "base_model": base_model,
         "method": extension.method or extension.lora or LoraMethod(),
         "start_from": job.model if job.model.startswith("ft:") else None,
-        "stages": all_stages(extension, stage),
+        "stages": _validated(
+            all_stages(extension, stage), main_stage_of(extension), rows=training_rows, validation_rows=validation_rows
+        ),
         "seed": job.seed,
         "checkpoint_every_steps": extension.checkpoint_every_steps or CHECKPOINT_EVERY_STEPS,
         "promote_alias": extension.alias,
@@ -145,6 +151,23 @@ def job_recipe(
     _check_no_paths(parsed)
     _check_judged(parsed)
     return parsed
+
+
+def _validated(
+    stages: tuple[Mapping[str, Any], ...], main: int, *, rows: int, validation_rows: int
+) -> tuple[Mapping[str, Any], ...]:
+    """The job's own stage is validated at each epoch's end, where the client does not say when.
+
+    Where the validation file is larger than the training file, at the end of as many epochs as it is larger: so all
+    validations together read no more rows than training does, which a forward pass alone makes a third of its cost.
+    """
+    own = stages[main]
+    if own["validation"] is None or any(
+        own.get(name) is not None for name in ("evaluate_every_steps", "evaluate_every_epochs")
+    ):
+        return stages
+    every = max(1, math.ceil(validation_rows / max(1, rows)))
+    return (*stages[:main], {**own, "evaluate_every_epochs": every}, *stages[main + 1 :])
 
 
 def _check_servable(recipe: Recipe) -> None:

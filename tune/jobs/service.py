@@ -111,6 +111,7 @@ class JobService:
             artifact_name=body.suffix or "job",
             base_model=bases[start.base],
             training_rows=files.training.rows or 0,
+            validation_rows=0 if files.validation is None else files.validation.rows or 0,
         )
         if recipe.evaluation is not None:
             check_installed(recipe.evaluation, param="capo.evaluation")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from registry.errors import InvalidRequestError
 from tune.jobs.requests import CapoBody
 
+_DATA_OF_A_STAGE = re.compile(r"stages\[(?P<stage>\d+)\]\.(?P<what>data|validation)\b")
 _DECIDED_BY_OPENAI = frozenset(
     {
         "kind",
@@ -59,6 +61,16 @@ def all_stages(extension: CapoBody, main: Mapping[str, Any]) -> tuple[Mapping[st
         {**main, **_additions(stage, main, f"capo.stages[{index}]")} if index == place else stage
         for index, stage in enumerate(extension.stages)
     )
+
+
+def request_param(param: str | None, extension: CapoBody) -> str | None:
+    """A recipe's field that names data, such as ``stages[0].validation``, in the words of the job's request."""
+    named = None if param is None else _DATA_OF_A_STAGE.match(param)
+    if named is None:
+        return param
+    if int(named["stage"]) != main_stage_of(extension):
+        return f"capo.stages[{named['stage']}]"
+    return "validation_file" if named["what"] == "validation" else "training_file"
 
 
 def _additions(given: Mapping[str, Any], main: Mapping[str, Any], param: str) -> Mapping[str, Any]:

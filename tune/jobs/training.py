@@ -40,6 +40,7 @@ from tune.jobs.queue import LEASE_LOST, Asked, Outcome, RequeueReason, WorkQueue
 from tune.jobs.records import FileRecord, JobError, JobRecord, NewEvent
 from tune.jobs.results import missing_exports, published_result, store_metrics_table
 from tune.jobs.settings import WorkerSettings
+from tune.jobs.stages import request_param
 from tune.jobs.starting_model import base_of
 from tune.jobs.store import JobStore
 from tune.jobs.training_files import file_ids_of
@@ -192,7 +193,9 @@ class JobRun:
         elif isinstance(error, _WORTH_ANOTHER_ATTEMPT) and self._job.attempts < self._settings.max_attempts:
             self.settle_crash(error.message, reason="machine_fault")
         else:
-            param = error.param or ("training_file" if isinstance(error, InvalidDataError) else None)
+            param = error.param
+            if isinstance(error, InvalidDataError):
+                param = request_param(param, parse_extension(self._job.extensions)) or "training_file"
             self._queue.fail(self._job, JobError(error.code, error.message, param))
 
     def _announce(self) -> None:
@@ -257,13 +260,15 @@ class JobRun:
                 param="model",
             )
         training = self._unchanged("training_file", job.training_file)
+        validation_rows = 0
         if job.validation_file is not None:
-            self._unchanged("validation_file", job.validation_file)
+            validation_rows = self._unchanged("validation_file", job.validation_file).rows or 0
         recipe = job_recipe(
             job,
             artifact_name=job.suffix or job.id.removeprefix("ftjob-"),
             base_model=base_model,
             training_rows=training.rows or 0,
+            validation_rows=validation_rows,
         )
         seen = {job.training_file, job.validation_file}
         for file_id in {file_id for stage in recipe.stages for file_id in file_ids_of(stage)} - seen:

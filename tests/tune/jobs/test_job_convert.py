@@ -14,8 +14,10 @@ from tune.methods import LoraMethod
 from tune.recipe import Dpo, Recipe
 
 
-def recipe_of(job: NewJob, *, rows: int = 100) -> Recipe:
-    return job_recipe(job, artifact_name="support", base_model=BASE, training_rows=rows)
+def recipe_of(job: NewJob, *, rows: int = 100, validation_rows: int = 0) -> Recipe:
+    return job_recipe(
+        job, artifact_name="support", base_model=BASE, training_rows=rows, validation_rows=validation_rows
+    )
 
 
 def with_numbers(**changes: Any) -> NewJob:
@@ -55,6 +57,42 @@ def test_a_validation_file_takes_the_place_of_the_share() -> None:
     validation = recipe_of(replace(with_numbers(), validation_file="file-2"), rows=900).stages[0].validation
     assert validation is not None
     assert (str(validation.path), validation.share) == ("file-2", None)
+
+
+def test_only_a_share_that_the_client_asked_for_may_fail_its_job() -> None:
+    for extensions, required in (({}, False), ({"validation_share": 0.1}, True)):
+        validation = recipe_of(replace(with_numbers(), extensions=extensions)).stages[0].validation
+        assert validation is not None
+        assert (validation.share, validation.required) == (0.1, required)
+
+
+@pytest.mark.parametrize(("validation_rows", "epochs"), [(10, 1), (100, 1), (101, 2), (1000, 10)])
+def test_a_job_is_validated_each_epoch_and_less_often_where_that_is_dearer_than_training(
+    validation_rows: int, epochs: int
+) -> None:
+    job = replace(with_numbers(), validation_file="file-2")
+    stage = recipe_of(job, rows=100, validation_rows=validation_rows).stages[0]
+    assert (stage.evaluate_every_epochs, stage.evaluate_every_steps) == (epochs, None)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "expected"),
+    [
+        ({}, (None, 1)),
+        ({"validation_share": 0}, (None, None)),
+        ({"evaluate_every_steps": 7}, (7, None)),
+        ({"stage": {"evaluate_every_steps": 7}}, (7, None)),
+        ({"stage": {"evaluate_every_epochs": 2}}, (None, 2)),
+        ({"stages": [{"kind": "cpt", "data": [{"path": "file-9"}]}, {"evaluate_every_epochs": 2}]}, (None, 2)),
+        ({"stages": [{"kind": "cpt", "data": [{"path": "file-9"}]}, {}]}, (None, 1)),
+    ],
+)
+def test_a_client_may_say_when_its_stage_is_validated(
+    extensions: dict[str, Any], expected: tuple[int | None, int | None]
+) -> None:
+    *others, own = recipe_of(replace(with_numbers(), extensions=extensions)).stages
+    assert (own.evaluate_every_steps, own.evaluate_every_epochs) == expected
+    assert all(stage.evaluate_every_epochs is None for stage in others)
 
 
 def test_extensions_reach_the_recipe() -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -41,9 +41,9 @@ def real_worker(place: Place) -> Iterator[None]:
 
 @pytest.mark.training
 async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(client: OpenAI, place: Place) -> None:
-    texts, chats, pairs = (
+    texts, chats, pairs, held_out = (
         client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
-        for content in (text_rows(16), chat_rows(16), preference_rows(16))
+        for content in (text_rows(16), chat_rows(16), preference_rows(16), chat_rows(10, first=900))
     )
     with receiver() as told, real_worker(place):
         hook = EndpointStore(place.database, tenant=TENANT).create(name="n", url=told.url, event_types=EVENT_TYPES)
@@ -53,6 +53,7 @@ async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(clien
             client.fine_tuning.jobs.create(
                 model=BASE,
                 training_file=chats,
+                validation_file=held_out,
                 suffix="sums",
                 hyperparameters={"n_epochs": 3, "batch_size": 8},
                 extra_body={
@@ -68,7 +69,7 @@ async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(clien
         assert_no_wrong_typed_fields([result, second, third])
         assert (result.step_number, second.step_number, third.step_number) == (8, 6, 4), "2 of texts, then 2 an epoch"
         assert result.fine_tuned_model_checkpoint == first.fine_tuned_model
-        check_table_and_events(client, first, steps=8)
+        check_table_and_events(client, first, steps=8, validated={4, 6, 8})
         preferred = ended(
             client,
             place,
@@ -91,7 +92,7 @@ async def test_two_stages_and_then_preferences_on_one_of_their_checkpoints(clien
     assert own.job_id == first.id
     assert own.lora is not None
     assert (own.lora.rank, own.lora.target_modules) == (4, ["q_proj", "v_proj"])
-    assert [(data.path, data.rows_used) for data in own.data] == [(texts, 16), (chats, 16)]
+    assert [(data.path, data.rows_used) for data in own.data] == [(texts, 16), (chats, 16), (held_out, 10)]
     assert first.trained_tokens == own.metrics["processed_tokens"] > own.metrics["trained_tokens"] > 0
     said = " ".join(event.message for event in place.store.events_since(first.id, 0))
     assert str(place.directory) not in said
@@ -116,7 +117,7 @@ def ended(client: OpenAI, place: Place, job: FineTuningJob) -> FineTuningJob:
     return done
 
 
-def check_table_and_events(client: OpenAI, job: FineTuningJob, *, steps: int) -> None:
+def check_table_and_events(client: OpenAI, job: FineTuningJob, *, steps: int, validated: Collection[int] = ()) -> None:
     (table,) = job.result_files
     rows = list(csv.DictReader(io.StringIO(client.files.content(table).text)))
     assert [int(row["step"]) for row in rows] == list(range(1, steps + 1)), "stages are counted through"
@@ -124,6 +125,10 @@ def check_table_and_events(client: OpenAI, job: FineTuningJob, *, steps: int) ->
     figures = {event.data["step"]: event.data for event in events}
     assert {int(row["step"]): float(row["train_loss"]) for row in rows} == {
         step: data["train_loss"] for step, data in figures.items()
+    }
+    assert [int(row["step"]) for row in rows if row["valid_loss"]] == sorted(validated)
+    assert {int(row["step"]): float(row["full_valid_loss"]) for row in rows if row["full_valid_loss"]} == {
+        step: data["full_valid_loss"] for step, data in figures.items() if "full_valid_loss" in data
     }
     assert job.trained_tokens == figures[steps]["trained_tokens"] > 0
     assert {data["total_steps"] for data in figures.values()} == {steps}
