@@ -37,21 +37,35 @@ class FileStore:
         return FileStore(self._database, tenant=tenant, clock=self._clock)
 
     def add(self, record: FileRecord, asked: Idempotency | None = None) -> FileRecord:
-        """Enter the file; or return the one that ``asked`` made before. Raises :class:`ConflictError` as that does."""
+        """Enter the file; or return the one that ``asked`` made before, if it is still there.
+
+        Raises:
+            ConflictError: the key of ``asked`` made something else.
+        """
 
         def enter(connection: Connection) -> str:
             connection.execute(insert(files).values(**asdict(record)))
             return record.id
 
-        made = make_once(self._database, asked, enter, tenant=record.tenant, now=self._clock())
+        made = make_once(self._database, asked, enter, tenant=record.tenant, now=self._clock(), is_there=self._is_there)
         return record if made == record.id else self.get(made)
 
     def made_by(self, asked: Idempotency) -> FileRecord | None:
-        """The file that this request made before. Raises :class:`ConflictError` if its key made something else."""
+        """The file that this request made before and that is still there.
+
+        Raises:
+            ConflictError: the key of ``asked`` made something else.
+        """
         assert self.tenant is not None, "keys belong to a tenant"
         with self._database.read() as connection:
             made = find_made(connection, asked, tenant=self.tenant, now=self._clock())
-        return None if made is None else self.get(made)
+            if made is None or not self._is_there(connection, made):
+                return None
+            return live_file(connection, made, now=self._clock(), tenant=self.tenant)
+
+    def _is_there(self, connection: Connection, file_id: str) -> bool:
+        query = select(files.c.id).where(files.c.id == file_id, is_live(self._clock()))
+        return connection.execute(query).scalar_one_or_none() is not None
 
     def get(self, file_id: str) -> FileRecord:
         with self._database.read() as connection:

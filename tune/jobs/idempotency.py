@@ -68,6 +68,12 @@ def enter(connection: Connection, asked: Idempotency, made_id: str, *, tenant: s
     connection.execute(insert(idempotency_keys).values(**values))
 
 
+def forget(connection: Connection, asked: Idempotency, *, tenant: str) -> None:
+    """The key is new again."""
+    table = idempotency_keys
+    connection.execute(delete(table).where(table.c.tenant == tenant, table.c.key == asked.key))
+
+
 def make_once(
     database: Database,
     asked: Idempotency | None,
@@ -75,8 +81,11 @@ def make_once(
     *,
     tenant: str,
     now: float,
+    is_there: Callable[[Connection, str], bool] = lambda _connection, _made_id: True,
 ) -> str:
     """The id of what ``make`` enters in one write transaction, or of what the same request made before.
+
+    What is not there any more (``is_there``) is made anew, and the key then means the new one.
 
     Raises:
         ConflictError: the key made something else.
@@ -84,7 +93,9 @@ def make_once(
     try:
         with database.write() as connection:
             if asked is not None and (made := find_made(connection, asked, tenant=tenant, now=now)) is not None:
-                return made
+                if is_there(connection, made):
+                    return made
+                forget(connection, asked, tenant=tenant)
             made_id = make(connection)
             if asked is not None:
                 enter(connection, asked, made_id, tenant=tenant, now=now)

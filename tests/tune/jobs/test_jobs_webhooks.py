@@ -283,6 +283,19 @@ class TestDelivery:
         assert 15 < attempts < 25
         assert outbox.take_due({}, per_endpoint=2, for_seconds=60) == []
 
+    def test_it_does_not_wait_for_a_clock_that_was_set_back_by_a_day(self, place: Place) -> None:
+        now = time.time()
+        outbox = Outbox(place.database, clock=lambda: now)
+        endpoint(place, "http://127.0.0.1:9/")
+        ended(place, "succeeded")
+        (first,) = outbox.take_due({}, per_endpoint=2, for_seconds=60)
+        assert outbox.failed(first, "no")
+        assert outbox.take_due({}, per_endpoint=2, for_seconds=60) == [], "its pause is not over"
+        now -= 24 * 3600
+        (second,) = outbox.take_due({}, per_endpoint=2, for_seconds=60)
+        assert (second.id, second.attempts) == (first.id, 2)
+        assert outbox.take_due({}, per_endpoint=2, for_seconds=60) == [], "it is on its way"
+
     def test_pauses_grow_to_six_hours(self) -> None:
         pauses = [pause_after(attempt) for attempt in range(1, 40)]
         assert pauses[:4] == [5, 20, 80, 320]
