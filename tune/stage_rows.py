@@ -112,7 +112,7 @@ def _read_file(
 
 @contextmanager
 def _faults_of(source: DataSource, param: str) -> Iterator[None]:
-    """Say of which file a fault is, and which field of the recipe names it; the part of its row stands in the message."""
+    """Say of which file a fault is, and which field of the recipe names it: of its row the message tells."""
     try:
         yield
     except InvalidDataError as error:
