@@ -56,12 +56,18 @@ from serve.vllm_plugin import call_or_format
 logger = logging.getLogger(__name__)
 
 
-def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The constraints that a client gave. vLLM looks into them on the event loop while it reads the request."""
-    yield from ((kind, value) for kind, value in (body.get("structured_outputs") or {}).items() if value is not None)
-    given = body.get("response_format") or (body.get("text") or {}).get("format") or {}
+def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Place, kind and specification of the constraints that a client gave. vLLM looks into them on the event loop while
+    it reads the request."""
+    for kind, value in (body.get("structured_outputs") or {}).items():
+        if value is not None:
+            yield f"structured_outputs.{kind}", kind, value
+    given = body.get("response_format") or {}
     if given.get("type") == "json_schema":
-        yield "json", given.get("json_schema", given).get("schema")
+        yield "response_format.json_schema.schema", "json", given["json_schema"]["schema"]
+    given = (body.get("text") or {}).get("format") or {}
+    if given.get("type") == "json_schema":
+        yield "text.format.schema", "json", given["schema"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
-from serve.constraints import SLOWEST_STEP_SECONDS, ConstraintTrials
+from serve.constraints import SLOWEST_READING_SECONDS, SLOWEST_STEP_SECONDS, ConstraintTrials
 from serve.engine_api import Call
 from serve.lora_info import LORA_REQUESTS_INFO
 from serve.vllm_plugin.constraint_trial import serve_trials
@@ -145,11 +145,12 @@ class ObservedLLM(AsyncLLM):
             raise
 
 
-def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, Any]]:
-    """The constraint that binds an answer, as :class:`serve.constraints.ConstraintTrials` takes it."""
+def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, str, Any]]:
+    """The constraint that binds an answer, as :class:`serve.constraints.ConstraintTrials` takes it. What was given as
+    one has passed before (:mod:`serve.engine`), so what is refused now has been made of tools."""
     for kind in ("json", "json_object", "regex", "choice", "grammar", "structural_tag"):
         if given is not None and getattr(given, kind) is not None:
-            yield kind, getattr(given, kind)
+            yield "tools", kind, getattr(given, kind)
 
 
 def _observe(call: Call, output: RequestOutput) -> None:
@@ -209,7 +210,10 @@ def _start_trials(config: VllmConfig) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=serve_trials, args=(theirs, config, SLOWEST_STEP_SECONDS), name="constraint-trials", daemon=True
+        target=serve_trials,
+        args=(theirs, config, SLOWEST_READING_SECONDS, SLOWEST_STEP_SECONDS),
+        name="constraint-trials",
+        daemon=True,
     )
     process.start()
     theirs.close()  # so that our end notices when the process is gone

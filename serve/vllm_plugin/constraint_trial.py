@@ -16,13 +16,16 @@ from serve.vllm_plugin import renew_grammar_compilers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import StructuredOutputsParams
 
 _NUM_ANSWERS = 3
 _NUM_TOKENS = 48
 _MAX_EXTRA_BYTES = 2 * 1024**3
 
 
-def serve_trials(connection: Connection, config: VllmConfig, slowest_step_seconds: float) -> None:
+def serve_trials(
+    connection: Connection, config: VllmConfig, slowest_reading_seconds: float, slowest_step_seconds: float
+) -> None:
     """Answer ``(kind, specification)`` with ``(name of the error, its text)`` or ``None``, until the pipe closes."""
     import torch
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -40,7 +43,8 @@ def serve_trials(connection: Connection, config: VllmConfig, slowest_step_second
         except EOFError:
             return
         try:
-            _try(backend, kind, specification, slowest_step_seconds)
+            parameters = read(kind, specification, slowest_reading_seconds)
+            _try(backend, parameters, slowest_step_seconds)
         except Exception as error:
             connection.send((type(error).__name__, str(error)))
         else:
@@ -54,15 +58,28 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _try(backend: Any, kind: str, specification: Any, slowest_step_seconds: float) -> None:
-    import torch
+def read(kind: str, specification: Any, slowest_seconds: float) -> StructuredOutputsParams:
+    """What AsyncLLM does on its event loop for each request; it turns a choice into a grammar.
+
+    Raises:
+        TimeoutError: it would hold that loop up. Others are vLLM's own, of a constraint that it does not take.
+    """
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
     from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
-    from vllm.v1.structured_output.request import get_structured_output_key
 
     parameters = StructuredOutputsParams(**{kind: specification})
-    # What AsyncLLM does on its event loop; it turns a choice into a grammar.
+    began = time.process_time()  # a regex is read in a thread of its own
     validate_xgrammar_grammar(SamplingParams(structured_outputs=parameters))
+    took = time.process_time() - began
+    if took > slowest_seconds:
+        raise TimeoutError(f"it takes {took:.2g} s to read, at each request")
+    return parameters
+
+
+def _try(backend: Any, parameters: StructuredOutputsParams, slowest_step_seconds: float) -> None:
+    import torch
+    from vllm.v1.structured_output.request import get_structured_output_key
+
     grammar = backend.compile_grammar(*get_structured_output_key(parameters))
     bitmask = backend.allocate_token_bitmask(1)
     for seed in range(_NUM_ANSWERS):

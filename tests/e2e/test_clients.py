@@ -376,12 +376,52 @@ def test_a_costly_constraint_is_refused_and_holds_up_nobody(service: Service, cl
             with pytest.raises(openai.BadRequestError, match="costs too much") as caught:
                 ask(client, extra_body={"structured_outputs": constraint})
             assert caught.value.code == "constraint_too_slow"
+            assert caught.value.param == f"structured_outputs.{next(iter(constraint))}"
     finally:
         stop.set()
         others.join()
     assert slowest < 2.0, f"somebody else waited {slowest:.1f} s"
     assert service.engine_pid() == engine_pid
     assert text_of(ask(client, extra_body={"structured_outputs": {"choice": ["a", "b"]}})) in ("a", "b")
+
+
+BAD_SCHEMA = {"type": "string", "pattern": "(a"}
+
+
+def test_a_schema_that_cannot_be_used_is_told_of_by_its_place(client: openai.OpenAI) -> None:
+    form = {"name": "a", "schema": BAD_SCHEMA}
+    with pytest.raises(openai.BadRequestError, match="is not usable") as caught:
+        ask(client, response_format={"type": "json_schema", "json_schema": form})
+    assert caught.value.param == "response_format.json_schema.schema"
+    with pytest.raises(openai.BadRequestError, match="is not usable") as caught:
+        client.responses.create(model=MODEL, input="a", text={"format": {"type": "json_schema", **form}})
+    assert caught.value.param == "text.format.schema"
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_beside_a_format_tools_can_be_called(service: Service, client: openai.OpenAI, is_strict: bool) -> None:
+    """What the model would choose is decided here by a bias for or against the token that begins a call."""
+    function = {**WEATHER, "strict": is_strict}
+    form = {"name": "reply", "schema": {**Reply.model_json_schema(), "additionalProperties": False}}
+    asked = {"model": MODEL, "prompt": "<tool_call>", "add_special_tokens": False}
+    (begin,) = httpx.post(f"{service.url}/tokenize", json=asked).json()["tokens"]
+    for bias, is_called in ((100, True), (-100, False)):
+        options = {"logit_bias": {begin: bias}, "parallel_tool_calls": False}
+        tools: list[Any] = [{"type": "function", "function": function}]
+        chat = ask(client, tools=tools, response_format={"type": "json_schema", "json_schema": form}, **options)
+        tools = [{"type": "function", **function}]
+        text: Any = {"format": {"type": "json_schema", **form}}
+        response = client.responses.create(
+            model=MODEL, input="Who are you?", temperature=0, max_output_tokens=48, tools=tools, text=text,
+            extra_body=options,
+        )  # fmt: skip
+        # A call that max_tokens cuts off is text.
+        if is_called:
+            assert chat.choices[0].message.tool_calls or text_of(chat).startswith("<tool_call>")
+            assert response.output[0].type == "function_call" or response.output_text.startswith("<tool_call>")
+        else:
+            Reply.model_validate_json(text_of(chat))
+            Reply.model_validate_json(response.output_text)
 
 
 # -- LangChain -------------------------------------------------------------------------------------------------------

@@ -81,6 +81,13 @@ async def test_a_refusal_says_why_and_is_remembered(trials: Trials) -> None:
     assert trials.starts == 1
 
 
+async def test_a_refusal_names_the_place_where_this_request_has_the_constraint(trials: Trials) -> None:
+    for place in ("response_format.json_schema.schema", "structured_outputs.json"):
+        with pytest.raises(errors.InvalidRequestError, match="JSON schema is not usable") as caught:
+            await trials.check_all([(place, "json", "unclosed")], tenant="")
+        assert caught.value.param == place
+
+
 @pytest.mark.parametrize("told", ["hang", "die"])
 async def test_a_process_that_hangs_or_dies_costs_only_its_own_request(trials: Trials, told: str) -> None:
     await trials.check("regex", "fine")
