@@ -14,9 +14,7 @@ def schema_of(number: int, **string: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {f"a{each}": string for each in range(number)}, "required": ["a0"]}
 
 
-NESTED = {
-    f"a{each}": {"type": "string", "pattern": f"^((a{{1,100}}){{1,100}}){{1,{50 + each}}}$"} for each in range(6)
-}
+NESTED = {f"a{each}": {"type": "string", "pattern": f"^((a{{1,100}}){{1,100}}){{1,{50 + each}}}$"} for each in range(6)}
 RANGES = {f"a{each}": {"type": "number", "minimum": -9.123456 - each, "maximum": 71992.547409} for each in range(500)}
 
 
