@@ -119,6 +119,18 @@ def test_every_row_is_accounted_for_by_its_line(tokenizer: Any, mixed_lengths: P
     assert max(len(example.token_ids) for row in rows for example in row.examples) == 64
 
 
+@pytest.mark.parametrize(("rows", "shown"), [(10, "7, 8, 9, 10"), (11, "7, 8, 9, 10, ...")])
+def test_only_a_list_of_lines_that_was_cut_ends_in_dots(tokenizer: Any, tmp_path: Path, rows: int, shown: str) -> None:
+    answer = {"messages": [message("user", "Tell me."), message("assistant", "The door is red. " * 30)]}
+    question = {"messages": [message("user", "The door is red. " * 30), message("assistant", "Yes.")]}
+    cut = write_jsonl(tmp_path / "cut.jsonl", [answer] * rows)
+    lost = write_jsonl(tmp_path / "lost.jsonl", [*[question] * rows, *chat_rows(1)])
+    for path, what in ((cut, "truncated"), (lost, "dropped")):
+        _, account = reader(tokenizer).read(path, shown_as=path)
+        assert f"{rows} of them {what}" in account.sentence() or f"{rows} {what}" in account.sentence()
+        assert f"{shown})" in account.sentence()
+
+
 def test_over_long_rows_are_dropped_or_refused_where_the_recipe_says_so(tokenizer: Any, mixed_lengths: Path) -> None:
     _, account = reader(tokenizer, over_length="drop").read(mixed_lengths, shown_as=Path("x"))
     assert (account.rows_used, account.rows_truncated, account.rows_dropped) == (1, 0, 2)

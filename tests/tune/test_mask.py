@@ -106,6 +106,39 @@ def test_tools_that_the_template_leaves_out_are_refused(make_tokenizer: Tokenize
         encode(tokenizer, row)
 
 
+NAMING = CHATML.replace("{{ m.role }}", "{{ m.role ~ (' ' ~ m.name if m.name else '') }}")
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_name_is_trained_where_the_template_shows_it_and_refused_where_it_does_not(
+    make_tokenizer: TokenizerMaker, role: str
+) -> None:
+    """As serving refuses it: the tuned model could never be asked as it was trained."""
+    messages = [message("system", "Be kind."), *MULTI]
+    named = row_of(*({**each, "name": "Xenia"} if each["role"] == role else each for each in messages))
+    with pytest.raises(InvalidDataError, match=rf"line 7: .*does not show the name of a message by '{role}'.*leave"):
+        encode(make_tokenizer(CHATML), named)
+    if role != "assistant":  # whose name the prompt would have to know beforehand
+        tokenizer = make_tokenizer(NAMING)
+        (example,) = encode(tokenizer, named)
+        assert f"{role} Xenia" in tokenizer.decode(example.token_ids.tolist())
+
+
+def test_a_tools_name_may_say_what_its_call_says_already(make_tokenizer: TokenizerMaker) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c }}{% endfor %}")
+    call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    calling = {"role": "assistant", "content": "now", "tool_calls": [call]}
+    answer = message("tool", "thing", tool_call_id="1")
+    tokenizer = make_tokenizer(template)
+    ids = [
+        encode(tokenizer, row_of(MULTI[0], calling, {**answer, **name}, MULTI[1]))[0].token_ids.tolist()
+        for name in ({}, {"name": "look_up"}, {"name": ""})
+    ]
+    assert ids[0] == ids[1] == ids[2]
+    with pytest.raises(InvalidDataError, match="does not show the name of a message by 'tool'"):
+        encode(tokenizer, row_of(MULTI[0], calling, {**answer, "name": "look_down"}, MULTI[1]))
+
+
 def test_a_template_that_rewrites_earlier_turns_gives_one_example_for_each_turn(make_tokenizer: TokenizerMaker) -> None:
     """As Qwen3's does: only the last answer keeps its empty thinking block."""
     template = (

@@ -242,6 +242,37 @@ def test_every_trained_span_begins_where_serving_stops_the_prompt(name: str) -> 
         )
 
 
+LATER = {
+    "a system message later": (ASK, HELLO, SYSTEM, SURE, YES),
+    "a developer message later": (ASK, HELLO, {**SYSTEM, "role": "developer"}, SURE, YES),
+    "two answers in a row": (ASK, HELLO, YES),
+}
+ALTERNATES = {"gemma", "gemma3", "cohere"}
+REFUSES = {
+    "a system message later": ALTERNATES,
+    "a developer message later": {"gemma"},
+    "two answers in a row": {*ALTERNATES, "cohere2", "qwen3"},
+}
+"""Families whose template wants other roles there, or renders the first answer otherwise when a second follows."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("order", LATER)
+def test_whatever_order_of_roles_a_template_renders_the_answers_alone_are_trained(order: str, name: str) -> None:
+    if name in REFUSES[order]:
+        with pytest.raises(InvalidDataError, match="line 7: the chat template "):
+            spans(name, *LATER[order])
+        return
+    trained = [text for texts in spans(name, *LATER[order]) for text in texts]
+    both = [FAMILIES[name].trained.replace("{}", answer) for answer in ("Hello.", "Yes, sure.")]
+    assert trained in (both, ["".join(both)])  # one span, where nothing stands between two answers
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - ALTERNATES - {"cohere2"}))
+def test_a_greeting_of_weight_0_is_read_and_not_trained(name: str) -> None:
+    assert spans(name, {**HELLO, "weight": 0}, SURE, YES) == expected(name, "Yes, sure.")
+
+
 def test_a_family_without_system_messages_says_so() -> None:
     with pytest.raises(InvalidDataError, match="line 7: the chat template refuses messages"):
         spans("gemma", SYSTEM, ASK, HELLO)

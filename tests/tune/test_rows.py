@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.errors import InvalidDataError, NotFoundError
+from serve import conversation_shapes
 from tests.tune.samples import chat_rows, message, write_jsonl
 from tune.data import rows as rows_module
 from tune.data.datafile import open_data
@@ -84,7 +85,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "no content": (chat({"role": "user"}, ASSISTANT), r"messages\[0\].content must be a string.*got null"),
     "content is a number": (chat(message("user", 3), ASSISTANT), r"content must be a string.*got 3"),  # type: ignore[arg-type]
     "empty content": (chat(USER, message("assistant", "")), r"messages\[1\].content is empty"),
-    "content is spaces": (chat(message("user", " \n"), ASSISTANT), r"messages\[0\].content is empty"),
+    "content is spaces": (chat(USER, message("assistant", " \n")), r"messages\[1\].content is empty"),
+    "answer without content": (chat(USER, {"role": "assistant", "content": None}), r"messages\[1\].content is empty"),
+    "no parts": (chat({"role": "user", "content": []}, ASSISTANT), r"messages\[0\].content is empty"),
     "image part": (
         chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT),
         "only text is trained",
@@ -92,17 +95,25 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "part without text": (chat({"role": "user", "content": [{"type": "text"}]}, ASSISTANT), r"content\[0\]"),
     "no assistant": (chat(USER), "no assistant message"),
     "ends with user": (chat(USER, ASSISTANT, USER), "last message must be the assistant's"),
-    "starts with assistant": (chat(ASSISTANT), "'assistant' cannot stand first"),
-    "two assistants": (chat(USER, ASSISTANT, ASSISTANT), "'assistant' cannot follow 'assistant'"),
-    "late system": (chat(USER, message("system", "x"), ASSISTANT), "'system' cannot follow 'user'"),
+    "starts with a trained answer": (
+        chat(ASSISTANT, USER, ASSISTANT),
+        r"messages\[0\] is an answer to nothing.*weight 0",
+    ),
     "weight 2": (chat(USER, {**ASSISTANT, "weight": 2}), "weight must be 0 or 1, got 2"),
     "weight true": (chat(USER, {**ASSISTANT, "weight": True}), "weight must be 0 or 1, got true"),
     "weight text": (chat(USER, {**ASSISTANT, "weight": "1"}), "weight must be 0 or 1"),
     "weight on user": (chat({**USER, "weight": 1}, ASSISTANT), "unknown key 'weight'"),
     "all weights 0": (chat(USER, {**ASSISTANT, "weight": 0}), "every assistant message has weight 0"),
-    "name is empty": (chat({**USER, "name": ""}, ASSISTANT), "name must be a name"),
-    "function_call": (chat(USER, {**ASSISTANT, "function_call": {}}), "write tool_calls"),
-    "tool_calls empty": (chat(USER, calling()), "at least one call"),
+    "name is a number": (chat({**USER, "name": 3}, ASSISTANT), "name must be a text, got 3"),
+    "unknown key with null": (chat({**USER, "contents": None}, ASSISTANT), "did you mean 'content'"),
+    "refusal": (chat(USER, {**ASSISTANT, "refusal": "No."}), "unknown key 'refusal'"),
+    "reasoning": (
+        chat(USER, {**ASSISTANT, "reasoning_content": "Hm."}),
+        "reasoning_content is not trained; write it into",
+    ),
+    "function_call": (chat(USER, {**ASSISTANT, "function_call": {"name": "f"}}), "write tool_calls"),
+    "tool_calls empty": (chat(USER, calling()), r"messages\[1\].content is empty"),
+    "tool_calls is an object": (chat(USER, {"role": "assistant", "tool_calls": {"a": 1}}), "must be a list of calls"),
     "call without id": (chat(USER, calling({k: CALL[k] for k in ("type", "function")})), r"tool_calls\[0\].id"),
     "call of another type": (chat(USER, calling({**CALL, "type": "x"})), r"tool_calls\[0\] must be"),
     "call without name": (chat(USER, calling({**CALL, "function": {"arguments": "{}"}})), "function.name"),
@@ -138,7 +149,14 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "answer without id": (chat(USER, calling(CALL), message("tool", "x"), ASSISTANT), "needs the tool_call_id"),
     "call left open": (chat(USER, calling(CALL), USER, ASSISTANT), r"\['a'\] have no answer"),
     "tools is an object": (chat(USER, ASSISTANT, tools={}), "tools must be a list"),
-    "tools is empty": (chat(USER, ASSISTANT, tools=[]), "tools must be a list with at least one"),
+    "tool with a number for a description": (
+        chat(USER, ASSISTANT, tools=[{"type": "function", "function": {"name": "f", "description": 3}}]),
+        "description must be a text, got 3",
+    ),
+    "strict as text": (
+        chat(USER, ASSISTANT, tools=[{"type": "function", "function": {"name": "f", "strict": "yes"}}]),
+        "strict must be true or false",
+    ),
     "tool without function": (chat(USER, ASSISTANT, tools=[{"type": "function"}]), r"tools\[0\] must be"),
     "tool without name": (
         chat(USER, ASSISTANT, tools=[{"type": "function", "function": {}}]),
@@ -225,17 +243,93 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path: Path) -> Non
     assert read.messages[0]["content"] == "a\u2028b\x85c"
 
 
-def test_text_parts_are_joined_as_vllm_joins_them_and_weight_is_taken_out() -> None:
+def test_several_text_parts_stay_parts_one_becomes_a_text_and_weight_is_taken_out() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    row = parse_chat_row(chat(USER, {"role": "assistant", "content": parts, "weight": 1}), 1)
-    assert row == ChatRow(1, (USER, message("assistant", "Hel\nlo")), (False, True), None)
+    row = parse_chat_row(chat({**USER, "content": parts[:1]}, {"role": "assistant", "content": parts, "weight": 1}), 1)
+    answer = {"role": "assistant", "content": parts}
+    assert row == ChatRow(1, (message("user", "Hel"), answer), (False, True), None)
+
+
+ANSWER_OF_F = {"role": "tool", "content": "x", "tool_call_id": "a"}
+DUMPED = {"refusal": None, "audio": None, "function_call": None, "annotations": [], "tool_calls": None}
+"""What ``message.model_dump()`` of OpenAI's SDK adds to a plain answer."""
+NULLS = {"name": None, "weight": None, "tool_calls": None, "tool_call_id": None, "content": None}
+"""What ``datasets`` writes where another message of the file has a key."""
+ASKS_FOR_NOTHING = {
+    "what the SDK dumps": (chat(USER, {**ASSISTANT, **DUMPED}), chat(USER, ASSISTANT)),
+    "what litellm dumps": (chat(USER, {**ASSISTANT, "provider_specific_fields": {"a": 1}}), chat(USER, ASSISTANT)),
+    "no calls": (chat(USER, {**ASSISTANT, "tool_calls": []}), chat(USER, ASSISTANT)),
+    "null for each key of other messages": (
+        chat(*({**NULLS, **each} for each in (USER, calling(CALL), ANSWER_OF_F, ASSISTANT))),
+        chat(USER, calling(CALL), ANSWER_OF_F, ASSISTANT),
+    ),
+    "null for each key of other rows": (
+        chat(USER, ASSISTANT, tools=None, parallel_tool_calls=None),
+        chat(USER, ASSISTANT),
+    ),
+    "no tools": (chat(USER, ASSISTANT, tools=[]), chat(USER, ASSISTANT)),
+    "a call's place in its stream": (
+        chat(USER, calling({**CALL, "index": 0}), ANSWER_OF_F, ASSISTANT),
+        chat(USER, calling(CALL), ANSWER_OF_F, ASSISTANT),
+    ),
+    "arguments of a function without parameters": (
+        chat(USER, calling({**CALL, "function": {"name": "f", "arguments": ""}}), ANSWER_OF_F, ASSISTANT),
+        chat(USER, calling(CALL), ANSWER_OF_F, ASSISTANT),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ASKS_FOR_NOTHING)
+def test_what_asks_for_nothing_is_as_if_it_were_not_there(what: str) -> None:
+    given, plain = ASKS_FOR_NOTHING[what]
+    assert parse_chat_row(given, 1) == parse_chat_row(plain, 1)
+
+
+TAKEN = {
+    "the SDK's whole dump": (USER, {**ASSISTANT, **DUMPED}),
+    "a tool's answer with its name": (USER, calling(CALL), {**ANSWER_OF_F, "name": "f"}, ASSISTANT),
+    "a late system message": (USER, ASSISTANT, message("system", "Now French."), USER, ASSISTANT),
+    "two system messages": (message("system", "a"), message("system", "b"), USER, ASSISTANT),
+    "developer behind system": (message("system", "a"), message("developer", "b"), USER, ASSISTANT),
+    "two answers in a row": (USER, ASSISTANT, ASSISTANT),
+    "a greeting that is read": ({**ASSISTANT, "weight": 0}, USER, ASSISTANT),
+    "an empty question": (message("user", ""), ASSISTANT),
+    "an empty system message": (message("system", ""), USER, ASSISTANT),
+    "an empty name": ({**USER, "name": ""}, ASSISTANT),
+    "an empty answer that is read": (USER, {"role": "assistant", "content": "", "weight": 0}, USER, ASSISTANT),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_conversation_that_inference_takes_is_taken_as_a_row(what: str) -> None:
+    messages = TAKEN[what]
+    asked = [{key: value for key, value in each.items() if key != "weight"} for each in messages]
+    conversation_shapes.check({"messages": asked})
+    row = parse_chat_row(chat(*messages), 1)
+    assert [each["role"] for each in row.messages] == [each["role"] for each in messages]
+    assert row.trained[-1]
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\n\n", b"\r\n\r\n", b"\n   \n\n", b"\n \t"])
+def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path, ending: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"\n" + GOOD + ending)
+    assert checked(path) == FileReport(rows=2, errors=())
+    assert [row.line for row in rows_of(path) if isinstance(row, ChatRow)] == [1, 2]
+
+
+def test_blank_lines_between_rows_are_faults_on_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n" + GOOD + b"\n \n\n" + GOOD + b"\n\n")
+    report = checked(path)
+    assert (report.rows, [error.line for error in report.errors]) == (2, [1, 3, 4])
 
 
 def test_a_whole_tool_conversation_reaches_the_template_with_decoded_arguments() -> None:
     calls = calling({**CALL, "function": {"name": "f", "arguments": '{"x": [1, 2]}'}}, {**CALL, "id": "b"})
     answers = [{"role": "tool", "content": "", "tool_call_id": name} for name in ("b", "a")]
     row = parse_chat_row(chat(USER, calls, *answers, ASSISTANT, tools=[TOOL], parallel_tool_calls=True), 1)
-    assert row.messages[1]["content"] == ""
+    assert row.messages[1]["content"] == []
     assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": [1, 2]}
     assert row.trained == (False, True, False, False, True)
     assert row.tools == (TOOL,)

@@ -33,7 +33,8 @@ from tune.data.rows import ChatRow
 from tune.data.store import EncodedRow, StoredRows, StoreWriter, TokenisedRow, open_store
 
 _SHOWN_LINES = 10
-_STORE_VERSION = 1
+_STORE_VERSION = 2
+"""Counts up whenever the same row comes to give other tokens or another mask."""
 OVER_LENGTH = "over_length"
 """Reason of a dropped row: longer than max_length, or with no trained token within it."""
 
@@ -81,11 +82,13 @@ class RowAccount:
     def sentence(self) -> str:
         text = f"{self.path}: {self.rows_used} rows used"
         if self.rows_truncated:
-            text += f", {self.rows_truncated} of them truncated (lines {_shown(self.lines_truncated)})"
+            text += (
+                f", {self.rows_truncated} of them truncated (lines {_shown(self.lines_truncated, self.rows_truncated)})"
+            )
         if self.rows_redacted:
             text += f", {self.rows_redacted} of them with personal data redacted"
         if self.rows_dropped:
-            text += f", {self.rows_dropped} dropped (lines {_shown(self.lines_dropped)})"
+            text += f", {self.rows_dropped} dropped (lines {_shown(self.lines_dropped, self.rows_dropped)})"
         if set(self.dropped) - {OVER_LENGTH}:
             text += f": {', '.join(f'{count} {reason}' for reason, count in sorted(self.dropped.items()))}"
         if self.rows_held_out:
@@ -308,5 +311,6 @@ def _remember(lines: list[int], line: int) -> None:
         lines.append(line)
 
 
-def _shown(lines: Sequence[int]) -> str:
-    return ", ".join(map(str, lines)) + (", ..." if len(lines) == _SHOWN_LINES else "")
+def _shown(lines: Sequence[int], number: int) -> str:
+    """The first of ``number`` lines."""
+    return ", ".join(map(str, lines)) + (", ..." if number > len(lines) else "")

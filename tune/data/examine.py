@@ -16,6 +16,7 @@ from tune.data.mask import Tokenizer
 from tune.data.personal import find_personal_data, texts_of_row
 from tune.data.preferences import PreferenceRow
 from tune.data.rows import ChatRow, TextRow
+from tune.data.served_form import joined_content
 
 _CONTROL = frozenset(chr(i) for i in range(32) if chr(i) not in "\t\n\r\f")
 
@@ -94,7 +95,7 @@ def _look_at_chat(row: ChatRow, facts: RowFacts) -> None:
     offered = {tool["function"]["name"] for tool in row.tools or ()}
     question = ""
     for index, message in enumerate(row.messages):
-        content = message["content"]
+        content = joined_content(message["content"])
         if message["role"] == "user":
             question = content.strip()
         if message["role"] == "tool" and not content.strip():

@@ -6,6 +6,8 @@ prefixes. For the assistant message *i*::
     prompt = render(messages[:i], add_generation_prompt=True)     what serving tokenises before it answers
     turn   = render(messages[:i + 1])                             prompt + answer + end of turn [+ separator]
 
+Both are rendered from what vLLM would hand to the template (:mod:`tune.data.served_form`).
+
 ``turn`` must begin with ``prompt``, or training would see text that serving never sends: such a template is
 refused. The span is what ``turn`` adds, up to its last end-of-turn token; what follows (a newline, say) is
 never generated. A span without any end-of-turn token is refused too: such a model would never stop.
@@ -34,6 +36,7 @@ from numpy.typing import NDArray
 from registry.errors import InvalidRequestError
 from tune.data.faults import RowFault
 from tune.data.rows import ChatRow, TextRow
+from tune.data.served_form import joined_content, served_messages, served_tools
 
 Tokenizer = Any
 """A fast Hugging Face tokenizer; transformers ships no types for it that mypy could follow."""
@@ -94,10 +97,11 @@ class ChatEncoder:
         """One example, or one for each trained turn where a single one would differ from what serving sees.
 
         Raises:
-            RowFault: the template refuses the row, is not prefix-stable, or ends no turn.
+            RowFault: the template refuses the row, leaves a part of it out, is not prefix-stable, or ends no turn.
         """
         turns = self._render_turns(row)
         _check_tools_are_rendered(row, turns)
+        self._check_names_are_rendered(row, turns)
         if self._is_chain(turns):
             example = self._encode_chain(row, turns)
             if example is not None:
@@ -108,6 +112,7 @@ class ChatEncoder:
         """The last message behind the prompt's own ids, alone trained: one side of a preference row."""
         (turn,) = self._render_turns(row)
         _check_tools_are_rendered(row, [turn])
+        self._check_names_are_rendered(row, [turn])
         return self._encode_alone(row, turn)
 
     def _render_turns(self, row: ChatRow) -> list[_Turn]:
@@ -136,7 +141,7 @@ class ChatEncoder:
     @staticmethod
     def _with_reasoning(row: ChatRow, index: int, prompt: str, text: str) -> str:
         """The turn's text where the template cuts out of it the reasoning that its prompt opens."""
-        content: str = row.messages[index]["content"]
+        content = joined_content(row.messages[index]["content"])
         shown = content.rpartition(_REASONING_END)[2].strip()
         opening = prompt[prompt.rfind(_REASONING_START) :] if _REASONING_START in prompt else ""
         if not opening or opening.strip() != _REASONING_START:
@@ -151,11 +156,13 @@ class ChatEncoder:
         return prompt + content.removeprefix(_REASONING_START).removeprefix(opening[len(_REASONING_START) :]) + ending
 
     def _closing(self, row: ChatRow, index: int, prompt: str) -> str:
-        """The token that the template writes after this turn when another message follows, if it is a special one.
+        """The token that the template writes after this turn when its user or tool follows, if it is a special one.
 
         Not one that also opens the assistant's own turns: no engine stops at that.
         """
-        following = row.messages[index + 1] if index + 1 < len(row.messages) else {"role": "user", "content": "x"}
+        following: dict[str, Any] = {"role": "user", "content": "x"}
+        if index + 1 < len(row.messages) and row.messages[index + 1]["role"] in ("user", "tool"):
+            following = row.messages[index + 1]
         for answer in (row.messages[index], {**row.messages[index], "content": "x"}):  # "x" has no reasoning to cut out
             turns = [*row.messages[:index], answer]
             try:
@@ -181,13 +188,37 @@ class ChatEncoder:
         *,
         add_generation_prompt: bool,
     ) -> str:
+        offered = served_tools(tools)
         rendered = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools is not None else None,
+            served_messages(messages, self._tokenizer.get_chat_template(tools=offered)),
+            tools=offered,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
         return str(rendered)
+
+    def _check_names_are_rendered(self, row: ChatRow, turns: Sequence[_Turn]) -> None:
+        """Most templates know no names of messages, and serving refuses a message whose name the model would not see.
+
+        It takes a tool's name that says which call is answered: the call's id says so, too.
+        """
+        messages = row.messages[: turns[-1].index + 1]
+        roles = _roles_with_names(messages)
+        if not roles:
+            return
+        text = self._render(messages, row.tools, add_generation_prompt=False)
+        for role in roles:
+            unnamed = [{k: v for k, v in m.items() if k != "name"} if m["role"] == role else m for m in messages]
+            try:
+                is_shown = self._render(unnamed, row.tools, add_generation_prompt=False) != text
+            except (TemplateError, TypeError, ValueError):
+                is_shown = True  # the template cannot do without it
+            if not is_shown:
+                reason = (
+                    f"the chat template does not show the name of a message by {role!r}; leave the name out, or say it "
+                    "in the content"
+                )
+                raise _template_fault(row.line, reason)
 
     @staticmethod
     def _is_chain(turns: Sequence[_Turn]) -> bool:
@@ -271,6 +302,17 @@ def _check_tools_are_rendered(row: ChatRow, turns: Sequence[_Turn]) -> None:
         if missing:
             reason = f"the chat template does not render the {what} {missing}; use a base whose template knows tools"
             raise _template_fault(row.line, reason)
+
+
+def _roles_with_names(messages: Sequence[dict[str, Any]]) -> list[str]:
+    called: dict[str, str] = {}
+    roles: dict[str, None] = {}
+    for message in messages:
+        called |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
+        name = message.get("name")
+        if name and not (message["role"] == "tool" and name == called.get(message["tool_call_id"])):
+            roles[message["role"]] = None
+    return list(roles)
 
 
 def _template_fault(line: int, reason: str) -> RowFault:

@@ -1,7 +1,9 @@
 """What a conversation must look like before a template sees it. Knows lists and dicts, no files, no tokenizer.
 
-Shapes follow OpenAI's ChatCompletionRequestMessage types (openai.types.chat). Rules that go beyond them keep
-rows servable: a prompt must come before each assistant turn, and tool answers must belong to calls.
+Shapes follow OpenAI's ChatCompletionRequestMessage types (openai.types.chat), and what /v1/chat/completions of this
+service takes is taken here: null asks for nothing, and which roles may follow each other is for the chat template to
+say. Rules that go beyond them keep rows servable: a prompt must come before each trained answer, an answer must say
+something, and tool answers must belong to calls.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, NoReturn
 
 from registry.strict_json import parse_strict_json
 from tune.data.faults import row_fault
+from tune.data.served_form import joined_content
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEYS_OF_ROLE = {
@@ -20,16 +23,20 @@ _KEYS_OF_ROLE = {
     "developer": ("role", "content", "name"),
     "user": ("role", "content", "name"),
     "assistant": ("role", "content", "name", "weight", "tool_calls"),
-    "tool": ("role", "content", "tool_call_id"),
+    "tool": ("role", "content", "tool_call_id", "name"),
 }
-_MAY_FOLLOW = {
-    None: ("system", "developer", "user"),
-    "system": ("user", "assistant"),
-    "developer": ("user", "assistant"),
-    "user": ("user", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant", "user"),
-}
+_KNOWN_KEYS = frozenset(key for keys in _KEYS_OF_ROLE.values() for key in keys)
+# Fields of the SDKs' message objects, which hold nothing in most answers; ``datasets`` writes null for each key that
+# another message has. litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields.
+_SDK_KEYS = frozenset({"refusal", "audio", "function_call", "annotations", "reasoning", "reasoning_content"})
+_UNREAD_KEYS = frozenset({"provider_specific_fields"})
+
+
+_TOOL_FIELDS: tuple[tuple[str, type, str], ...] = (
+    ("description", str, "a text"),
+    ("parameters", dict, "a JSON schema object"),
+    ("strict", bool, "true or false"),
+)
 
 
 def unknown_key_reason(key: str, allowed: Iterable[str]) -> str:
@@ -44,7 +51,7 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
     """Check one row's ``messages``.
 
     Returns:
-        The messages in template form (text parts joined, ``weight`` taken out), and for each whether it is trained.
+        The messages without ``weight`` and without what asks for nothing, and for each whether it is trained.
 
     Raises:
         InvalidDataError: with ``line`` and a reason that names the message by its index.
@@ -55,12 +62,11 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
         _refuse(line, "messages", "messages is empty", "messages_shape")
     messages: list[dict[str, Any]] = []
     trained: list[bool] = []
-    previous_role: str | None = None
     open_calls: set[str] = set()
     for index, message in enumerate(given):
         where = f"messages[{index}]"
-        role = _check_role(message, previous_role, where, line)
-        cleaned, weight = _check_message(message, role, where, line)
+        role = _check_role(message, where, line)
+        cleaned, weight = _check_message(_said(message), role, where, line)
         if role == "tool":
             call_id = cleaned["tool_call_id"]
             if call_id not in open_calls:
@@ -74,18 +80,16 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
             open_calls = {call["id"] for call in cleaned["tool_calls"]}
         messages.append(cleaned)
         trained.append(role == "assistant" and weight == 1)
-        previous_role = role
     _check_targets(messages, trained, line)
     return tuple(messages), tuple(trained)
 
 
 def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
     """Check one row's ``tools``; ``None`` where the row has none."""
-    if given is None:
+    if given is None or given == []:
         return None
-    if not isinstance(given, list) or not given:
-        reason = f"tools must be a list with at least one tool, got {_shown(given)}"
-        _refuse(line, "tools", reason, "tool_definition")
+    if not isinstance(given, list):
+        _refuse(line, "tools", f"tools must be a list of tools, got {_shown(given)}", "tool_definition")
     for index, tool in enumerate(given):
         where = f"tools[{index}]"
         if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
@@ -96,13 +100,24 @@ def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
         _check_keys(function, ("name", "description", "parameters", "strict"), f"{where}.function", line)
         if not isinstance(function.get("name"), str) or not function["name"]:
             _refuse(line, f"{where}.function.name", f"{where}.function.name must be a name", "tool_definition")
-        if not isinstance(function.get("parameters", {}), dict):
-            reason = f"{where}.function.parameters must be a JSON schema object"
-            _refuse(line, f"{where}.function.parameters", reason, "tool_definition")
+        for key, kind, what in _TOOL_FIELDS:
+            if not isinstance(function.get(key), kind | None):
+                reason = f"{where}.function.{key} must be {what}, got {_shown(function[key])}"
+                _refuse(line, f"{where}.function.{key}", reason, "tool_definition")
     return tuple(given)
 
 
-def _check_role(message: object, previous_role: str | None, where: str, line: int) -> str:
+def _said(message: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that ask for nothing."""
+    empty = _SDK_KEYS | {"tool_calls"}
+    return {
+        key: value
+        for key, value in message.items()
+        if not (value is None and key in _KNOWN_KEYS) and not (not value and key in empty) and key not in _UNREAD_KEYS
+    }
+
+
+def _check_role(message: object, where: str, line: int) -> str:
     if not isinstance(message, dict):
         reason = f"{where} must be an object with role and content, got {_shown(message)}"
         _refuse(line, where, reason, "messages_shape")
@@ -112,10 +127,6 @@ def _check_role(message: object, previous_role: str | None, where: str, line: in
     if not isinstance(role, str) or role not in _ROLES:
         reason = f"{where} has the unknown role {_shown(role)}; allowed: {', '.join(_ROLES)}"
         _refuse(line, f"{where}.role", reason, "unknown_role")
-    if role not in _MAY_FOLLOW[previous_role]:
-        place = "stand first" if previous_role is None else f"follow {previous_role!r}"
-        allowed = ", ".join(_MAY_FOLLOW[previous_role])
-        _refuse(line, f"{where}.role", f"{where}: {role!r} cannot {place}; allowed here: {allowed}", "role_order")
     return role
 
 
@@ -124,64 +135,75 @@ def _check_message(message: dict[str, Any], role: str, where: str, line: int) ->
     if "function_call" in message:
         reason = f"{where}.function_call is the old form; write tool_calls instead"
         _refuse(line, f"{where}.function_call", reason, "old_format")
+    for key in ("reasoning", "reasoning_content"):
+        if key in message:
+            reason = f"{where}.{key} is not trained; write it into the content, as <think>...</think> before the answer"
+            _refuse(line, f"{where}.{key}", reason, "unknown_key")
     _check_keys(message, _KEYS_OF_ROLE[role], where, line)
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        _refuse(line, f"{where}.weight", f"{where}.weight must be 0 or 1, got {_shown(weight)}", "weight")
     cleaned: dict[str, Any] = {"role": role}
     calls = message.get("tool_calls")
     if calls is not None:
         cleaned["tool_calls"] = _check_tool_calls(calls, f"{where}.tool_calls", line)
-    cleaned["content"] = _check_content(message.get("content"), role, calls is not None, f"{where}.content", line)
+    cleaned["content"] = _check_content(message.get("content"), role, f"{where}.content", line)
+    if role == "assistant" and weight == 1 and calls is None and not joined_content(cleaned["content"]).strip():
+        reason = f"{where}.content is empty, so the answer would teach to say nothing; leave it out or set weight 0"
+        _refuse(line, f"{where}.content", reason, "empty_content")
     if role == "tool":
         if not isinstance(message.get("tool_call_id"), str) or not message["tool_call_id"]:
             reason = f"{where} (a tool's answer) needs the tool_call_id it answers"
             _refuse(line, f"{where}.tool_call_id", reason, "tool_order")
         cleaned["tool_call_id"] = message["tool_call_id"]
     if "name" in message:
-        if not isinstance(message["name"], str) or not message["name"]:
-            reason = f"{where}.name must be a name, got {_shown(message['name'])}"
+        if not isinstance(message["name"], str):
+            reason = f"{where}.name must be a text, got {_shown(message['name'])}"
             _refuse(line, f"{where}.name", reason, "name")
         cleaned["name"] = message["name"]
-    weight = message.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        _refuse(line, f"{where}.weight", f"{where}.weight must be 0 or 1, got {_shown(weight)}", "weight")
     return cleaned, int(weight)
 
 
-def _check_content(content: object, role: str, has_calls: bool, where: str, line: int) -> str:
+def _check_content(content: object, role: str, where: str, line: int) -> str | list[dict[str, Any]]:
+    """A text, or its parts where there are several or none."""
+    if content is None and role == "assistant":
+        return []
     if isinstance(content, list):
-        content = _joined_parts(content, where, line)
-    if content is None and has_calls:
-        return ""  # what vLLM hands to the template for it
+        parts = _checked_parts(content, where, line)
+        if not parts and role != "assistant":
+            _refuse(line, where, f"{where} is empty", "empty_content")
+        return str(parts[0]["text"]) if len(parts) == 1 else parts
     if not isinstance(content, str):
         reason = f"{where} must be a string or a list of text parts, got {_shown(content)}"
         _refuse(line, where, reason, "content_type")
-    if not content.strip() and role != "tool" and not has_calls:
-        _refuse(line, where, f"{where} is empty", "empty_content")
     return content
 
 
-def _joined_parts(parts: Sequence[object], where: str, line: int) -> str:
-    texts = []
+def _checked_parts(parts: Sequence[object], where: str, line: int) -> list[dict[str, Any]]:
+    checked = []
     for index, part in enumerate(parts):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             reason = f"{where}[{index}] must be {{type: 'text', text: '...'}}, got {_shown(part)}; only text is trained"
             _refuse(line, f"{where}[{index}]", reason, "content_type")
         _check_keys(part, ("type", "text"), f"{where}[{index}]", line)
-        texts.append(part["text"])
-    return "\n".join(texts)  # as vLLM joins them (renderers/chat_utils.py), so that training sees what serving sees
+        checked.append(part)
+    return checked
 
 
 def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, Any]]:
-    """Arguments come as a JSON text (OpenAI) and leave as an object, as templates and vLLM take them."""
-    if not isinstance(calls, list) or not calls:
-        reason = f"{where} must be a list with at least one call, got {_shown(calls)}"
-        _refuse(line, where, reason, "tool_call")
+    """Arguments come as a JSON text (OpenAI) and leave as an object, as templates and vLLM take them.
+
+    A call's ``index``, its place in a stream, is left out.
+    """
+    if not isinstance(calls, list):
+        _refuse(line, where, f"{where} must be a list of calls, got {_shown(calls)}", "tool_call")
     cleaned = []
     for index, call in enumerate(calls):
         place = f"{where}[{index}]"
         if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
             reason = f"{place} must be {{id, type: 'function', function: {{name, arguments}}}}"
             _refuse(line, place, reason, "tool_call")
-        _check_keys(call, ("id", "type", "function"), place, line)
+        _check_keys(call, ("id", "type", "function", "index"), place, line)
         _check_keys(call["function"], ("name", "arguments"), f"{place}.function", line)
         if not isinstance(call.get("id"), str) or not call["id"]:
             _refuse(line, f"{place}.id", f"{place}.id must be a text that the tool's answer repeats", "tool_call")
@@ -200,6 +222,8 @@ def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, An
     if not isinstance(arguments, str):
         reason = f"{where} must be a JSON object written as a string, got {_shown(arguments)}"
         _refuse(line, where, reason, "tool_arguments")
+    if not arguments:
+        return {}  # as serving reads it: some models call a function without parameters so
     try:
         decoded = parse_strict_json(arguments.encode("utf-8"))
         json.dumps(decoded, ensure_ascii=False).encode("utf-8")  # half a surrogate pair fails here
@@ -212,6 +236,12 @@ def _decoded_arguments(arguments: object, where: str, line: int) -> dict[str, An
 
 
 def _check_targets(messages: Sequence[dict[str, Any]], trained: Sequence[bool], line: int) -> None:
+    if trained[0]:
+        reason = (
+            "messages[0] is an answer to nothing, which serving is never asked for; put its prompt before it, or give "
+            "it weight 0 to be read alone"
+        )
+        _refuse(line, "messages[0]", reason, "role_order")
     if not any(message["role"] == "assistant" for message in messages):
         _refuse(line, "messages", "there is no assistant message, so there is nothing to learn", "nothing_to_learn")
     if messages[-1]["role"] != "assistant":

@@ -45,7 +45,7 @@ class ChatRow:
 
     line: int
     messages: tuple[JsonObject, ...]
-    """``content`` is a string, empty only beside tool calls and in tool answers; ``weight`` is taken out."""
+    """``content`` is a string, or a list of text parts where there are several or none; ``weight`` is taken out."""
     trained: tuple[bool, ...]
     """Per message: an assistant message whose ``weight`` is not 0."""
     tools: tuple[JsonObject, ...] | None
@@ -141,19 +141,27 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | RowFault]]:
-    """Lines without their newline. Only ``\\n`` ends a line: U+2028 and friends are legal inside JSON strings."""
+    """Lines without their newline. Only ``\\n`` ends a line: U+2028 and friends are legal inside JSON strings.
+
+    Blank lines at the end, which some editors and tools leave, are none.
+    """
     line = 0
+    first_blank: int | None = None
     while raw := file.readline(MAX_LINE_BYTES + 1):
         line += 1
         if line == 1 and raw.startswith(_UTF8_BOM):
             raw = raw[len(_UTF8_BOM) :]
+        if not raw.strip():
+            first_blank = first_blank or line
+            continue
+        yield from ((blank, b"") for blank in range(first_blank or line, line))
+        first_blank = None
         if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
             _skip_rest_of_line(file)
             reason = f"longer than {MAX_LINE_BYTES} bytes; JSONL holds one row on each line"
             yield line, row_fault(line, reason, "too_long")
             continue
-        if raw:
-            yield line, raw.rstrip(b"\r\n")
+        yield line, raw.rstrip(b"\r\n")
 
 
 def _skip_rest_of_line(file: BinaryIO) -> None:
@@ -195,9 +203,9 @@ def _refuse_lone_surrogates(value: JsonObject, line: int) -> None:
 
 def _check_parallel_tool_calls(row: JsonObject, messages: tuple[JsonObject, ...], line: int) -> None:
     """The key changes no token; it states something about the row, and that statement is held to."""
-    if "parallel_tool_calls" not in row:
+    allowed = row.get("parallel_tool_calls")
+    if allowed is None:
         return
-    allowed = row["parallel_tool_calls"]
     if not isinstance(allowed, bool):
         reason = f"parallel_tool_calls must be true or false, got {_json_type(allowed)}"
         raise row_fault(line, reason, "parallel_tool_calls", "parallel_tool_calls")
