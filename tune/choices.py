@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from registry.errors import InvalidRequestError
 from tune.methods import FreezeMethod, FullMethod, LowRankMethod, Method
 from tune.recipe import Stage
 from tune.sources import Validation
@@ -95,8 +96,18 @@ def choose_packing(stage: Stage) -> Choice[bool]:
 
 
 def choose_max_length(stage: Stage, context_tokens: int | None) -> Choice[int]:
-    """``context_tokens`` is the base's own limit, ``None`` where its config names none."""
+    """``context_tokens`` is the base's own limit, ``None`` where its config names none.
+
+    Raises:
+        InvalidRequestError: the stage asks for more: no engine serves positions behind that limit.
+    """
     if stage.max_length is not None:
+        if context_tokens is not None and stage.max_length > context_tokens:
+            raise InvalidRequestError(
+                f"max_length={stage.max_length} is more than the base's context of {context_tokens} tokens, and no "
+                f"engine serves positions beyond it; set max_length to at most {context_tokens}, or leave it out",
+                param="max_length",
+            )
         return Choice(stage.max_length, "given in the recipe")
     if context_tokens is not None and context_tokens <= _LONGEST_DEFAULT_TOKENS:
         return Choice(context_tokens, "the base's context length")

@@ -94,7 +94,15 @@ class BaseShape:
 def base_shape(base_dir: Path) -> BaseShape:
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True).get_text_config()
     length, width = getattr(config, "max_position_embeddings", None), getattr(config, "hidden_size", None)
-    return BaseShape(int(length) if length is not None else None, int(width) if width is not None else None)
+    length = None if length is None else int(length * _rope_factor(config))
+    return BaseShape(length, int(width) if width is not None else None)
+
+
+def _rope_factor(config: Any) -> float:
+    """By how much rotary positions reach beyond ``max_position_embeddings``, as vLLM 0.32 reads it (config/model.py,
+    ``_get_and_verify_max_len``): for YaRN and the later ways the config names the longer context itself."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return float(rope.get("factor") or 1.0) if rope.get("rope_type") in ("linear", "dynamic") else 1.0
 
 
 def stop_token_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:

@@ -188,6 +188,20 @@ def test_length_epochs_and_packing_are_chosen_with_reasons() -> None:
     assert (choose_packing(sft).value, choose_packing(cpt).value) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("rope_type", "tokens"), [("default", 512), ("linear", 1024), ("dynamic", 1024), ("yarn", 512)]
+)
+def test_a_bases_context_is_as_long_as_its_rotary_positions_reach(tmp_path: Path, rope_type: str, tokens: int) -> None:
+    """What vLLM 0.32 serves by default for such configurations."""
+    from transformers import LlamaConfig
+
+    from tune.model import base_shape
+
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0} | ({"factor": 2.0} if rope_type != "default" else {})
+    LlamaConfig(hidden_size=64, max_position_embeddings=512, rope_parameters=rope).save_pretrained(tmp_path)
+    assert base_shape(tmp_path).context_tokens == tokens
+
+
 def test_alpha_is_twice_the_rank_unless_given() -> None:
     assert LoraMethod(rank=8).scaled_alpha == 16
     assert LoraMethod(rank=8, alpha=4).scaled_alpha == 4
