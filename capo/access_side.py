@@ -12,8 +12,12 @@ from capo.keys.store import KeyStore
 from capo.settings import Settings
 from tune.jobs.database import Database
 from tune.jobs.permissions.store import PermissionStore
+from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
+
+_PERMISSION_THREADS = 4
+"""Requests for shared models ask, each with one indexed query of a millisecond or two."""
 
 
 class AccessSide:
@@ -37,6 +41,7 @@ class AccessSide:
             audit=AuditLog(settings.data_dir, settings.audit_place),
         )
         self._permissions = PermissionStore(self._database)
+        self._permission_threads = Threads("permissions", _PERMISSION_THREADS)
         self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -44,7 +49,7 @@ class AccessSide:
 
     async def is_shared_with(self, model: str, tenant: str) -> bool:
         """Whether the owner of ``model`` lets ``tenant`` use it; for :class:`serve.catalog.Catalog`."""
-        return await asyncio.to_thread(self._permissions.is_shared_with, model, tenant)
+        return await self._permission_threads.run(self._permissions.is_shared_with, model, tenant)
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let nobody in any more but for what a service that ends still answers, and wait for who is inside."""

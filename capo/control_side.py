@@ -104,7 +104,7 @@ def control_routers(tuning: TuningApi, names: NamesService | None) -> list[APIRo
 
 def control_grpc_services(tuning: TuningApi) -> list[ServiceEntry]:
     """Likewise, of the gRPC server."""
-    return [ServiceEntry(SERVICE_NAME, TuningServicer(tuning.jobs).add_to)]
+    return [ServiceEntry(SERVICE_NAME, TuningServicer(tuning.jobs, tuning.threads.store).add_to)]
 
 
 def _file_storage(settings: Settings) -> FileStorage:

@@ -19,6 +19,7 @@ from capo.keys.records import KeyRecord
 from capo.keys.secret import digest_of, read_secret
 from capo.keys.store import KeyStore
 from registry import errors
+from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,12 @@ class KeyRing:
 
     async def follow(self) -> None:
         """Read the keys for ever; run as a task."""
+        thread = Threads("keys", 1)  # of its own: nothing that others wait for may put off a revocation
         is_readable = True
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
-                await asyncio.to_thread(self.read)
+                await thread.run(self.read)
                 if not is_readable:
                     logger.info("the keys can be read again")
                 is_readable = True

@@ -30,6 +30,7 @@ from tests.tune.jobs.support import BASE, TENANT, Place, chat_rows, open_place
 from tune.grpc import SERVICE_NAME, TuningServicer
 from tune.jobs.queue import Outcome, WorkQueue
 from tune.jobs.records import NewEvent
+from tune.jobs.threads import JobThreads
 
 Result = TypeVar("Result")
 
@@ -43,7 +44,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 @contextlib.asynccontextmanager
 async def serving(place: Place, port: int = 0) -> AsyncIterator[int]:
-    entry = ServiceEntry(SERVICE_NAME, TuningServicer(place.jobs).add_to)
+    entry = ServiceEntry(SERVICE_NAME, TuningServicer(place.jobs, JobThreads().store).add_to)
     server = GrpcServer(None, access=OneTenant(Principal.local(TENANT)), others=[entry])
     try:
         yield await server.start("127.0.0.1", port)

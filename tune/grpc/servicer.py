@@ -15,6 +15,7 @@ from tune.grpc.answers import event_message, job_message
 from tune.grpc.requests import create_job_body
 from tune.jobs.query import LIST_DEFAULT, LIST_LIMIT
 from tune.jobs.service import JobService
+from tune.jobs.threads import Threads
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Tuning"].full_name
 _FOLLOW_SECONDS = 0.25
@@ -24,8 +25,9 @@ _FOLLOW_SECONDS = 0.25
 class TuningServicer(stubs.TuningServicer):
     """Errors pass through: the server's interceptor turns them into status codes. What blocks runs in a thread."""
 
-    def __init__(self, service: JobService) -> None:
+    def __init__(self, service: JobService, threads: Threads) -> None:
         self._service = service
+        self._threads = threads
 
     @property
     def _seen(self) -> JobService:
@@ -37,16 +39,16 @@ class TuningServicer(stubs.TuningServicer):
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         body, asked = create_job_body(request)
-        return job_message(await asyncio.to_thread(self._seen.create, body, asked))
+        return job_message(await self._threads.run(self._seen.create, body, asked))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return job_message(await asyncio.to_thread(self._seen.job, request.job_id))
+        return job_message(await self._threads.run(self._seen.job, request.job_id))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext) -> pb.ListJobsResponse:
         limit = request.limit if request.HasField("limit") else LIST_DEFAULT
         if not 1 <= limit <= LIST_LIMIT:
             raise InvalidRequestError(f"limit must be an integer from 1 to {LIST_LIMIT}, got {limit}", param="limit")
-        page = await asyncio.to_thread(
+        page = await self._threads.run(
             self._seen.jobs,
             after=request.after if request.HasField("after") else None,
             limit=limit,
@@ -55,22 +57,22 @@ class TuningServicer(stubs.TuningServicer):
         return pb.ListJobsResponse(jobs=[job_message(job) for job in page.records], has_more=page.has_more)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return job_message(await asyncio.to_thread(self._seen.cancel, request.job_id))
+        return job_message(await self._threads.run(self._seen.cancel, request.job_id))
 
     async def PauseJob(self, request: pb.PauseJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return job_message(await asyncio.to_thread(self._seen.pause, request.job_id))
+        return job_message(await self._threads.run(self._seen.pause, request.job_id))
 
     async def ResumeJob(self, request: pb.ResumeJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return job_message(await asyncio.to_thread(self._seen.resume, request.job_id))
+        return job_message(await self._threads.run(self._seen.resume, request.job_id))
 
     async def FollowJob(
         self, request: pb.FollowJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.JobEvent, None]:
         after = request.after_event_id if request.HasField("after_event_id") else None
         service = self._seen
-        sequence = await asyncio.to_thread(service.event_sequence, request.job_id, after)
+        sequence = await self._threads.run(service.event_sequence, request.job_id, after)
         while True:
-            news = await asyncio.to_thread(service.news, request.job_id, sequence)
+            news = await self._threads.run(service.news, request.job_id, sequence)
             for event in news.events:
                 yield event_message(event)
                 sequence = event.sequence

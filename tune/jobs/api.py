@@ -19,6 +19,7 @@ from tune.jobs.permissions.store import PermissionStore
 from tune.jobs.routes import files_router, fine_tuning_router, graders_router
 from tune.jobs.service import JobService
 from tune.jobs.store import JobStore
+from tune.jobs.threads import JobThreads
 from tune.jobs.uploads.routes import uploads_router
 from tune.jobs.uploads.service import UploadService
 from tune.jobs.uploads.store import UploadStore
@@ -64,17 +65,18 @@ class TuningApi:
             max_gpus=max_gpus,
         )
         self.webhook_endpoints = EndpointStore(database)
+        self.threads = JobThreads()
         self._sender = WebhookSender(Outbox(database))
         self._registry = registry
 
     def routers(self) -> list[APIRouter]:
         return [
-            files_router(self.files),
-            uploads_router(self.uploads),
-            fine_tuning_router(self.jobs),
+            files_router(self.files, self.threads),
+            uploads_router(self.uploads, self.threads),
+            fine_tuning_router(self.jobs, self.threads.store),
             graders_router(),
-            permissions_router(self.permissions, self._registry),
-            webhooks_router(self.webhook_endpoints),
+            permissions_router(self.permissions, self._registry, self.threads.store),
+            webhooks_router(self.webhook_endpoints, self.threads.store),
         ]
 
     def sweep(self) -> None:
@@ -90,8 +92,8 @@ class TuningApi:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
             try:
-                await asyncio.to_thread(self.files.remove_expired)
-                await asyncio.to_thread(self.uploads.remove_expired)
+                await self.threads.store.run(self.files.remove_expired)
+                await self.threads.store.run(self.uploads.remove_expired)
             except CapoError as error:
                 logger.warning("what has expired could not be removed: %s", error)
 

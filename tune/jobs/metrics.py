@@ -24,6 +24,7 @@ from registry.errors import CapoError
 from tune.jobs.database import Database
 from tune.jobs.records import WAITING, JobStatus
 from tune.jobs.schema import events, jobs, webhook_deliveries
+from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +92,11 @@ class JobMetrics(Collector):
 
     async def follow(self) -> None:
         """Refresh every :data:`REFRESH_SECONDS` for ever; run as a task."""
+        thread = Threads("job-metrics", 1)
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
-                await asyncio.to_thread(self.refresh)
+                await thread.run(self.refresh)
             except Exception:  # a bug; without this task the figures would stand still until a restart
                 if self._is_readable:
                     logger.exception("the figures of jobs cannot be read")

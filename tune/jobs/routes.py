@@ -1,12 +1,12 @@
 """The HTTP face of files and fine-tuning jobs: OpenAI's paths, objects and limits.
 
 Handlers raise :class:`~registry.errors.CapoError`; the application that mounts these routers turns it into
-the wire form, and it says who asks (:mod:`registry.principal`). Everything that blocks runs in a thread.
+the wire form, and it says who asks (:mod:`registry.principal`). Everything that blocks runs in a thread of
+:mod:`tune.jobs.threads`.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from functools import partial
 
@@ -16,12 +16,14 @@ from fastapi.responses import JSONResponse
 from registry.errors import InvalidRequestError
 from registry.principal import current_principal
 from tune.jobs import wire
+from tune.jobs.check_file import IN_PLACE_BYTES
 from tune.jobs.checks import reinforcement_not_offered
 from tune.jobs.file_response import OpenFileResponse
 from tune.jobs.files import FileService
 from tune.jobs.query import idempotency_of, limit_of, order_of, read_body, read_query
 from tune.jobs.requests import CreateJobBody, parse_body
 from tune.jobs.service import JobService
+from tune.jobs.threads import JobThreads, Threads
 from tune.jobs.upload import receive_form
 
 _UPLOAD_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
@@ -33,7 +35,7 @@ FILE_LIST_LIMIT = 10_000
 """Limit and default of GET /v1/files (openai/types/file_list_params.py)."""
 
 
-def files_router(service: FileService) -> APIRouter:
+def files_router(service: FileService, threads: JobThreads) -> APIRouter:
     """POST and GET /v1/files, GET and DELETE /v1/files/{id}, GET /v1/files/{id}/content."""
     router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -60,13 +62,14 @@ def files_router(service: FileService) -> APIRouter:
                 expires_after_seconds=_expires_after(form.fields),
                 idempotency_key=request.headers.get("idempotency-key"),
             )
-            record = await asyncio.to_thread(finish)
+            is_large = upload.size_bytes > IN_PLACE_BYTES
+            record = await (threads.checks if is_large else threads.store).run(finish)
         return JSONResponse(wire.file_object(record))
 
     @router.get("")
     async def list_files(request: Request) -> JSONResponse:
         query = read_query(request, ("after", "limit", "order", "purpose"))
-        page = await asyncio.to_thread(
+        page = await threads.store.run(
             partial(
                 own().files,
                 after=query.get("after"),
@@ -79,22 +82,22 @@ def files_router(service: FileService) -> APIRouter:
 
     @router.get("/{file_id}")
     async def retrieve_file(file_id: str) -> JSONResponse:
-        return JSONResponse(wire.file_object(await asyncio.to_thread(own().file, file_id)))
+        return JSONResponse(wire.file_object(await threads.store.run(own().file, file_id)))
 
     @router.get("/{file_id}/content")
     async def retrieve_content(file_id: str) -> OpenFileResponse:
-        file = await asyncio.to_thread(own().open_content, file_id)
+        file = await threads.store.run(own().open_content, file_id)
         return OpenFileResponse(file, media_type="application/octet-stream")
 
     @router.delete("/{file_id}")
     async def delete_file(file_id: str) -> JSONResponse:
-        await asyncio.to_thread(own().delete, file_id)
+        await threads.store.run(own().delete, file_id)
         return JSONResponse(wire.deleted_file_object(file_id))
 
     return router
 
 
-def fine_tuning_router(service: JobService) -> APIRouter:
+def fine_tuning_router(service: JobService, threads: Threads) -> APIRouter:
     """POST and GET /v1/fine_tuning/jobs, GET one, POST its cancel, pause and resume, GET its events and checkpoints."""
     router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -106,12 +109,12 @@ def fine_tuning_router(service: JobService) -> APIRouter:
         raw = await read_body(request)
         asked = idempotency_of(request, raw, making="fine_tuning.job")
         body = parse_body(raw, CreateJobBody)
-        return JSONResponse(wire.job_object(await asyncio.to_thread(own().create, body, asked)))
+        return JSONResponse(wire.job_object(await threads.run(own().create, body, asked)))
 
     @router.get("")
     async def list_jobs(request: Request) -> JSONResponse:
         query, metadata = _split_metadata(request)
-        page = await asyncio.to_thread(
+        page = await threads.run(
             partial(
                 own().jobs,
                 after=query.get("after"),
@@ -124,25 +127,25 @@ def fine_tuning_router(service: JobService) -> APIRouter:
 
     @router.get("/{job_id}")
     async def retrieve_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(own().job, job_id)))
+        return JSONResponse(wire.job_object(await threads.run(own().job, job_id)))
 
     @router.post("/{job_id}/cancel")
     async def cancel_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(own().cancel, job_id)))
+        return JSONResponse(wire.job_object(await threads.run(own().cancel, job_id)))
 
     @router.post("/{job_id}/pause")
     async def pause_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(own().pause, job_id)))
+        return JSONResponse(wire.job_object(await threads.run(own().pause, job_id)))
 
     @router.post("/{job_id}/resume")
     async def resume_job(job_id: str) -> JSONResponse:
-        return JSONResponse(wire.job_object(await asyncio.to_thread(own().resume, job_id)))
+        return JSONResponse(wire.job_object(await threads.run(own().resume, job_id)))
 
     @router.get("/{job_id}/checkpoints")
     async def list_checkpoints(request: Request, job_id: str) -> JSONResponse:
         query = read_query(request, ("after", "limit"))
         limit = limit_of(query, default=CHECKPOINT_LIST_DEFAULT)
-        page = await asyncio.to_thread(partial(own().checkpoints, job_id, after=query.get("after"), limit=limit))
+        page = await threads.run(partial(own().checkpoints, job_id, after=query.get("after"), limit=limit))
         return JSONResponse(wire.list_object(page, wire.checkpoint_object))
 
     @router.get("/{job_id}/events")
@@ -150,7 +153,7 @@ def fine_tuning_router(service: JobService) -> APIRouter:
         query = read_query(request, ("after", "limit"))
         limit = limit_of(query)
         events = partial(own().events, job_id, after=query.get("after"), limit=limit)
-        page = await asyncio.to_thread(events)
+        page = await threads.run(events)
         return JSONResponse(wire.list_object(page, wire.event_object))
 
     return router

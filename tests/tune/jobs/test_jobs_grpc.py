@@ -24,12 +24,13 @@ from tests.tune.jobs.support import BASE, TENANT, Place, chat_rows, preference_r
 from tune.grpc import SERVICE_NAME, TuningServicer
 from tune.jobs.queue import Outcome, WorkQueue
 from tune.jobs.records import JobError, NewEvent
+from tune.jobs.threads import JobThreads
 
 
 @contextlib.asynccontextmanager
 async def channel_to(place: Place, *, tenant: str = TENANT) -> AsyncIterator[grpc.aio.Channel]:
     """A server as ``capo`` puts it together, without an engine."""
-    entry = ServiceEntry(SERVICE_NAME, TuningServicer(place.jobs).add_to)
+    entry = ServiceEntry(SERVICE_NAME, TuningServicer(place.jobs, JobThreads().store).add_to)
     server = GrpcServer(None, access=OneTenant(Principal.local(tenant)), others=[entry])
     port = await server.start("127.0.0.1", 0)
     try:

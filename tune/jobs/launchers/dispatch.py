@@ -18,6 +18,7 @@ from tune.jobs.lease import LeaseWatch
 from tune.jobs.queue import WorkQueue
 from tune.jobs.records import OPEN, JobRecord, NewEvent
 from tune.jobs.store import JobStore
+from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,10 @@ class ClusterLauncher:
         """Nothing: :meth:`watch` does it."""
 
     async def watch(self) -> None:
+        thread = Threads("launches", 1)
         while True:
             try:
-                await asyncio.to_thread(self.step)
+                await thread.run(self.step)
             except (UnavailableError, StorageError) as error:
                 logger.warning("jobs cannot be launched just now: %s", error)
             except Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from tune.jobs.permissions.store import PermissionRecord, PermissionStore
 from tune.jobs.query import limit_of, order_of, read_body, read_query
 from tune.jobs.records import Page
 from tune.jobs.requests import Body, parse_body
+from tune.jobs.threads import Threads
 
 _DEFAULT_LIMIT = 10
 
@@ -27,7 +27,7 @@ class GrantBody(Body):
     project_ids: Annotated[list[str], Field(min_length=1, max_length=100)]
 
 
-def permissions_router(store: PermissionStore, registry: Registry) -> APIRouter:
+def permissions_router(store: PermissionStore, registry: Registry, threads: Threads) -> APIRouter:
     """POST and GET /v1/fine_tuning/checkpoints/{model}/permissions, DELETE one of them."""
     router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["fine-tuning"])
 
@@ -52,8 +52,8 @@ def permissions_router(store: PermissionStore, registry: Registry) -> APIRouter:
         body = parse_body(await read_body(request), GrantBody)
         for project_id in body.project_ids:
             _check_tenant(project_id)
-        await asyncio.to_thread(require_own, model)
-        granted = await asyncio.to_thread(store.grant, model, body.project_ids)
+        await threads.run(require_own, model)
+        granted = await threads.run(store.grant, model, body.project_ids)
         return JSONResponse(wire.list_object(Page(granted, False), _permission_object))
 
     @router.get("/{model:path}/permissions")
@@ -67,13 +67,13 @@ def permissions_router(store: PermissionStore, registry: Registry) -> APIRouter:
             order=order_of(query, ascending="ascending", descending="descending"),
             project_id=query.get("project_id"),
         )
-        await asyncio.to_thread(require_own, model)
-        return JSONResponse(wire.list_object(await asyncio.to_thread(find), _permission_object))
+        await threads.run(require_own, model)
+        return JSONResponse(wire.list_object(await threads.run(find), _permission_object))
 
     @router.delete("/{model:path}/permissions/{permission_id}")
     async def revoke(model: str, permission_id: str) -> JSONResponse:
-        await asyncio.to_thread(require_own, model)
-        await asyncio.to_thread(store.revoke, model, permission_id)
+        await threads.run(require_own, model)
+        await threads.run(store.revoke, model, permission_id)
         return JSONResponse({"id": permission_id, "object": "checkpoint.permission", "deleted": True})
 
     return router

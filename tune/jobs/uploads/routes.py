@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from tune.jobs import wire
 from tune.jobs.query import idempotency_of, read_body
 from tune.jobs.records import FileRecord
 from tune.jobs.requests import Body, parse_body
+from tune.jobs.threads import JobThreads
 from tune.jobs.upload import receive_form
 from tune.jobs.uploads.records import PartRecord, UploadRecord
 from tune.jobs.uploads.service import UploadService
@@ -40,7 +40,7 @@ class CompleteUploadBody(Body):
     md5: str | None = None
 
 
-def uploads_router(service: UploadService) -> APIRouter:
+def uploads_router(service: UploadService, threads: JobThreads) -> APIRouter:
     """POST /v1/uploads, and of one: POST its parts, complete and cancel."""
     router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -61,27 +61,27 @@ def uploads_router(service: UploadService) -> APIRouter:
             file_expires_after_seconds=None if body.expires_after is None else body.expires_after.seconds,
             asked=asked,
         )
-        return JSONResponse(_upload_object(await asyncio.to_thread(create)))
+        return JSONResponse(_upload_object(await threads.store.run(create)))
 
     @router.post("/{upload_id}/parts")
     async def add_part(request: Request, upload_id: str) -> JSONResponse:
         uploads = own()
-        with await asyncio.to_thread(uploads.begin_part, upload_id) as part:
+        with await threads.store.run(uploads.begin_part, upload_id) as part:
             limit = uploads.storage.max_part_bytes
             await receive_form(request, part, fields=(), max_file_bytes=limit, file_field="data")
             key = request.headers.get("idempotency-key")
-            made = await asyncio.to_thread(partial(uploads.finish_part, upload_id, part, idempotency_key=key))
+            made = await threads.store.run(partial(uploads.finish_part, upload_id, part, idempotency_key=key))
         return JSONResponse(_part_object(made))
 
     @router.post("/{upload_id}/complete")
     async def complete_upload(request: Request, upload_id: str) -> JSONResponse:
         body = parse_body(await read_body(request), CompleteUploadBody)
-        record, file = await asyncio.to_thread(own().complete, upload_id, body.part_ids, body.md5)
+        record, file = await threads.checks.run(own().complete, upload_id, body.part_ids, body.md5)
         return JSONResponse(_upload_object(record, file))
 
     @router.post("/{upload_id}/cancel")
     async def cancel_upload(upload_id: str) -> JSONResponse:
-        return JSONResponse(_upload_object(await asyncio.to_thread(own().cancel, upload_id)))
+        return JSONResponse(_upload_object(await threads.store.run(own().cancel, upload_id)))
 
     return router
 

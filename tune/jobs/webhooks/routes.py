@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ from registry.principal import current_principal
 from tune.jobs import wire
 from tune.jobs.query import idempotency_of, limit_of, read_body, read_query
 from tune.jobs.requests import Body, parse_body
+from tune.jobs.threads import Threads
 from tune.jobs.webhooks.endpoints import EndpointRecord, EndpointStore
 
 _MAX_URL = 2048
@@ -32,7 +32,7 @@ class CreateEndpointBody(Body):
     ]
 
 
-def webhooks_router(store: EndpointStore) -> APIRouter:
+def webhooks_router(store: EndpointStore, threads: Threads) -> APIRouter:
     """POST and GET /v1/webhook_endpoints, GET and DELETE one of them."""
     router = APIRouter(prefix="/v1/webhook_endpoints", tags=["webhooks"])
 
@@ -48,22 +48,22 @@ def webhooks_router(store: EndpointStore) -> APIRouter:
         if "\0" in body.name:
             raise InvalidRequestError("name: the character NUL is not allowed", param="name")
         create = partial(own().create, name=body.name, url=body.url, event_types=body.event_types, asked=asked)
-        made = await asyncio.to_thread(create)
+        made = await threads.run(create)
         return JSONResponse(_endpoint_object(made) | {"signing_secret": made.secret})
 
     @router.get("")
     async def list_endpoints(request: Request) -> JSONResponse:
         query = read_query(request, ("after", "limit"))
         find = partial(own().page, after=query.get("after"), limit=limit_of(query))
-        return JSONResponse(wire.list_object(await asyncio.to_thread(find), _endpoint_object))
+        return JSONResponse(wire.list_object(await threads.run(find), _endpoint_object))
 
     @router.get("/{endpoint_id}")
     async def retrieve_endpoint(endpoint_id: str) -> JSONResponse:
-        return JSONResponse(_endpoint_object(await asyncio.to_thread(own().get, endpoint_id)))
+        return JSONResponse(_endpoint_object(await threads.run(own().get, endpoint_id)))
 
     @router.delete("/{endpoint_id}")
     async def delete_endpoint(endpoint_id: str) -> JSONResponse:
-        await asyncio.to_thread(own().delete, endpoint_id)
+        await threads.run(own().delete, endpoint_id)
         return JSONResponse({"id": endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True})
 
     return router

@@ -16,6 +16,7 @@ from functools import partial
 import httpx
 
 from registry.errors import CapoError
+from tune.jobs.threads import Threads
 from tune.jobs.webhooks.outbox import Delivery, Outbox
 from tune.jobs.webhooks.signing import signed_headers
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 _AT_ONCE_PER_ENDPOINT = 2
 """So that a slow receiver holds up nobody's messages but its own."""
+_THREADS = 2
+"""One for looking what is due, one for what became of the last ones."""
 _ATTEMPT_SECONDS = 15.0
 """For one attempt, from the first byte to the answer's status; receivers are expected to answer and work later."""
 _TAKEN_SECONDS = 60.0
@@ -45,6 +48,7 @@ class WebhookSender:
         self._make_client = client
         self._poll_seconds = poll_seconds
         self._clock = clock
+        self._threads = Threads("webhooks", _THREADS)
         self._running: dict[asyncio.Task[None], str] = {}
         """Sends under way, each with its endpoint's id."""
 
@@ -68,7 +72,7 @@ class WebhookSender:
             for_seconds=_TAKEN_SECONDS,
         )
         try:
-            due = await asyncio.to_thread(look)
+            due = await self._threads.run(look)
         except CapoError as error:
             logger.warning("webhooks wait, the job store cannot be read: %s", error)
             return
@@ -81,9 +85,9 @@ class WebhookSender:
         reason = await self._attempt(client, delivery)
         try:
             if reason is None:
-                await asyncio.to_thread(self._outbox.delivered, delivery)
+                await self._threads.run(self._outbox.delivered, delivery)
                 return
-            goes_on = await asyncio.to_thread(self._outbox.failed, delivery, reason)
+            goes_on = await self._threads.run(self._outbox.failed, delivery, reason)
         except CapoError as error:  # it stays taken for a minute, and is sent once more then
             logger.warning("webhook %s: the job store cannot be written: %s", delivery.id, error)
             return
