@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from fractions import Fraction
-from math import ceil, floor, isfinite
+from math import isfinite
 from typing import Any
 
 from registry import errors
 from serve import schema_patterns
+from serve.schema_bounds import BOUNDS, DECIMALS, has_a_decimal
 from serve.schema_nodes import (
     SAME_INSTANCE,
     TYPES,
@@ -27,6 +27,7 @@ from serve.schema_nodes import (
     children,
     leading,
     named_types,
+    on_a_circle,
     resolve,
 )
 from serve.schema_twins import Twins
@@ -54,7 +55,7 @@ _OF_TYPE = {
                "unevaluatedProperties", "minProperties", "maxProperties"),
     "array": ("items", "prefixItems", "unevaluatedItems", "minItems", "maxItems"),
     "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    "number": BOUNDS,
 }  # fmt: skip
 _BINDING = {"type", "$ref", "const", "enum", *SAME_INSTANCE, *(name for names in _OF_TYPE.values() for name in names)}
 _EXCLUSIVE = (
@@ -64,8 +65,6 @@ _EXCLUSIVE = (
     ("propertyNames", "unevaluatedProperties"),
 )
 _ANYTHING: dict[str, Any] = {}
-_DECIMALS = 6
-_BOUNDS = _OF_TYPE["number"]
 _FORMATS = ("date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference",
             "uri-template")  # fmt: skip
 """xgrammar's, without email and the two JSON pointers: with those it writes text that is not JSON."""
@@ -131,7 +130,8 @@ class _Check:
                 if key not in seen or isinstance(child.schema, bool):
                     seen.add(key)
                     todo.append((child, name))
-        self._check_circles(same_instance)
+        if (circular := on_a_circle(same_instance)) is not None:
+            raise self._refusal(circular, leading(circular.schema), "it leads back to itself, with no value between")
 
     def _resolve(self, node: Node) -> Node:
         reference = node.schema["$ref"]
@@ -229,24 +229,6 @@ class _Check:
                 "the branches different types or a required property with a const of their own (at most 64 branches)",
             )
 
-    def _check_circles(self, edges: list[tuple[Node, Node]]) -> None:
-        """No value is described by way of itself. What is left after all loose ends are taken off is a circle."""
-        ends = {id(child.schema) for _, child in edges} - {id(node.schema) for node, _ in edges}
-        leading_to: dict[int, list[Node]] = {}
-        num_ahead: dict[int, int] = {}
-        for node, child in edges:
-            leading_to.setdefault(id(child.schema), []).append(node)
-            num_ahead[id(node.schema)] = num_ahead.get(id(node.schema), 0) + 1
-        loose = list(ends)
-        while loose:
-            for node in leading_to.get(loose.pop(), ()):
-                num_ahead[id(node.schema)] -= 1
-                if not num_ahead[id(node.schema)]:
-                    loose.append(id(node.schema))
-        for node, _ in edges:
-            if num_ahead[id(node.schema)]:
-                raise self._refusal(node, leading(node.schema), "it leads back to itself, with no value between")
-
     def _check_values(self, node: Node, kind: str, values: list[Any]) -> None:
         todo = list(values)
         while todo:
@@ -328,7 +310,7 @@ class _Check:
             raise self._refusal(node, keyword, advice, value=pattern)
 
     def _check_bounds(self, node: Node, types: list[str]) -> None:
-        for name in _BOUNDS:
+        for name in BOUNDS:
             bound = node.schema.get(name, 0)
             is_finite = isinstance(bound, int) or (isinstance(bound, float) and isfinite(bound))
             if isinstance(bound, bool) or not is_finite:
@@ -339,9 +321,9 @@ class _Check:
             if "number" in types and not is_exact:
                 raise self._refusal(node, name, "it is read as a double, which cannot be this integer", value=bound)
 
-        if "number" in types and not _has_a_decimal(node.schema):
+        if "number" in types and not has_a_decimal(node.schema):
             raise self._malformed(
-                node, f"allows no number of at most {_DECIMALS} decimals, and the engine writes no longer ones"
+                node, f"allows no number of at most {DECIMALS} decimals, and the engine writes no longer ones"
             )
 
     def _refusal(
@@ -356,17 +338,6 @@ class _Check:
 
     def _error(self, text: str) -> errors.InvalidRequestError:
         return errors.InvalidRequestError(text, param=self._place, code="schema_not_enforced")
-
-
-def _has_a_decimal(schema: dict[str, Any]) -> bool:
-    """Where there is none, xgrammar writes nothing at all for the number. The bounds are known to be numbers."""
-    step = 10**_DECIMALS
-    bounds = {name: Fraction(schema[name]) * step for name in _BOUNDS if name in schema}
-    lowest = [ceil(bounds["minimum"])] if "minimum" in bounds else []
-    lowest += [floor(bounds["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in bounds else []
-    highest = [floor(bounds["maximum"])] if "maximum" in bounds else []
-    highest += [ceil(bounds["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in bounds else []
-    return not lowest or not highest or max(lowest) <= min(highest)
 
 
 def _spelled(value: Any) -> str:

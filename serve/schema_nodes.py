@@ -98,3 +98,20 @@ def children(node: Node) -> Iterator[tuple[str, Node]]:
             yield from ((name, node.child(name, key)) for key in value)
         elif name in LISTS and isinstance(value, list):
             yield from ((name, node.child(name, index)) for index in range(len(value)))
+
+
+def on_a_circle(edges: list[tuple[Node, Node]]) -> Node | None:
+    """The first node from which ``edges`` lead into a circle: what is left after all loose ends are taken off."""
+    ends = {id(child.schema) for _, child in edges} - {id(node.schema) for node, _ in edges}
+    leading_to: dict[int, list[Node]] = {}
+    num_ahead: dict[int, int] = {}
+    for node, child in edges:
+        leading_to.setdefault(id(child.schema), []).append(node)
+        num_ahead[id(node.schema)] = num_ahead.get(id(node.schema), 0) + 1
+    loose = list(ends)
+    while loose:
+        for node in leading_to.get(loose.pop(), ()):
+            num_ahead[id(node.schema)] -= 1
+            if not num_ahead[id(node.schema)]:
+                loose.append(id(node.schema))
+    return next((node for node, _ in edges if num_ahead[id(node.schema)]), None)
