@@ -33,6 +33,15 @@ __all__ = ["Database", "sqlite_url"]
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a writer waits for another. Writes take milliseconds, so this is reached only by a stuck disk."""
 
+CONNECT_TIMEOUT_SECONDS = 5
+"""A PostgreSQL server in reach answers within milliseconds; this is a lost packet, sent twice again."""
+STATEMENT_TIMEOUT_SECONDS = BUSY_TIMEOUT_SECONDS
+"""For each statement of PostgreSQL, its wait for locks included. All of ours take milliseconds, lists of ten thousand
+rows less than a second; without an end, one that hangs would keep its thread for ever. Migrations have none."""
+_SILENCE_SECONDS = 10
+"""After so long without a word from a PostgreSQL server TCP asks whether its host is there, three times; else a host
+that vanished would be waited for by the hour."""
+
 _DISK_ERRORS = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
@@ -65,10 +74,13 @@ class Database:
                 param="database_url",
             ) from error
         self._is_sqlite = parsed.get_backend_name() == "sqlite"
+        is_libpq = parsed.drivername.startswith("postgresql+psycopg")
         arguments: dict[str, Any] = {}
         if self._is_sqlite:
             _prepare_sqlite_file(parsed)
             arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
+        elif is_libpq:
+            arguments = {name: value for name, value in _libpq_arguments().items() if name not in parsed.query}
         try:
             self._engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._is_sqlite)
         except (NoSuchModuleError, ModuleNotFoundError) as error:
@@ -80,6 +92,8 @@ class Database:
         if self._is_sqlite:
             event.listen(self._engine, "connect", _on_sqlite_connect)
             event.listen(self._engine, "begin", _on_sqlite_begin)
+        elif is_libpq and "statement_timeout" not in str(parsed.query.get("options")):
+            event.listen(self._engine, "connect", _on_postgresql_connect)
         with self.write() as connection:
             migrations.upgrade(connection, tenant)
 
@@ -135,6 +149,24 @@ def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
 def _on_sqlite_begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get(_WRITE, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _libpq_arguments() -> dict[str, int]:
+    """https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS"""
+    return {
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "keepalives_idle": _SILENCE_SECONDS,
+        "keepalives_interval": _SILENCE_SECONDS,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 3 * _SILENCE_SECONDS * 1000,
+    }
+
+
+def _on_postgresql_connect(connection: Any, _record: object) -> None:
+    # Not among libpq's `options`: poolers between us and the server refuse those, or leave them out.
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET statement_timeout = {round(STATEMENT_TIMEOUT_SECONDS * 1000)}")
+    connection.commit()
 
 
 @contextmanager

@@ -30,6 +30,8 @@ def upgrade(connection: Connection, tenant: str) -> None:
     if _found_version(connection) == HEAD:
         return
     if connection.dialect.name == "postgresql":  # SQLite's writers exclude each other anyway
+        # A large table may take minutes, and so does waiting for the process that works on it.
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK_NUMBER})
     found = _found_version(connection)
     if found == HEAD:
