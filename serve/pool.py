@@ -28,7 +28,7 @@ from serve.gate import Gate
 from serve.limits import ADAPTER_WAIT_SECONDS
 from serve.metrics import Metrics
 from serve.refusals import Refusals
-from serve.resident import AdapterState, AdapterStatus, Resident
+from serve.resident import AdapterState, AdapterStatus, Resident, Vetting
 from serve.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,12 @@ class AdapterPool:
         self._residents: dict[str, Resident] = {}
         self._leaving: list[Resident] = []
         self._refusals = Refusals(metrics)
+        self._vettings: set[Vetting] = set()
         self._pinned: frozenset[str] = frozenset()
         self._line: deque[Resident] = deque()
         self._slots_in_use = 0
         self._engine_epoch = 0
+        self._is_closed = False
         self._engine_ids = itertools.count(1)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,7 +79,8 @@ class AdapterPool:
 
         Raises:
             InvalidArtifactError: the adapter was refused; the reason is its message and code.
-            UnavailableError: no slot became free in time.
+            ModelNotFoundError: it was deleted while it was being loaded.
+            UnavailableError: no slot became free in time, or the load took too long.
         """
         resident = self._residents.get(artifact.revision)
         if resident is None:
@@ -102,16 +105,20 @@ class AdapterPool:
                 self._wake.set()
 
     async def preload(self, artifact: Artifact) -> bool:
-        """Load ``artifact`` if a slot is free; never at the cost of another adapter. False: none was, and nothing was
-        done. Refusals are kept, not raised."""
+        """Load ``artifact`` if a slot is free; never at the cost of another adapter. False: none was, or none any more
+        once the gate had looked, and nothing was loaded. Refusals are kept, not raised."""
         if artifact.revision in self._residents:
             return True
         if self.num_free_slots <= 0:
             return False
-        with contextlib.suppress(errors.CapoError):
-            async with self.use(artifact):
-                pass
-        return True
+        try:
+            resident = self._begin_load(artifact)
+        except errors.CapoError:
+            return True
+        resident.is_ahead = True
+        resident.last_used_at = time.monotonic()
+        await asyncio.wait((resident.ready,), timeout=self._max_wait_seconds)
+        return not resident.ready.cancelled()
 
     @property
     def num_free_slots(self) -> int:
@@ -141,29 +148,35 @@ class AdapterPool:
 
         Raises:
             InvalidArtifactError: the adapter is refused.
+            ModelNotFoundError: it was deleted meanwhile.
         """
         self._refusals.check(artifact.revision)
+        vetting = Vetting(artifact.revision)
+        self._vettings.add(vetting)
         try:
             await self._gate.check(artifact, self._engine.limits)
         except errors.InvalidArtifactError as error:
+            if vetting.is_withdrawn:
+                raise _deleted(artifact) from error
             self._refusals.add(artifact.revision, error)
             raise
+        finally:
+            self._vettings.remove(vetting)
+            if vetting.is_withdrawn:
+                self._forget(artifact.revision)  # once more: it was judged anew meanwhile
 
     async def _wait_ready(self, resident: Resident) -> None:
         try:
             async with asyncio.timeout(self._max_wait_seconds):
                 await asyncio.shield(resident.ready)
         except TimeoutError:
-            raise errors.UnavailableError(
-                f"No adapter slot became free for {resident.artifact.revision} in {self._max_wait_seconds:g} s: all "
-                f"{self._engine.limits.max_loras} are in use. Try again, or start the service with more (--max-loras).",
-                code="adapter_slots_busy",
-                retry_after_seconds=self._turns.turn_seconds,
-            ) from None
+            raise resident.not_ready_in(self._max_wait_seconds, max_loras=self._engine.limits.max_loras) from None
 
     # -- loading ---------------------------------------------------------------------------------------------
 
     def _begin_load(self, artifact: Artifact) -> Resident:
+        if self._is_closed:
+            raise errors.EngineDeadError("The service has shut down. Ask another replica.", retry_after_seconds=1)
         self._refusals.check(artifact.revision)
         adapter = EngineAdapter(artifact.revision, next(self._engine_ids), artifact.path)
         resident = Resident(artifact, adapter)
@@ -187,7 +200,7 @@ class AdapterPool:
             await self._gate.check(artifact, self._engine.limits)
             if epoch != self._engine_epoch:
                 return  # its users have been told; a new residency begins with their next request
-            if resident.users == 0:
+            if resident.users == 0 and not (resident.is_ahead and self.num_free_slots >= 0):
                 self._drop(resident)
                 return
             await self._take_slot(resident)
@@ -229,6 +242,8 @@ class AdapterPool:
             del self._residents[revision]
         if has_slot:
             self._slots_in_use -= 1
+        if resident.is_withdrawn and not isinstance(error, errors.EngineDeadError):
+            error = _deleted(resident.artifact)  # whatever became of it without its files is no verdict on it
         if not isinstance(error, errors.CapoError):
             logger.error("loading %s failed", revision, exc_info=error)
             error = errors.InternalError(f"loading {revision} failed: {type(error).__name__}")
@@ -362,6 +377,8 @@ class AdapterPool:
         for resident in self.residents():
             if resident.artifact.revision == revision:
                 resident.is_withdrawn = True
+        for vetting in self._vettings:
+            vetting.is_withdrawn |= vetting.revision == revision
         self._forget(revision)
         self.release(revision)
 
@@ -401,6 +418,11 @@ class AdapterPool:
         self._slots_in_use = 0
         return [resident.artifact for resident in loaded]
 
+    def close(self) -> None:
+        """The engine is gone for good. Whoever comes now is told so at once: nobody hands out slots any more."""
+        self._is_closed = True
+        self.forget_all()
+
     # -- looking ---------------------------------------------------------------------------------------------
 
     def status(self, revision: str) -> AdapterStatus:
@@ -422,3 +444,9 @@ class AdapterPool:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _deleted(artifact: Artifact) -> errors.ModelNotFoundError:
+    return errors.ModelNotFoundError(
+        f"The model {artifact.revision!r} was deleted. GET /v1/models lists what there is.", param="model"
+    )

@@ -40,6 +40,8 @@ class Resident:
     last_used_at: float = 0.0
     load_seconds: float | None = None
     probe_agreement: float | None = None
+    is_ahead: bool = False
+    """Nobody asked for it: it goes on, also without users, as long as there is a slot for it that nobody needs."""
     is_released: bool = False
     """Leaves for good when its present users are done; it is not taken back for later ones."""
     is_withdrawn: bool = False
@@ -52,9 +54,36 @@ class Resident:
         """The stay that counts and serves the users of this one."""
         return self if self.earlier_stay is None else self.earlier_stay
 
+    def not_ready_in(self, seconds: float, *, max_loras: int) -> errors.UnavailableError:
+        """For who has waited for it for ``seconds``; says what for."""
+        revision = self.artifact.revision
+        if self.ticket is not None and not self.ticket.done():
+            return errors.UnavailableError(
+                f"No adapter slot became free for {revision} in {seconds:g} s: all {max_loras} are in use. Try again, "
+                "or start the service with more (--max-loras).",
+                code="adapter_slots_busy",
+                retry_after_seconds=1,
+            )
+        what = "its files were still being checked" if self.ticket is None else "the engine was still loading it"
+        return errors.UnavailableError(
+            f"{revision} was not ready after {seconds:g} s: {what}. Try again shortly; if it stays so, look at the "
+            "registry's disk.",
+            code="adapter_load_slow",
+            retry_after_seconds=1,
+        )
+
     @property
     def is_idle(self) -> bool:
         return self.users == 0 and self.state is not AdapterState.LOADING
+
+
+@dataclass(eq=False, slots=True)
+class Vetting:
+    """One look of the gate at a revision without a load."""
+
+    revision: str
+    is_withdrawn: bool = False
+    """The registry has lost the revision meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

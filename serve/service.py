@@ -146,7 +146,7 @@ class ServingService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        self.pool.forget_all()  # who waits for a slot now would wait in vain
+        self.pool.close()  # who waits for a slot now, or comes later, would wait in vain
         await self.engine.stop(timeout_seconds=5)
 
     # -- inference -------------------------------------------------------------------------------------------
@@ -178,11 +178,11 @@ class ServingService:
 
     async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         """Answer a request to tokenize or detokenize. Any model name will do: adapters share the base's tokenizer."""
-        self.require_ready()
-        self._limits.check(body)
-        principal = _who_may_call(body["model"])
-        await self.catalog.resolve(body["model"], principal=principal)
-        return await self.engine.convert_tokens(endpoint, body)
+        with self._inside():
+            self._limits.check(body)
+            principal = _who_may_call(body["model"])
+            await self.catalog.resolve(body["model"], principal=principal)
+            return await self.engine.convert_tokens(endpoint, body)
 
     @contextlib.asynccontextmanager
     async def _running(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
@@ -194,7 +194,7 @@ class ServingService:
             request_id=origin.request_id,
             headers=origin.trace_headers,
         )
-        with self._counted(origin.protocol), trace as request_trace:
+        with self._counted(origin.protocol), trace as request_trace, self._inside():
             async with self._admitted(endpoint, body, origin, request_trace) as call:
                 yield call
 
@@ -202,7 +202,6 @@ class ServingService:
     async def _admitted(
         self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin, request_trace: RequestTrace
     ) -> AsyncIterator[Call]:
-        self.require_ready()
         self._limits.check(body)
         self.supervisor.quarantine.check(body)
         principal = _who_may_call(body["model"])
@@ -236,6 +235,33 @@ class ServingService:
                     yield call
 
     @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """From the first look at a request to its end, whatever it waits for: what a drain waits for.
+
+        Raises:
+            UnavailableError: requests should not come now, or too many are here.
+        """
+        self.require_ready()
+        if self._in_flight >= self._limits.max_in_flight:
+            raise errors.UnavailableError(
+                f"{self._in_flight} requests are in flight, which is the limit. Try again shortly.",
+                code="overloaded",
+                retry_after_seconds=1,
+            )
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        except errors.EngineDeadError as error:
+            if self._is_draining:
+                raise _cut_off() from error
+            raise
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    @contextlib.contextmanager
     def _counted(self, protocol: str) -> Iterator[None]:
         """Every request, those that are refused at once included: what availability is computed from."""
         outcome = "cancelled"  # also for GeneratorExit: the client left
@@ -252,14 +278,7 @@ class ServingService:
 
     def _refuse_excess(self, model: str) -> None:
         """Requests beyond what can be answered in reasonable time are better refused than queued for ever."""
-        limits = self._limits
-        if self._in_flight >= limits.max_in_flight:
-            raise errors.UnavailableError(
-                f"{self._in_flight} requests are in flight, which is the limit. Try again shortly.",
-                code="overloaded",
-                retry_after_seconds=1,
-            )
-        if self._in_flight_of[model] >= limits.max_in_flight_per_model:
+        if self._in_flight_of[model] >= self._limits.max_in_flight_per_model:
             raise errors.RateLimitedError(
                 f"{self._in_flight_of[model]} requests to {model} are in flight, the limit for one model. Send fewer "
                 "at a time, or try again shortly.",
@@ -283,26 +302,19 @@ class ServingService:
         self._in_flight_of[model] += 1
         in_flight = metrics.in_flight.labels(label)
         in_flight.inc()
-        self._in_flight += 1
-        self._idle.clear()
         outcome = "cancelled"  # also for GeneratorExit: the client left
         try:
             yield
             outcome = "ok"
         except Exception as error:
-            if isinstance(error, errors.EngineDeadError) and self._is_draining:
-                error = _cut_off()
-            elif isinstance(error, errors.EngineDeadError) and call.was_in_engine:
+            if isinstance(error, errors.EngineDeadError) and call.was_in_engine and not self._is_draining:
                 self.supervisor.died_under(call)
             outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
-            raise error
+            raise
         finally:
-            self._in_flight -= 1
             self._in_flight_of[model] -= 1
             if not self._in_flight_of[model]:
                 del self._in_flight_of[model]
-            if not self._in_flight:
-                self._idle.set()
             in_flight.dec()
             if target.arm is not None and self._runs_canary(target.requested):
                 metrics.alias_request(target.requested, target.arm, outcome)

@@ -55,6 +55,20 @@ class OpenGate:
         self.forgotten.append(revision)
 
 
+class SlowGate(OpenGate):
+    """Takes until ``go_on`` for one revision."""
+
+    def __init__(self, revision: str) -> None:
+        super().__init__()
+        self._revision = revision
+        self.go_on = asyncio.Event()
+
+    async def check(self, artifact: Any, limits: Any) -> None:
+        if artifact.revision == self._revision:
+            await self.go_on.wait()
+        await super().check(artifact, limits)
+
+
 @contextlib.asynccontextmanager
 async def running_pool(
     engine: FakeEngine, gate: OpenGate | None = None, **options: float
@@ -246,6 +260,20 @@ async def test_waiting_for_a_slot_ends_with_a_retryable_error() -> None:
         await user
 
 
+@pytest.mark.parametrize(("slow", "waits_for"), [("gate", "were still being checked"), ("engine", "still loading it")])
+async def test_a_wait_that_was_not_for_a_slot_says_what_it_was_for(slow: str, waits_for: str) -> None:
+    engine, gate = FakeEngine(), SlowGate("a@1")
+    if slow == "engine":
+        gate.go_on.set()
+        engine.load_gate.clear()
+    async with running_pool(engine, gate, max_wait_seconds=0.05) as pool:
+        with pytest.raises(errors.UnavailableError, match=waits_for) as caught:
+            await use_once(pool, "a@1")
+        assert caught.value.code == "adapter_load_slow"
+        assert caught.value.retry_after_seconds is not None
+        assert "slot" not in caught.value.message
+
+
 async def test_a_cancelled_waiter_leaves_the_slots_as_they_were() -> None:
     engine = FakeEngine(max_loras=1)
     async with running_pool(engine, turn_seconds=60) as pool:
@@ -306,7 +334,7 @@ async def test_an_adapter_that_is_withdrawn_while_it_loads_serves_who_waits_and_
         gate.forgotten.clear()
         engine.load_gate.set()
         if is_refused:
-            with pytest.raises(errors.InvalidArtifactError):
+            with pytest.raises(errors.ModelNotFoundError):
                 await user
         else:
             await user
@@ -322,6 +350,51 @@ async def test_preloading_never_evicts_anybody() -> None:
         await use_once(pool, "a@1")
         await pool.preload(FakeArtifact("b@1"))  # type: ignore[arg-type]
         assert engine.loads == ["a@1"]
+
+
+async def test_a_preload_whose_slot_goes_to_a_request_meanwhile_is_given_up() -> None:
+    engine, gate = FakeEngine(max_loras=2), SlowGate("new@1")
+    async with running_pool(engine, gate, turn_seconds=0.0) as pool:
+        await use_once(pool, "hot@1")
+        preloading = asyncio.create_task(pool.preload(FakeArtifact("new@1")))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        await use_once(pool, "other@1")
+        gate.go_on.set()
+        assert not await preloading
+        assert engine.unloads == []
+        assert pool.status("new@1").state is AdapterState.AVAILABLE
+        assert pool.num_free_slots == 0
+
+
+async def test_a_preload_that_a_request_joins_takes_its_turn_like_any_other() -> None:
+    engine, gate = FakeEngine(max_loras=2), SlowGate("new@1")
+    async with running_pool(engine, gate, turn_seconds=0.0) as pool:
+        await use_once(pool, "hot@1")
+        preloading = asyncio.create_task(pool.preload(FakeArtifact("new@1")))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        joining = asyncio.create_task(use_once(pool, "new@1"))
+        await use_once(pool, "other@1")
+        gate.go_on.set()
+        await joining
+        assert await preloading
+        assert engine.unloads == ["hot@1"]
+
+
+async def test_what_was_preloaded_is_not_the_next_to_go() -> None:
+    engine = FakeEngine(max_loras=2)
+    async with running_pool(engine) as pool:
+        await use_once(pool, "old@1")
+        assert await pool.preload(FakeArtifact("new@1"))  # type: ignore[arg-type]
+        await use_once(pool, "other@1")
+        assert engine.unloads == ["old@1"]
+
+
+async def test_who_comes_to_a_closed_pool_is_told_at_once() -> None:
+    async with running_pool(FakeEngine()) as pool:
+        pool.close()
+        with pytest.raises(errors.EngineDeadError):
+            await use_once(pool, "a@1")
+        assert list(pool.residents()) == []
 
 
 async def test_after_an_engine_restart_adapters_load_again_under_fresh_ids() -> None:
@@ -506,3 +579,18 @@ async def test_vetting_checks_without_the_engine_and_remembers() -> None:
                 await pool.vet(FakeArtifact("bad@1"))  # type: ignore[arg-type]
         assert pool.status("bad@1").state is AdapterState.REFUSED
         assert engine.loads == []
+
+
+async def test_a_revision_that_is_deleted_while_it_is_vetted_is_not_refused() -> None:
+    gate = SlowGate("bad@1")
+    gate.refuse.add("bad@1")
+    async with running_pool(FakeEngine(), gate) as pool:
+        vetting = asyncio.create_task(pool.vet(FakeArtifact("bad@1")))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        pool.withdraw("bad@1")
+        gate.forgotten.clear()
+        gate.go_on.set()
+        with pytest.raises(errors.ModelNotFoundError):
+            await vetting
+        assert pool.status("bad@1").state is AdapterState.AVAILABLE
+        assert gate.forgotten == ["bad@1"]
