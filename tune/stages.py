@@ -159,7 +159,8 @@ def prepare_stage(
         *((name, choice.value, choice.reason) for name, choice in schedule.items() if choice.value is not None),
     ):
         notes.append(TrainingEvent("info", f"stage {label}: {name} = {value} ({reason})"))
-    if stage.evaluate_every_epochs is not None:
+    validation = validation_examples(read)
+    if stage.evaluate_every_epochs is not None and len(validation):
         text = f"stage {label}: evaluate_every_steps = {validations.value} ({validations.reason})"
         notes.append(TrainingEvent("info", text))
     if stage.validation is not None and read.validation is not None:
@@ -167,7 +168,6 @@ def prepare_stage(
         how = f"system_prompt={stage.validation.system_prompt!r}, ignored_keys={ignored}"
         text = f"stage {label}: {stage.validation.path} has {how} ({validation_file.reason})"
         notes.append(TrainingEvent("info", text))
-    validation = validation_examples(read)
     reference = Reference() if stage.kind == "dpo" else None
     return ReadyStage(
         stage=resolved,
