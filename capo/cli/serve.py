@@ -94,14 +94,15 @@ def serve(
             started_at=started_at,
         )
         await server.run(lambda report: _announce(report, settings))
+        # Everything is closed by now; taking vLLM and torch apart would cost seconds and free nothing that outlives us.
+        # The loop's own end waits for every thread, and one that builds an engine again cannot be stopped.
+        if end_export is not None:
+            end_export()
+        sys.stdout.flush()
+        logging.shutdown()
+        os._exit(0)
 
     uvloop.run(run())  # vLLM's server runs on it too; a sixth less time per streamed token than asyncio's own loop
-    if end_export is not None:
-        end_export()
-    # Everything is closed by now; taking vLLM and torch apart would cost seconds and free nothing that outlives us.
-    sys.stdout.flush()
-    logging.shutdown()
-    os._exit(0)
 
 
 def read_settings(**given: Any) -> Settings:
