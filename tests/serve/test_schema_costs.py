@@ -99,11 +99,16 @@ DEAREST: dict[str, Callable[[int], dict[str, Any]]] = {
 
 def largest(make: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
     """Of the schemas that are looked into at all."""
-    number, step = 0, 8192
-    while step:
-        if len(json.dumps(make(number + step))) <= MAX_SCHEMA_BYTES:
-            number += step
-        step //= 2
+
+    def fits(number: int) -> bool:
+        return len(json.dumps(make(number))) <= MAX_SCHEMA_BYTES
+
+    number = 1
+    while fits(2 * number):
+        number *= 2
+    step = number
+    while step := step // 2:
+        number += step if fits(number + step) else 0
     # Read back: what is equal stands there more than once.
     schema: dict[str, Any] = json.loads(json.dumps(make(number)))
     return schema
