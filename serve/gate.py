@@ -39,13 +39,27 @@ class Gate:
 
         Raises:
             InvalidArtifactError: with a stable ``code``.
+            ModelNotFoundError: it was deleted meanwhile.
         """
         states = await asyncio.to_thread(_file_states, artifact)
         if states is not None and self._passed.get(artifact.revision) == states:
             return
-        self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)
+        try:
+            self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)
+        except errors.InvalidArtifactError:
+            await self.require_there(artifact)
+            raise
         if states is not None:
             self._passed[artifact.revision] = states
+
+    async def require_there(self, artifact: Artifact) -> None:
+        """To be asked after a refusal: of an adapter whose files have gone meanwhile it is no verdict.
+
+        Raises:
+            ModelNotFoundError: they have.
+        """
+        if not await asyncio.to_thread(artifact.path.exists):
+            raise deleted(artifact)
 
     def notes(self, revision: str) -> tuple[str, ...]:
         """What could not be checked of an adapter that passed, one sentence each."""
@@ -141,6 +155,13 @@ class Gate:
                 code="probe_mismatch",
             )
         return share
+
+
+def deleted(artifact: Artifact) -> errors.ModelNotFoundError:
+    """For who waited for it when that happened."""
+    return errors.ModelNotFoundError(
+        f"The model {artifact.revision!r} was deleted. GET /v1/models lists what there is.", param="model"
+    )
 
 
 def _check_probes(artifact: Artifact, limits: EngineLimits) -> None:

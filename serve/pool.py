@@ -24,7 +24,7 @@ from typing import Any
 
 from registry import Artifact, errors
 from serve.engine_api import Engine, EngineAdapter
-from serve.gate import Gate
+from serve.gate import Gate, deleted
 from serve.limits import ADAPTER_WAIT_SECONDS
 from serve.metrics import Metrics
 from serve.refusals import Refusals
@@ -157,7 +157,7 @@ class AdapterPool:
             await self._gate.check(artifact, self._engine.limits)
         except errors.InvalidArtifactError as error:
             if vetting.is_withdrawn:
-                raise _deleted(artifact) from error
+                raise deleted(artifact) from error
             self._refusals.add(artifact.revision, error)
             raise
         finally:
@@ -208,7 +208,11 @@ class AdapterPool:
                 return  # the slot was one of the engine before
             has_slot = True
             slot_at = time.monotonic()
-            await self._engine.load_adapter(resident.adapter)
+            try:
+                await self._engine.load_adapter(resident.adapter)
+            except errors.InvalidArtifactError:
+                await self._gate.require_there(artifact)
+                raise
             try:
                 resident.probe_agreement = await self._gate.probe(artifact, self._engine, resident.adapter)
             except errors.CapoError:
@@ -243,7 +247,7 @@ class AdapterPool:
         if has_slot:
             self._slots_in_use -= 1
         if resident.is_withdrawn and not isinstance(error, errors.EngineDeadError):
-            error = _deleted(resident.artifact)  # whatever became of it without its files is no verdict on it
+            error = deleted(resident.artifact)  # whatever became of it without its files is no verdict on it
         if not isinstance(error, errors.CapoError):
             logger.error("loading %s failed", revision, exc_info=error)
             error = errors.InternalError(f"loading {revision} failed: {type(error).__name__}")
@@ -444,9 +448,3 @@ class AdapterPool:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _deleted(artifact: Artifact) -> errors.ModelNotFoundError:
-    return errors.ModelNotFoundError(
-        f"The model {artifact.revision!r} was deleted. GET /v1/models lists what there is.", param="model"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,23 @@ async def test_bytes_that_changed_on_disk_are_refused(registry: Registry, base: 
     weights.chmod(0o600)
     weights.write_bytes(content)
     assert await code_of_refusal(registry, base, artifact) == "damaged"
+
+
+async def test_an_adapter_that_is_deleted_while_its_bytes_are_read_is_not_refused(
+    registry: Registry, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, gate = publish_unchecked(registry, write_adapter(tmp_path / "a"), base), Gate(registry, base)
+    await gate.require_there(artifact)
+
+    def lose(reference: str) -> list[str]:
+        shutil.rmtree(artifact.path)
+        return ["adapter_model.safetensors is missing"]
+
+    monkeypatch.setattr(registry, "verify", lose)
+    with pytest.raises(errors.ModelNotFoundError):
+        await gate.check(artifact, LIMITS)
+    with pytest.raises(errors.ModelNotFoundError):
+        await gate.require_there(artifact)
 
 
 async def test_a_whole_model_is_no_adapter(registry: Registry, base: BaseModel, tmp_path: Path) -> None:

@@ -37,11 +37,16 @@ class OpenGate:
     def __init__(self) -> None:
         self.refuse: set[str] = set()
         self.fail_probe: set[str] = set()
+        self.gone: set[str] = set()
         self.forgotten: list[str] = []
 
     async def check(self, artifact: Any, limits: Any) -> None:
         if artifact.revision in self.refuse:
             raise errors.InvalidArtifactError("not this one", code="not_finite")
+
+    async def require_there(self, artifact: Any) -> None:
+        if artifact.revision in self.gone:
+            raise errors.ModelNotFoundError("it is gone")
 
     async def probe(self, artifact: Any, engine: Any, adapter: Any) -> float | None:
         if artifact.revision in self.fail_probe:
@@ -594,3 +599,14 @@ async def test_a_revision_that_is_deleted_while_it_is_vetted_is_not_refused() ->
             await vetting
         assert pool.status("bad@1").state is AdapterState.AVAILABLE
         assert gate.forgotten == ["bad@1"]
+
+
+async def test_what_the_engine_says_of_an_adapter_whose_files_have_gone_is_no_refusal() -> None:
+    engine, gate = FakeEngine(), OpenGate()
+    engine.refuse.add("a@1")
+    gate.gone.add("a@1")
+    async with running_pool(engine, gate) as pool:
+        with pytest.raises(errors.ModelNotFoundError):
+            await use_once(pool, "a@1")
+        assert pool.status("a@1").state is AdapterState.AVAILABLE
+        assert pool.num_free_slots == 2
