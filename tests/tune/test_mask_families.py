@@ -297,6 +297,22 @@ def test_reasoning_is_trained_where_it_is_shown_and_gone_from_earlier_turns(name
     assert tokenizer.decode(examples[1].token_ids.tolist()).count("A greeting.") == 1
 
 
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe"])
+def test_reasoning_in_a_field_of_its_own_is_trained_as_the_template_writes_it(name: str) -> None:
+    thinking = {**HELLO, "reasoning": "A greeting."}
+    (texts,) = spans(name, ASK, thinking)
+    (inline,) = spans(name, ASK, THOUGHT)
+    assert texts == inline
+    assert "A greeting." in texts[0]
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "forgetting", "gptoss", "deepseek_r1_distill"])
+def test_reasoning_that_the_template_leaves_out_is_refused(name: str) -> None:
+    tokenizer = tokenizer_of(name, "<｜end▁of▁sentence｜>" if "deepseek" in name else FAMILIES[name].eos)
+    with pytest.raises(InvalidDataError, match=r"<think>\.\.\.</think>"):
+        ChatEncoder(tokenizer).encode(row_of(ASK, {**HELLO, "reasoning": "A greeting."}))
+
+
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
 def test_a_template_that_cuts_the_reasoning_out_trains_what_the_row_has(name: str) -> None:
     """Its prompt opens the reasoning, so the answer begins inside of it."""

@@ -107,10 +107,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "name is a number": (chat({**USER, "name": 3}, ASSISTANT), "name must be a text, got 3"),
     "unknown key with null": (chat({**USER, "contents": None}, ASSISTANT), "did you mean 'content'"),
     "refusal": (chat(USER, {**ASSISTANT, "refusal": "No."}), "unknown key 'refusal'"),
-    "reasoning": (
-        chat(USER, {**ASSISTANT, "reasoning_content": "Hm."}),
-        "reasoning_content is not trained; write it into",
-    ),
+    "reasoning is a number": (chat(USER, {**ASSISTANT, "reasoning": 3}), "reasoning must be a text, got 3"),
+    "two reasonings": (chat(USER, {**ASSISTANT, "reasoning": "a", "reasoning_content": "b"}), "two names of one text"),
+    "reasoning on user": (chat({**USER, "reasoning": "Hm."}, ASSISTANT), "unknown key 'reasoning'"),
     "function_call": (chat(USER, {**ASSISTANT, "function_call": {"name": "f"}}), "write tool_calls"),
     "tool_calls empty": (chat(USER, calling()), r"messages\[1\].content is empty"),
     "tool_calls is an object": (chat(USER, {"role": "assistant", "tool_calls": {"a": 1}}), "must be a list of calls"),
@@ -258,6 +257,11 @@ NULLS = {"name": None, "weight": None, "tool_calls": None, "tool_call_id": None,
 ASKS_FOR_NOTHING = {
     "what the SDK dumps": (chat(USER, {**ASSISTANT, **DUMPED}), chat(USER, ASSISTANT)),
     "what litellm dumps": (chat(USER, {**ASSISTANT, "provider_specific_fields": {"a": 1}}), chat(USER, ASSISTANT)),
+    "no reasoning": (chat(USER, {**ASSISTANT, "reasoning": "", "reasoning_content": None}), chat(USER, ASSISTANT)),
+    "reasoning by its older name": (
+        chat(USER, {**ASSISTANT, "reasoning_content": "Hm."}),
+        chat(USER, {**ASSISTANT, "reasoning": "Hm."}),
+    ),
     "no calls": (chat(USER, {**ASSISTANT, "tool_calls": []}), chat(USER, ASSISTANT)),
     "null for each key of other messages": (
         chat(*({**NULLS, **each} for each in (USER, calling(CALL), ANSWER_OF_F, ASSISTANT))),
@@ -295,6 +299,7 @@ TAKEN = {
     "a greeting that is read": ({**ASSISTANT, "weight": 0}, USER, ASSISTANT),
     "an empty question": (message("user", ""), ASSISTANT),
     "an empty system message": (message("system", ""), USER, ASSISTANT),
+    "an answer with its reasoning": (USER, {**ASSISTANT, "reasoning": "Hm."}),
     "an empty name": ({**USER, "name": ""}, ASSISTANT),
     "an empty answer that is read": (USER, {"role": "assistant", "content": "", "weight": 0}, USER, ASSISTANT),
 }

@@ -75,6 +75,12 @@ CASES: dict[str, tuple[Messages, Tools]] = {
     "an answer in parts": ((ASK, {**HELLO, "content": parts("Hello", "there.")}, SURE, YES), None),
     "an empty question": ((message("user", ""), HELLO), None),
     "two answers in a row": ((ASK, HELLO, YES), None),
+    "reasoning that is read": ((ASK, {**HELLO, "reasoning": "A greeting.", "weight": 0}, SURE, YES), None),
+    "reasoning by its older name": ((ASK, {**HELLO, "reasoning_content": "Hm.", "weight": 0}, SURE, YES), None),
+    "reasoning before a call": (
+        (ASK, {**CALLING, "reasoning": "Hm.", "weight": 0}, ANSWERED, HELLO, SURE, YES),
+        [LOOK_UP],
+    ),
     "a greeting first": (({**HELLO, "weight": 0}, ASK, YES), None),
     "an empty answer that is read": ((ASK, {**HELLO, "content": None, "weight": 0}, SURE, YES), None),
     "tool": ((ASK, HELLO), [LOOK_UP]),

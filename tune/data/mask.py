@@ -133,6 +133,12 @@ class ChatEncoder:
             if not prompt:
                 reason = f"the chat template renders nothing before messages[{index}], so all tokens would be trained"
                 raise _template_fault(row.line, reason)
+            if message.get("reasoning", "").strip() not in text[len(prompt) :]:
+                reason = (
+                    f"the chat template does not render the reasoning of messages[{index}]; write it into the content, "
+                    f"as {_REASONING_START}...{_REASONING_END} before the answer"
+                )
+                raise _template_fault(row.line, reason)
             if not any(token in text[len(prompt) :] for token in self._stop_tokens):
                 text += self._closing(row, index, prompt)
             turns.append(_Turn(index, prompt, text))
@@ -163,8 +169,8 @@ class ChatEncoder:
         following: dict[str, Any] = {"role": "user", "content": "x"}
         if index + 1 < len(row.messages) and row.messages[index + 1]["role"] in ("user", "tool"):
             following = row.messages[index + 1]
-        for answer in (row.messages[index], {**row.messages[index], "content": "x"}):  # "x" has no reasoning to cut out
-            turns = [*row.messages[:index], answer]
+        given = row.messages[: index + 1]
+        for turns in (given, [_with_short_answer(message) for message in given]):
             try:
                 text = self._render(turns, row.tools, add_generation_prompt=False)
                 longer = self._render([*turns, following], row.tools, add_generation_prompt=False)
@@ -302,6 +308,13 @@ def _check_tools_are_rendered(row: ChatRow, turns: Sequence[_Turn]) -> None:
         if missing:
             reason = f"the chat template does not render the {what} {missing}; use a base whose template knows tools"
             raise _template_fault(row.line, reason)
+
+
+def _with_short_answer(message: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's message without reasoning, which many templates cut out once a question follows."""
+    if message["role"] != "assistant":
+        return message
+    return {key: value for key, value in message.items() if key != "reasoning"} | {"content": "x"}
 
 
 def _roles_with_names(messages: Sequence[dict[str, Any]]) -> list[str]:

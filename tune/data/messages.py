@@ -22,13 +22,13 @@ _KEYS_OF_ROLE = {
     "system": ("role", "content", "name"),
     "developer": ("role", "content", "name"),
     "user": ("role", "content", "name"),
-    "assistant": ("role", "content", "name", "weight", "tool_calls"),
+    "assistant": ("role", "content", "name", "weight", "tool_calls", "reasoning", "reasoning_content"),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
 _KNOWN_KEYS = frozenset(key for keys in _KEYS_OF_ROLE.values() for key in keys)
 # Fields of the SDKs' message objects, which hold nothing in most answers; ``datasets`` writes null for each key that
 # another message has. litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields.
-_SDK_KEYS = frozenset({"refusal", "audio", "function_call", "annotations", "reasoning", "reasoning_content"})
+_SDK_KEYS = frozenset({"refusal", "audio", "function_call", "annotations"})
 _UNREAD_KEYS = frozenset({"provider_specific_fields"})
 
 
@@ -109,7 +109,7 @@ def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
 
 def _said(message: dict[str, Any]) -> dict[str, Any]:
     """Without the keys that ask for nothing."""
-    empty = _SDK_KEYS | {"tool_calls"}
+    empty = _SDK_KEYS | {"tool_calls", "reasoning", "reasoning_content"}
     return {
         key: value
         for key, value in message.items()
@@ -135,10 +135,6 @@ def _check_message(message: dict[str, Any], role: str, where: str, line: int) ->
     if "function_call" in message:
         reason = f"{where}.function_call is the old form; write tool_calls instead"
         _refuse(line, f"{where}.function_call", reason, "old_format")
-    for key in ("reasoning", "reasoning_content"):
-        if key in message:
-            reason = f"{where}.{key} is not trained; write it into the content, as <think>...</think> before the answer"
-            _refuse(line, f"{where}.{key}", reason, "unknown_key")
     _check_keys(message, _KEYS_OF_ROLE[role], where, line)
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
@@ -148,6 +144,9 @@ def _check_message(message: dict[str, Any], role: str, where: str, line: int) ->
     if calls is not None:
         cleaned["tool_calls"] = _check_tool_calls(calls, f"{where}.tool_calls", line)
     cleaned["content"] = _check_content(message.get("content"), role, f"{where}.content", line)
+    reasoning = message.get("reasoning", message.get("reasoning_content"))
+    if reasoning is not None:
+        cleaned["reasoning"] = _check_reasoning(message, reasoning, where, line)
     if role == "assistant" and weight == 1 and calls is None and not joined_content(cleaned["content"]).strip():
         reason = f"{where}.content is empty, so the answer would teach to say nothing; leave it out or set weight 0"
         _refuse(line, f"{where}.content", reason, "empty_content")
@@ -177,6 +176,18 @@ def _check_content(content: object, role: str, where: str, line: int) -> str | l
         reason = f"{where} must be a string or a list of text parts, got {_shown(content)}"
         _refuse(line, where, reason, "content_type")
     return content
+
+
+def _check_reasoning(message: dict[str, Any], reasoning: object, where: str, line: int) -> str:
+    """``reasoning_content`` is the older name of ``reasoning``."""
+    key = "reasoning" if "reasoning" in message else "reasoning_content"
+    if not isinstance(reasoning, str):
+        reason = f"{where}.{key} must be a text, got {_shown(reasoning)}"
+        _refuse(line, f"{where}.{key}", reason, "content_type")
+    if message.get("reasoning_content", reasoning) != reasoning:
+        reason = f"{where}: reasoning and reasoning_content are two names of one text, and differ; leave one out"
+        _refuse(line, f"{where}.reasoning_content", reason, "content_type")
+    return reasoning
 
 
 def _checked_parts(parts: Sequence[object], where: str, line: int) -> list[dict[str, Any]]:

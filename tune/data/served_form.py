@@ -45,6 +45,8 @@ def _message(message: JsonObject, *, as_parts: bool) -> JsonObject:
     served = {"role": message["role"], "content": content}
     if "tool_calls" in message:
         served["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    if "reasoning" in message:
+        served["reasoning"] = served["reasoning_content"] = message["reasoning"]
     served |= {key: message[key] for key in ("tool_call_id", "name") if key in message}
     if message["role"] == "developer":
         served["tools"] = None
