@@ -46,14 +46,14 @@ class Gate:
             return
         try:
             self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)
-        except errors.InvalidArtifactError:
+        except (errors.InvalidArtifactError, errors.StorageError):
             await self.require_there(artifact)
             raise
         if states is not None:
             self._passed[artifact.revision] = states
 
     async def require_there(self, artifact: Artifact) -> None:
-        """To be asked after a refusal: of an adapter whose files have gone meanwhile it is no verdict.
+        """To be asked after a refusal or a failure: of an adapter whose files have gone meanwhile it says nothing.
 
         Raises:
             ModelNotFoundError: they have.

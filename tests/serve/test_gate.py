@@ -167,15 +167,18 @@ async def test_bytes_that_changed_on_disk_are_refused(registry: Registry, base: 
     assert await code_of_refusal(registry, base, artifact) == "damaged"
 
 
+@pytest.mark.parametrize("is_seen_as_damage", [True, False])
 async def test_an_adapter_that_is_deleted_while_its_bytes_are_read_is_not_refused(
-    registry: Registry, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_seen_as_damage: bool
 ) -> None:
     artifact, gate = publish_unchecked(registry, write_adapter(tmp_path / "a"), base), Gate(registry, base)
     await gate.require_there(artifact)
 
     def lose(reference: str) -> list[str]:
         shutil.rmtree(artifact.path)
-        return ["adapter_model.safetensors is missing"]
+        if is_seen_as_damage:
+            return ["adapter_model.safetensors is missing"]
+        raise errors.StorageError("No such file or directory")
 
     monkeypatch.setattr(registry, "verify", lose)
     with pytest.raises(errors.ModelNotFoundError):
