@@ -8,11 +8,11 @@ from registry.aliases import Alias, AliasStore, Canary, CanaryRequest
 from registry.artifacts import Artifact, ArtifactStore
 from registry.changes import Changes
 from registry.errors import ConflictError, InvalidNameError, ModelNotFoundError
-from registry.names import MutableReference, RevisionReference, parse_reference, shown
+from registry.names import FineTunedName, MutableReference, RevisionReference, check_name, parse_reference, shown
 
 
 class Flips:
-    """Names are checked already, ``now`` is in unix seconds."""
+    """The form of names is checked already, ``now`` is in unix seconds."""
 
     def __init__(self, artifacts: ArtifactStore, aliases: AliasStore, changes: Changes) -> None:
         self._artifacts = artifacts
@@ -30,7 +30,7 @@ class Flips:
     ) -> Alias:
         """See :meth:`registry.store.Registry.set_alias`."""
         with self._changes.one(f"set the alias '{alias.text}'"):
-            artifact, running = self._found(revision, canary)
+            artifact, running = self._found(alias, revision, canary)
             return self._aliases.put(
                 alias,
                 artifact,
@@ -49,7 +49,7 @@ class Flips:
         expected: str | None,
     ) -> list[Artifact]:
         """See :meth:`registry.store.Registry.check_alias`."""
-        artifact, running = self._found(revision, canary)
+        artifact, running = self._found(alias, revision, canary)
         self._aliases.check(alias, artifact, canary=_record(canary, running), expected=expected)
         return [artifact] if running is None else [artifact, running]
 
@@ -75,9 +75,22 @@ class Flips:
             self._aliases.remove(alias)
         return removed
 
-    def _found(self, revision: RevisionReference, canary: CanaryRequest | None) -> tuple[Artifact, Artifact | None]:
+    def _found(
+        self, alias: MutableReference, revision: RevisionReference, canary: CanaryRequest | None
+    ) -> tuple[Artifact, Artifact | None]:
         artifact = self._artifacts.find(revision)
+        check_is_not_the_base(alias, artifact.manifest.base_model.id)
         return artifact, None if canary is None else self._artifacts.find(revision_reference(canary.revision))
+
+
+def check_is_not_the_base(alias: MutableReference, base_model_id: str) -> None:
+    """A base model answers to its id itself, so an alias of that name could never be called.
+
+    Raises:
+        InvalidNameError: ``alias`` has that name.
+    """
+    if not isinstance(alias, FineTunedName):
+        check_name(alias.name, reserved=[base_model_id])
 
 
 def revision_reference(text: str) -> RevisionReference:

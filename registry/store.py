@@ -9,7 +9,7 @@ and by one rename.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from registry.base_model import BaseModel
 from registry.changes import Changes
 from registry.durable import Filesystem, storage_errors
 from registry.errors import InvalidNameError, ModelNotFoundError, StorageError
-from registry.flips import Flips, revision_reference
+from registry.flips import Flips, check_is_not_the_base, revision_reference
 from registry.garbage import DEFAULT_MIN_AGE_SECONDS, GcReport
 from registry.layout import Layout, check_layout, create_layout
 from registry.manifest import ManifestDraft
@@ -45,10 +45,8 @@ class Registry:
     threads.
 
     Args of the constructor: ``create`` makes a missing registry; ``read_only`` promises that nothing is ever
-    written, so it works on a read-only mount; ``reserved_names`` are refused for new names and aliases (give
-    the ids of base models that are served beside the adapters); ``principal``: on whose behalf (see
-    :meth:`on_behalf_of`), not given: for the operator, who sees everything; ``filesystem`` and ``clock`` (unix
-    seconds) are for tests.
+    written, so it works on a read-only mount; ``principal``: on whose behalf (see :meth:`on_behalf_of`), not
+    given: for the operator, who sees everything; ``filesystem`` and ``clock`` (unix seconds) are for tests.
     """
 
     def __init__(
@@ -57,14 +55,12 @@ class Registry:
         *,
         create: bool = True,
         read_only: bool = False,
-        reserved_names: Collection[str] = (),
         principal: Principal | None = None,
         filesystem: Filesystem | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.root = Path(root).absolute()
         self.read_only = read_only
-        self._reserved_names = frozenset(reserved_names)
         self._filesystem = filesystem if filesystem is not None else Filesystem()
         self._clock = clock
         self._layout = Layout(self.root)
@@ -95,7 +91,6 @@ class Registry:
             self.root,
             create=False,
             read_only=self.read_only,
-            reserved_names=self._reserved_names,
             principal=principal,
             filesystem=self._filesystem,
             clock=self._clock,
@@ -130,14 +125,17 @@ class Registry:
         without its aliases.
 
         Raises:
-            InvalidNameError: a name or alias is malformed or reserved.
+            InvalidNameError: a name or alias is malformed, reserved, or that of the base model, which would answer
+                to it.
             InvalidArtifactError: the directory holds something that no artifact may hold.
             ConflictError: the ``ft:`` name points to something else already.
             StorageError: the disk is full or failing; staged files are removed.
         """
         self._require_writable("publish")
-        check_name(draft.name, reserved=self._reserved_names)
+        check_name(draft.name, reserved=[draft.base_model.id])
         targets = [self._new_alias(text) for text in (alias, fine_tuned_name) if text is not None]
+        for target in targets:
+            check_is_not_the_base(target, draft.base_model.id)
         if fine_tuned_name is not None and not isinstance(targets[-1], FineTunedName):
             raise InvalidNameError(f"{shown(fine_tuned_name)} is not a fine-tuned name; it must start with 'ft:'.")
         if self._principal is not None:
@@ -158,7 +156,7 @@ class Registry:
             says which.
         """
         self._require_writable("import an adapter")
-        check_name(name, reserved=self._reserved_names)
+        check_name(name, reserved=[] if base_model is None else [base_model.id])
         with self.stage() as staging:
             with storage_errors(f"copy the adapter '{name}'"):
                 copy_into(self._filesystem, directory, staging)
@@ -358,7 +356,7 @@ class Registry:
     def _new_alias(self, text: str) -> MutableReference:
         alias = parse_alias(text)
         if not isinstance(alias, FineTunedName):
-            check_name(alias.name, reserved=self._reserved_names)
+            check_name(alias.name)
         self._layout.alias(alias)
         return alias
 

@@ -61,6 +61,9 @@ class Choice:
 
     texts: Sequence[str]
 
+    def __post_init__(self) -> None:
+        _refuse_one_text("Choice.texts", self.texts)
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -80,7 +83,8 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
+    """One or several; the answer ends before the first that comes."""
     stop_token_ids: Sequence[int] = ()
     n: int | None = None
     frequency_penalty: float | None = None
@@ -102,6 +106,9 @@ class Sampling:
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     user: str | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_one_text("bad_words", self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,12 @@ class ChatOptions:
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+
+def _refuse_one_text(name: str, texts: Sequence[str]) -> None:
+    """A text is a sequence of texts, too: of its letters, which no type checker tells apart."""
+    if isinstance(texts, str):
+        raise TypeError(f"{name} is a list of texts, got the text {texts!r}. Send [{texts!r}].")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

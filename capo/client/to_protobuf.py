@@ -34,7 +34,7 @@ _TOOL_CHOICES = {
     ToolChoice.REQUIRED: pb.TOOL_CHOICE_REQUIRED,
 }
 _SAME_NAME = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "n", "frequency_penalty",
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "n", "frequency_penalty",
     "presence_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos", "bad_words",
     "allowed_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
     "add_special_tokens", "truncate_prompt_tokens", "prompt_logprobs", "return_token_ids", "user",
@@ -88,8 +88,9 @@ def _input(prompt: Prompt) -> dict[str, Any]:
 
 
 def _sampling(sampling: Sampling) -> pb.Sampling:
-    # Protobuf takes None as not set.
-    return pb.Sampling(**{name: getattr(sampling, name) for name in _SAME_NAME}, **_structure(sampling))
+    # Protobuf takes None as not set, and a text as a list of its letters.
+    stop = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
+    return pb.Sampling(**{name: getattr(sampling, name) for name in _SAME_NAME}, stop=stop, **_structure(sampling))
 
 
 def _structure(sampling: Sampling) -> dict[str, Any]:

@@ -161,8 +161,6 @@ def _message(message: pb.Message) -> dict[str, Any]:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
-    else:
-        body.setdefault("content", "")
     return body
 
 

@@ -211,6 +211,15 @@ def test_each_structure_has_its_field(structure: Any, field: dict[str, Any]) -> 
     assert request.sampling == pb.Sampling(**field)
 
 
+def test_a_text_is_never_taken_for_a_list_of_its_letters() -> None:
+    assert chat_request("m", "hello", Sampling(stop="END"), ChatOptions()).sampling.stop == ["END"]
+    assert chat_request("m", "hello", Sampling(stop=["END", "x"]), ChatOptions()).sampling.stop == ["END", "x"]
+    with pytest.raises(TypeError, match="bad_words is a list of texts, got the text 'foo'"):
+        Sampling(bad_words="foo")
+    with pytest.raises(TypeError, match="Choice.texts is a list of texts"):
+        Choice("yes")
+
+
 def test_the_options_cover_every_field_of_the_definition() -> None:
     def names(*kinds: type) -> set[str]:
         return {name for kind in kinds for name in inspect.signature(kind).parameters}

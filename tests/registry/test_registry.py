@@ -264,13 +264,18 @@ def test_gc_refuses_to_guess_when_an_alias_is_damaged(registry: Registry) -> Non
 
 
 def test_reserved_names_are_refused_for_artifacts_and_aliases(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "registry", reserved_names={"capo-tiny"})
+    registry = Registry(tmp_path / "registry")
     artifact = _publish(registry, "one")
+    base = artifact.manifest.base_model.id
     with pytest.raises(InvalidNameError, match="reserved"):
-        _publish(registry, "one", name="capo-tiny")
-    for alias in ("capo-tiny", "text", "default"):
+        _publish(registry, "one", name=base)
+    for name in (base, "text", "default"):
         with pytest.raises(InvalidNameError, match="reserved"):
-            registry.set_alias(alias, artifact.revision)
+            _publish(registry, "one", alias=name)
+        for change in (registry.set_alias, registry.check_alias):
+            with pytest.raises(InvalidNameError, match="reserved"):
+                change(name, artifact.revision)
+    assert registry.aliases() == []
 
 
 def test_opening_what_is_no_registry_says_so(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ WRONG: dict[str, tuple[Endpoint, dict[str, Any], dict[str, Any]]] = {
         ("n", 17), ("prompt_logprobs", 100), ("stop", many(17)), ("stop", ["x" * 257]),
         ("logit_bias", {str(n): 1 for n in range(301)}),
     )},
+    "a turn that says nothing": (CHAT, {"messages": [{"role": "user"}]}, {"messages": [{"role": "user"}]}),
     "an answer of a tool that nobody called": (
         CHAT,
         {"messages": [HELLO, {"role": "tool", "content": "3", "tool_call_id": "call-1"}]},
