@@ -216,7 +216,7 @@ def test_a_text_is_never_taken_for_a_list_of_its_letters() -> None:
     assert chat_request("m", "hello", Sampling(stop=["END", "x"]), ChatOptions()).sampling.stop == ["END", "x"]
     with pytest.raises(TypeError, match="bad_words is a list of texts, got the text 'foo'"):
         Sampling(bad_words="foo")
-    with pytest.raises(TypeError, match="Choice.texts is a list of texts"):
+    with pytest.raises(TypeError, match=r"Choice\.texts is a list of texts"):
         Choice("yes")
 
 
