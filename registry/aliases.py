@@ -155,10 +155,10 @@ class AliasStore:
         return record
 
     def all(self, *, skip_damaged: bool = True) -> list[Alias]:
-        """All aliases by name.
+        """All aliases by name; ``skip_damaged`` leaves out those that cannot be read.
 
         Raises:
-            InvalidArtifactError: a file is damaged and ``skip_damaged`` is false.
+            InvalidArtifactError, PermissionError: one cannot, and ``skip_damaged`` is false.
         """
         with os.scandir(self._layout.aliases) as entries:
             paths = sorted(
@@ -178,7 +178,7 @@ class AliasStore:
                 found.append(_read(path))
             except FileNotFoundError:
                 continue  # removed since the listing
-            except InvalidArtifactError:
+            except (InvalidArtifactError, PermissionError):
                 if not skip_damaged:
                     raise
         return found

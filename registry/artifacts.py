@@ -53,7 +53,7 @@ class DamagedArtifact:
 
     name: str
     digest: str
-    """What the directory is named by; nothing vouches for it."""
+    """What the directory is named by; nothing vouches for it. Empty: that of all revisions of the name."""
     error: InvalidArtifactError = field(compare=False)
 
     @property
@@ -164,11 +164,13 @@ class ArtifactStore:
         found: list[Artifact] = []
         damaged: list[DamagedArtifact] = []
         for each in names:
-            for entry in self._read(each, ""):
-                if isinstance(entry, Artifact):
-                    found.append(entry)
-                else:
-                    damaged.append(entry)
+            try:
+                entries = list(self._read(each, ""))
+            except PermissionError:
+                damaged.append(DamagedArtifact(each, "", _unreadable("Its directory")))
+                continue
+            found += [entry for entry in entries if isinstance(entry, Artifact)]
+            damaged += [entry for entry in entries if isinstance(entry, DamagedArtifact)]
         if name is None:
             self._forget_all_but({artifact.path for artifact in found})
         return sorted(found, key=lambda a: (a.name, a.manifest.created_at, a.digest)), damaged
@@ -225,6 +227,7 @@ class ArtifactStore:
         folder = artifact.path.parent
         if not folder.is_dir():
             self._filesystem.mkdir(folder)
+            self._filesystem.let_in_readers(folder)
         # Not only when we made it: another publisher may have been killed between its mkdir and its fsync.
         self._filesystem.fsync_dir(self._layout.artifacts)
         if replace and artifact.path.exists():
@@ -274,14 +277,7 @@ class ArtifactStore:
                 # A copy: a raised instance holds on to the frames that it came through.
                 yield DamagedArtifact(name, digest, copy.copy(error))
             except PermissionError:
-                yield DamagedArtifact(
-                    name,
-                    digest,
-                    InvalidArtifactError(
-                        f"{MANIFEST_NAME} may not be read by this user. Give it back its owner and mode.",
-                        code="unreadable",
-                    ),
-                )
+                yield DamagedArtifact(name, digest, _unreadable(MANIFEST_NAME))
             except (FileNotFoundError, NotADirectoryError):
                 # If the directory itself is gone, somebody removed it meanwhile.
                 if self._layout.artifact(name, digest).is_dir():
@@ -291,6 +287,12 @@ class ArtifactStore:
     def _forget_all_but(self, paths: set[Path]) -> None:
         for path in set(self._cache) - paths:
             self._cache.pop(path, None)
+
+
+def _unreadable(what: str) -> InvalidArtifactError:
+    return InvalidArtifactError(
+        f"{what} may not be read by this user. Give it back its owner and mode.", code="unreadable"
+    )
 
 
 def _read_manifest(path: Path, name: str, digest: str) -> Manifest:

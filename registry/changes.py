@@ -67,7 +67,7 @@ class Changes:
         """
         try:
             generation = self._layout.generation.read_bytes()[:_MAX_GENERATION_BYTES]
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             generation = b""
         if generation.startswith(_SETTLED.encode()):
             return generation, _time_of(self._layout.artifacts), _time_of(self._layout.aliases)
@@ -111,6 +111,8 @@ def _name_states(artifacts: Path) -> tuple[_State, ...]:
                 num_entries = len(os.listdir(entry.path))  # noqa: PTH208 - pathlib would build a Path per entry
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            except PermissionError:
+                num_entries = -1  # one name that this user may not list must not hide the others' changes
             states.append((entry.name, status.st_ino, status.st_mtime_ns, num_entries))
     return tuple(sorted(states))
 

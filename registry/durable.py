@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -36,13 +37,17 @@ TEMPORARY_PREFIX = ".tmp-"
 _COPY_CHUNK_BYTES = 4 << 20
 _LOCK_POLL_SECONDS = 0.005
 
+_NOT_PERMITTED = (
+    "The user of this process lacks the right to: give it the registry's directory, or mend the owner and mode of what "
+    "lies in it, then try again."
+)
 _ADVICE = {
     errno.ENOSPC: "The disk is full: free space (for instance with the registry's gc), then try again.",
     errno.EDQUOT: "The quota is used up: free space or raise the quota, then try again.",
     errno.EIO: "The device failed: check it and the file system before you try again.",
     errno.EROFS: "The file system is read-only: open the registry read-only, or mount it writable.",
-    errno.EACCES: "This user may not write there: give it the registry's directory.",
-    errno.EPERM: "This user may not write there: give it the registry's directory.",
+    errno.EACCES: _NOT_PERMITTED,
+    errno.EPERM: _NOT_PERMITTED,
 }
 
 
@@ -67,8 +72,15 @@ class Filesystem:
         """Make one directory; fine if it is there."""
         path.mkdir(exist_ok=True)
 
+    def let_in_readers(self, path: Path) -> None:
+        """Let everybody list a directory, whatever the umask: the services that read it may run as another user. Who
+        may come this far at all, the directories above decide."""
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o055 != 0o055:
+            path.chmod(mode | 0o055)
+
     def write_file(self, path: Path, data: bytes) -> None:
-        """Make a new file; never follows a link or overwrites."""
+        """Make a new file, readable for everybody; never follows a link or overwrites."""
         with _create(path) as target:
             target.write(data)
 
@@ -175,7 +187,11 @@ def storage_errors(action: str) -> Iterator[None]:
 
 def _create(path: Path) -> BinaryIO:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    return os.fdopen(os.open(path, flags, 0o644), "wb")
+    descriptor = os.open(path, flags, 0o644)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    if mode & 0o044 != 0o044:  # the umask of who calls must not hide from services what it changes
+        os.fchmod(descriptor, mode | 0o044)
+    return os.fdopen(descriptor, "wb")
 
 
 def _fsync(path: Path, flags: int) -> None:

@@ -89,6 +89,8 @@ def create_layout(layout: Layout, filesystem: Filesystem) -> None:
             return
         for folder in folders:
             filesystem.mkdir(folder)
+        for folder in (layout.artifacts, layout.aliases):
+            filesystem.let_in_readers(folder)
         filesystem.fsync_dir(layout.root)
         replace_file(filesystem, layout.marker, _MARKER)
     finally:

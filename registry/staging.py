@@ -98,6 +98,8 @@ def seal(filesystem: Filesystem, staging: Path) -> dict[str, FileRecord]:
         filesystem.make_read_only(path)
         filesystem.fsync(path)
         records[relative] = FileRecord(size_bytes=size_bytes, sha256=sha256)
+    filesystem.let_in_readers(staging)
     for folder in folders_of(relative_paths):
+        filesystem.let_in_readers(staging / folder)
         filesystem.fsync_dir(staging / folder)
     return records

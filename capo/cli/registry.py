@@ -13,7 +13,7 @@ from rich.table import Table
 from capo.cli.audited import audited
 from capo.cli.printing import print_table
 from capo.cli.serve import read_settings
-from registry import Alias, CanaryRequest, Registry, errors
+from registry import Alias, CanaryRequest, DamagedArtifact, Registry, errors
 
 app = typer.Typer(help="List, check and change what a registry directory holds.", no_args_is_help=True)
 
@@ -147,12 +147,16 @@ def verify(
 ) -> None:
     """Read every byte again and compare with the manifest. Exit code 1 if anything differs."""
     opened = _open(registry, read_only=True)
+    unlisted: list[DamagedArtifact] = []
     if reference:
         revisions = [opened.resolve(reference).revision]
     else:
         artifacts, damaged = opened.survey()
-        revisions = [artifact.revision for artifact in artifacts] + [each.revision for each in damaged]
-    broken = 0
+        revisions = [artifact.revision for artifact in artifacts] + [each.revision for each in damaged if each.digest]
+        unlisted = [each for each in damaged if not each.digest]
+    broken = len(unlisted)
+    for each in unlisted:
+        typer.echo(f"{each.name}: {each.error.message}")
     for revision in revisions:
         problems = opened.verify(revision)
         broken += bool(problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import subprocess
@@ -15,6 +16,7 @@ from bench.adapters import write_random_adapter
 from capo.cli import registry as registry_cli
 from capo.cli.serve import read_settings
 from registry import Registry, errors, locate_base_model
+from registry.artifacts import ArtifactStore
 from tests.registry.samples import write_adapter, write_base
 from tests.serve.running import publish
 
@@ -73,6 +75,25 @@ def test_what_is_damaged_is_listed_with_its_fault_and_fails_a_verification(tmp_p
     assert listed.stderr.startswith(f"{damaged.revision} is damaged: manifest.json is missing.")
     verified = run(tmp_path, "verify")
     assert verified.output.splitlines() == [f"{whole.revision}: ok", f"{damaged.revision}: manifest.json is missing"]
+    assert verified.exit_code == 1
+
+
+def test_a_name_that_may_not_be_listed_fails_a_verification_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path)
+    whole, locked = (publish(registry, name) for name in ("whole", "locked"))
+    directories = ArtifactStore.directories
+
+    def refuse(store: ArtifactStore, name: str, digest_prefix: str = "") -> list[str]:
+        if name == locked.name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return directories(store, name, digest_prefix)
+
+    monkeypatch.setattr(ArtifactStore, "directories", refuse)
+    verified = run(tmp_path, "verify")
+    refusal = "locked: Its directory may not be read by this user. Give it back its owner and mode."
+    assert verified.output.splitlines() == [refusal, f"{whole.revision}: ok"]
     assert verified.exit_code == 1
 
 
