@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -188,6 +189,22 @@ async def test_while_the_database_is_away_nobody_new_comes_in_and_nobody_is_shut
             ring.find(known.text)
     finally:
         following.cancel()
+
+
+async def test_a_revocation_is_followed_while_every_thread_of_asyncios_own_is_busy(tmp_path: Path) -> None:
+    store = KeyStore(Database(sqlite_url(tmp_path / "jobs.sqlite")))
+    known = store.create(NewKey("acme", EVERY_SCOPE))
+    ring = ring_of(store)
+    is_over = threading.Event()
+    busy = [asyncio.create_task(asyncio.to_thread(is_over.wait, 30)) for _ in range(40)]
+    following = asyncio.create_task(ring.follow())
+    try:
+        store.revoke(known.key_id)
+        await eventually(lambda: ring._keys[known.key_id].refusal(time.time()) is not None, seconds=5)
+    finally:
+        is_over.set()
+        following.cancel()
+        await asyncio.gather(*busy)
 
 
 async def test_a_bug_while_the_keys_are_read_is_logged_and_they_are_read_again(
