@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from registry.adapter_config import AdapterConfig
 from registry.adapter_shapes import BaseShapes, ModuleShape
@@ -19,8 +19,10 @@ from registry.names import shown
 
 _LAYER = re.compile(r"\.layers\.([0-9]+)\.", re.ASCII)
 _ALL_LINEAR = "all-linear"
-# PEFT's shorthand means neither of the two (tuners_utils.py: _maybe_include_all_linear_layers).
-_NOT_ALL_LINEAR = ("embed_tokens", "lm_head")
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""PEFT's shorthand means neither of the two (tuners_utils.py: _maybe_include_all_linear_layers)."""
+WITHOUT_ADAPTED_EMBEDDINGS = frozenset({"mistral", "qwen2"})
+"""Model types whose classes in vLLM 0.32 have no ``embedding_modules``; it takes no adapter on them there."""
 
 
 def check_fit(modules: Mapping[str, ModuleShape], config: AdapterConfig, base: BaseShapes) -> list[str]:
@@ -28,8 +30,11 @@ def check_fit(modules: Mapping[str, ModuleShape], config: AdapterConfig, base: B
 
     Raises:
         InvalidArtifactError: the base lacks a module, or one has another shape (``base_mismatch``); or the adapter
-            lacks one that its configuration names (``missing_modules``).
+            lacks one that its configuration names (``missing_modules``); or the engine takes none on the base's
+            embeddings (``unsupported_embeddings``).
     """
+    if base.model_type in WITHOUT_ADAPTED_EMBEDDINGS:
+        _refuse_embeddings(modules, base.model_type)
     if not base.modules and not base.packed:
         return ["The base model's weights name no modules, so the adapter's were not compared with them."]
     named_like = _by_inner_name(base)
@@ -59,6 +64,17 @@ def check_fit(modules: Mapping[str, ModuleShape], config: AdapterConfig, base: B
     else:
         _check_none_missing(modules, config, base)
     return notes
+
+
+def _refuse_embeddings(modules: Iterable[str], model_type: str) -> None:
+    for module in modules:
+        if _is_named(module, _EMBEDDINGS):
+            raise InvalidArtifactError(
+                f"The adapter changes {shown(module)}, and the engine takes no adapters on the embeddings or the head "
+                f"of a {model_type!r} model. Train it without them, or merge it with peft and serve the "
+                "result as a base.",
+                code="unsupported_embeddings",
+            )
 
 
 def _by_inner_name(base: BaseShapes) -> Mapping[str, list[str]]:
@@ -102,7 +118,7 @@ def _is_target(module: str, config: AdapterConfig) -> bool:
     if _is_named(module, config.exclude_modules):
         return False
     if isinstance(config.target_modules, str):
-        return not _is_named(module, _NOT_ALL_LINEAR)
+        return not _is_named(module, _EMBEDDINGS)
     layer = _LAYER.search(module)
     if config.layers_to_transform is not None and (
         layer is None or int(layer.group(1)) not in config.layers_to_transform

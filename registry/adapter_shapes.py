@@ -14,7 +14,7 @@ from registry.safetensors_header import MAX_BASE_HEADER_BYTES, read_header
 from registry.strict_json import parse_strict_json
 
 # Models whose transformers implementation has exactly the modules that _llama_modules lists.
-_LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 # What holds the numbers of a quantised linear layer: bitsandbytes, GPTQ and AWQ, compressed-tensors.
 _PACKED_KINDS = frozenset({"weight", "qweight", "weight_packed"})
@@ -51,7 +51,7 @@ def read_base_shapes(directory: Path) -> BaseShapes:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise _bad_config("model_type", model_type)
-    if model_type in _LLAMA_SHAPED:
+    if model_type in LLAMA_SHAPED:
         return BaseShapes(_llama_modules(config), frozenset(), is_complete=True, model_type=model_type)
     return _shapes_of_weights(directory, model_type)
 

@@ -44,6 +44,8 @@ class AdapterLabels:
         """The label value for one more request of ``name``; ``None`` is the base model."""
         if name is None:
             return BASE_LABEL
+        if name == OTHER_LABEL:
+            return OTHER_LABEL  # an adapter's name, too; its series would go with it, and all that share this one
         self._decay()
         if name in self._scores or len(self._scores) < _MAX_SCORED:
             self._scores[name] = self._scores.get(name, 0.0) + 1.0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from registry import Registry, check_adapter, locate_base_model
+from registry.adapter_fit import WITHOUT_ADAPTED_EMBEDDINGS
 from registry.errors import InvalidArtifactError, InvalidNameError, ModelNotFoundError
 from tests.registry.samples import ADAPTER_CONFIG, Tensors, adapter_tensors, write_adapter, write_base
 
@@ -228,8 +229,9 @@ def test_one_layer_is_enough_where_the_configuration_says_so(tmp_path: Path) -> 
     assert len(check_adapter(source, base_model=base).modules) == 2
 
 
-def test_lora_on_embeddings_and_head_is_accepted_with_the_right_shapes(tmp_path: Path) -> None:
-    base = locate_base_model(str(write_base(tmp_path / "tiny")))
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen2", "mistral"])
+def test_lora_on_embeddings_and_head_is_accepted_where_the_engine_takes_it(tmp_path: Path, model_type: str) -> None:
+    base = locate_base_model(str(write_base(tmp_path / "tiny", model_type=model_type)))
 
     def add(tensors: Tensors) -> None:
         tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((4, 64), np.float32)
@@ -238,8 +240,13 @@ def test_lora_on_embeddings_and_head_is_accepted_with_the_right_shapes(tmp_path:
         tensors["base_model.model.lm_head.lora_B.weight"] = np.zeros((64, 4), np.float32)
 
     targets = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
-    report = check_adapter(write_adapter(tmp_path / "adapter", change=add, target_modules=targets), base_model=base)
-    assert report.target_modules == sorted(targets)
+    adapter = write_adapter(tmp_path / "adapter", change=add, target_modules=targets)
+    if model_type in WITHOUT_ADAPTED_EMBEDDINGS:
+        with pytest.raises(InvalidArtifactError, match=f"no adapters on the embeddings.*'{model_type}'") as caught:
+            check_adapter(adapter, base_model=base)
+        assert caught.value.code == "unsupported_embeddings"
+    else:
+        assert check_adapter(adapter, base_model=base).target_modules == sorted(targets)
 
 
 def test_the_engines_own_rank_limit_may_be_given(tmp_path: Path) -> None:

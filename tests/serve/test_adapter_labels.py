@@ -61,3 +61,11 @@ def test_a_forgotten_adapters_series_leave_the_page() -> None:
     assert 'adapter="c"' not in page
     metrics.forget_adapter("a")
     assert 'adapter="a"' not in generate_latest(registry).decode()
+
+
+def test_an_adapter_of_the_shared_labels_name_takes_nothing_of_it_along() -> None:
+    dropped: list[str] = []
+    labels = AdapterLabels(2, dropped.append)
+    assert [labels.of(name) for name in (OTHER_LABEL, "one", "two")] == [OTHER_LABEL, "one", "two"]
+    labels.forget(OTHER_LABEL)
+    assert dropped == []
