@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -68,8 +68,9 @@ class Call:
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""
     """Whose it is; where something is scarce, tenants take turns."""
-    on_tokens: Callable[[Call, int], None] | None = None
-    """Called on the event loop for each engine output with the number of new tokens in it."""
+    on_tokens: Callable[[float | None, int], None] | None = None
+    """Called on the event loop whenever one of the answers got tokens: with the seconds since it got some before
+    (``None``: these are its first), and how many are new."""
 
     created_at: float = field(default_factory=time.monotonic)
     checked_at: float | None = None
@@ -78,6 +79,8 @@ class Call:
     """When the adapter was there to be used; set with it."""
     first_token_at: float | None = None
     last_token_at: float | None = None
+    last_token_at_of: dict[Hashable, float] = field(default_factory=dict)
+    """Of each answer: there are n to each prompt, and their tokens come in the same steps."""
     queued_seconds: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -86,6 +89,15 @@ class Call:
     """It was handed to the engine, which may have died of it."""
     error: BaseException | None = None
     """What ended the generation early, before any wire format hid it."""
+
+    def note_tokens(self, answer: Hashable, new_tokens: int) -> None:
+        """Account tokens of one of the answers, which have just come; engines call it."""
+        now = time.monotonic()
+        self.completion_tokens += new_tokens
+        if self.on_tokens is not None:
+            before = self.last_token_at_of.get(answer)
+            self.on_tokens(None if before is None else now - before, new_tokens)
+        self.last_token_at = self.last_token_at_of[answer] = now
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,13 +154,11 @@ def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, s
 
 
 def _observe(call: Call, output: RequestOutput) -> None:
-    """Account one engine output. FINAL_ONLY requests come here once, streams once per step."""
-    new_tokens = 0
-    for completion in output.outputs:
-        new_tokens += len(completion.token_ids)
-        if completion.finish_reason is not None:
-            call.finish_reasons.append(completion.finish_reason)
-    if not new_tokens:
+    """Account one engine output. FINAL_ONLY requests come here once, streams once per step: several answers to a prompt
+    come in one output or in one each, as fast as they are taken."""
+    call.finish_reasons += [each.finish_reason for each in output.outputs if each.finish_reason is not None]
+    grown = [completion for completion in output.outputs if completion.token_ids]
+    if not grown:
         return
     stats = output.metrics
     now = asyncio.get_running_loop().time()
@@ -172,10 +170,8 @@ def _observe(call: Call, output: RequestOutput) -> None:
         queued, scheduled = getattr(stats, "queued_ts", 0.0), getattr(stats, "scheduled_ts", 0.0)
         if queued > 0.0 and scheduled > 0.0:
             call.queued_seconds = scheduled - queued
-    call.completion_tokens += new_tokens
-    if call.on_tokens is not None:
-        call.on_tokens(call, new_tokens)
-    call.last_token_at = now
+    for completion in grown:
+        call.note_tokens((output.request_id, completion.index), len(completion.token_ids))
 
 
 def _gauge(name: str, *args: Any, **kwargs: Any) -> Gauge:

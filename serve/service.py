@@ -287,12 +287,12 @@ class ServingService:
                 retry_after_seconds=1,
             )
 
-    def _inter_token_observer(self, label: str, protocol: str) -> Callable[[Call, int], None]:
+    def _inter_token_observer(self, label: str, protocol: str) -> Callable[[float | None, int], None]:
         observe = self.metrics.inter_token_latency.labels(label, protocol).observe
 
-        def on_tokens(call: Call, new_tokens: int) -> None:
-            if call.last_token_at is not None:
-                observe((time.monotonic() - call.last_token_at) / new_tokens)
+        def on_tokens(seconds: float | None, new_tokens: int) -> None:
+            if seconds is not None:
+                observe(seconds / new_tokens)
 
         return on_tokens
 

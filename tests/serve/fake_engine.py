@@ -190,11 +190,9 @@ class FakeEngine(Engine):
             raise
 
     def _note_token(self, call: Call) -> None:
-        self.progressed_at = call.last_token_at = time.monotonic()
-        call.first_token_at = call.first_token_at or call.last_token_at
-        call.completion_tokens += 1
-        if call.on_tokens is not None:
-            call.on_tokens(call, 1)
+        self.progressed_at = time.monotonic()
+        call.first_token_at = call.first_token_at or self.progressed_at
+        call.note_tokens(0, 1)
 
     def _require_life(self, life: int | None = None) -> None:
         if not self._started or (life is not None and life != self.starts):
