@@ -113,7 +113,6 @@ class ObservedLLM(AsyncLLM):
         except Exception as error:
             call.error = error
             raise
-        call.was_in_engine = True
         outputs = super().generate(prompt, sampling_params, request_id, **options)
         prompt_counted = False
         try:
@@ -143,6 +142,8 @@ class ObservedLLM(AsyncLLM):
             # 0.32.0 keeps a request for ever that could not be sent to the engine; it would count as a standstill.
             await self.abort(request.request_id, internal=True)
             raise
+        if (call := current_call.get()) is not None:
+            call.was_in_engine = True
 
 
 def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, str, Any]]:
