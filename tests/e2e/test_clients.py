@@ -468,6 +468,18 @@ def test_langchain_calls_tools(langchain: ChatOpenAI) -> None:
     assert after.usage_metadata["input_tokens"] > answer.usage_metadata["input_tokens"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("use_responses_api", [False, True])
+def test_langchain_tells_what_a_tool_answered_in_parts(langchain: ChatOpenAI, use_responses_api: bool) -> None:
+    """Tools of MCP servers answer so."""
+    asked = AIMessage("", tool_calls=[{"name": "get_weather", "args": {"city": "Rome"}, "id": "c1"}])
+    conversation = [HumanMessage("Who are you?"), asked]
+    model = langchain.model_copy(update={"use_responses_api": use_responses_api})
+    whole = model.invoke([*conversation, ToolMessage("Sunny.\nWarm.", tool_call_id="c1")])
+    parts: list[str | dict[str, Any]] = [{"type": "text", "text": text} for text in ("Sunny.", "Warm.")]
+    in_parts = model.invoke([*conversation, ToolMessage(parts, tool_call_id="c1")])
+    assert (in_parts.text, in_parts.usage_metadata) == (whole.text, whole.usage_metadata)
+
+
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_langchain_reads_structured_output(langchain: ChatOpenAI, method: Literal["json_schema"]) -> None:
     structured = langchain.with_structured_output(Reply, method=method, strict=True)

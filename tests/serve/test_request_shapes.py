@@ -10,11 +10,9 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as OpenAIChat
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as OpenAICompletion
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming as OpenAIResponse
-from vllm.entrypoints.openai.responses.utils import construct_input_messages, should_continue_final_message
 
 from registry import errors
 from serve.engine_api import Endpoint
-from serve.engine_requests import REQUEST_TYPES
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
 from serve.request_policy import check_body, parse_body
 from serve.request_shapes import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
@@ -31,7 +29,6 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
 }
 FLAT_CALL = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
 INPUT_TEXT, IMAGE = {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "https://a.example"}
-OUTPUT_TEXT = {"type": "output_text", "text": "a"}
 DROPPED = {"type": "array", "items": {"type": "integer", "multipleOf": 3}}
 STRICT = {"name": "look", "strict": True}
 BAD_ARGUMENTS = ("{bad", "[1, 2]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', "[" * 100_000)
@@ -225,62 +222,6 @@ def test_what_would_be_ignored_is_refused_by_its_place(endpoint: Endpoint, field
 )  # fmt: skip
 def test_what_means_something_or_asks_for_nothing_passes(endpoint: Endpoint, fields: dict[str, Any]) -> None:
     assert check(endpoint, **fields) == {**MINIMAL[endpoint], **fields}
-
-
-def test_a_name_that_is_null_is_left_out() -> None:
-    """vLLM's models take it for a tool's message only."""
-    assert check(CHAT, messages=[{**HELLO, "name": None}])["messages"] == [HELLO]
-
-
-def test_empty_fields_of_another_role_pass() -> None:
-    empty = {"reasoning_content": None, "tool_calls": None, "tool_call_id": None, "refusal": None}
-    request = REQUEST_TYPES[CHAT].model_validate(check(CHAT, messages=[{**HELLO, **empty}]))
-    assert [message["content"] for message in request.messages] == ["hello"]
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        {"content": [OUTPUT_TEXT]},  # the Vercel AI SDK's without an id, and OpenAI's own examples
-        {"content": [INPUT_TEXT]},
-        {"type": "message", "content": [OUTPUT_TEXT]},
-        {"id": "msg_1", "content": [OUTPUT_TEXT]},
-        {"type": None, "id": None, "status": None, "phase": None, "content": [{**OUTPUT_TEXT, "logprobs": None}]},
-        {"id": "msg_1", "type": "message", "status": "completed",
-         "content": [{**OUTPUT_TEXT, "annotations": [{"type": "anything"}], "logprobs": [{"token": 5}]}]},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_an_assistants_turn_is_what_it_said_whatever_its_form(item: dict[str, Any]) -> None:
-    body = check(RESPONSES, input=[HELLO, {"role": "assistant", **item}, HELLO])
-    request = REQUEST_TYPES[RESPONSES].model_validate(body)
-    assert construct_input_messages(request_input=request.input) == [
-        HELLO,
-        {"role": "assistant", "content": "a"},
-        HELLO,
-    ]
-
-
-def test_an_answer_that_was_cut_can_still_be_continued() -> None:
-    cut = {"role": "assistant", "status": "incomplete", "content": [OUTPUT_TEXT]}
-    request = REQUEST_TYPES[RESPONSES].model_validate(check(RESPONSES, input=[HELLO, cut]))
-    assert should_continue_final_message(request.input)
-
-
-def test_what_a_tool_answers_in_parts_is_their_texts() -> None:
-    parts = [INPUT_TEXT, {"type": "input_text", "text": "b"}]
-    body = check(RESPONSES, input=[FLAT_CALL, {"type": "function_call_output", "call_id": "c", "output": parts}])
-    request = REQUEST_TYPES[RESPONSES].model_validate(body)
-    assert construct_input_messages(request_input=request.input)[-1] == {
-        "role": "tool",
-        "content": "a\nb",
-        "tool_call_id": "c",
-    }
-
-
-def test_a_reference_to_an_item_is_told_that_nothing_is_stored_and_what_to_do() -> None:
-    with pytest.raises(errors.InvalidRequestError, match=r"nothing is stored here\. Send the item itself"):
-        check(RESPONSES, input=[{"type": "item_reference", "id": "msg_1"}])
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
