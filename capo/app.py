@@ -23,7 +23,6 @@ from registry import errors
 from serve import faces
 from serve.access import Access
 from serve.engine_api import Endpoint
-from serve.routes.inference import ClientGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def _add_manners(
     """What every request meets, whatever it asks for."""
     app.add_exception_handler(errors.CapoError, _answer_capo_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(ClientGoneError, _answer_nobody)
+    app.add_exception_handler(faces.ClientGoneError, _answer_nobody)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was whole
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)

@@ -1,4 +1,4 @@
-"""What both faces, HTTP and gRPC, agree on: request ids, the size of a request, patience with slow readers."""
+"""What both faces, HTTP and gRPC, agree on: request ids, sizes, patience with slow readers, clients that leave."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 
 current_request_id: ContextVar[str] = ContextVar("capo_request_id")
 """Of the request that is being answered, for log lines; set in the task that handles it, for the task's length."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer; nobody is left to answer."""
+
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -186,7 +186,7 @@ class ServingService:
 
     @contextlib.asynccontextmanager
     async def _running(self, endpoint: Endpoint, body: Mapping[str, Any], origin: Origin) -> AsyncIterator[Call]:
-        """One request from its admission to its end: resolved, counted, measured, its adapter held in the engine."""
+        """One request from its admission to its end: resolved, measured, its adapter held in the engine."""
         trace = traced(
             endpoint,
             body["model"],
@@ -194,7 +194,7 @@ class ServingService:
             request_id=origin.request_id,
             headers=origin.trace_headers,
         )
-        with self._counted(origin.protocol), trace as request_trace, self._inside():
+        with trace as request_trace, self._inside():
             async with self._admitted(endpoint, body, origin, request_trace) as call:
                 yield call
 
@@ -260,21 +260,6 @@ class ServingService:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-
-    @contextlib.contextmanager
-    def _counted(self, protocol: str) -> Iterator[None]:
-        """Every request, those that are refused at once included: what availability is computed from."""
-        outcome = "cancelled"  # also for GeneratorExit: the client left
-        try:
-            yield
-            outcome = "ok"
-        except Exception as error:
-            outcome = "client_error" if errors.wire_kind(error).http_status < 500 else "server_error"
-            if isinstance(error, errors.CapoError) and error.code == "draining":
-                outcome = "draining"
-            raise
-        finally:
-            self.metrics.requests.labels(protocol, outcome).inc()
 
     def _refuse_excess(self, model: str) -> None:
         """Requests beyond what can be answered in reasonable time are better refused than queued for ever."""

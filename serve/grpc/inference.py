@@ -17,6 +17,7 @@ from serve.engine_api import Call, Endpoint
 from serve.grpc import answers
 from serve.grpc.requests import chat_body, completion_body
 from serve.model_list import callable_models
+from serve.request_counts import counted
 from serve.request_policy import check_body
 from serve.service import Origin, ServingService
 
@@ -34,65 +35,71 @@ class InferenceServicer(stubs.InferenceServicer):
         self._service = service
 
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> pb.ChatResponse:
-        body = check_body(chat_body(request, stream=False), Endpoint.CHAT)
-        answer = json.loads(await self._service.complete(Endpoint.CHAT, body, _origin(context)))
-        return answers.chat_response(_chat_id(), answer)
+        with counted(self._service.metrics, _PROTOCOL):
+            body = check_body(chat_body(request, stream=False), Endpoint.CHAT)
+            answer = json.loads(await self._service.complete(Endpoint.CHAT, body, _origin(context)))
+            return answers.chat_response(_chat_id(), answer)
 
     async def ChatStream(
         self, request: pb.ChatRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.ChatChunk, None]:
-        body = check_body(chat_body(request, stream=True), Endpoint.CHAT)
-        answer_id = _chat_id()
-        if self._service.engine.parses_chat or _needs_serving_classes(body):
-            with_token_ids = bool(body.get("return_token_ids"))
-            # Token ids say how many tokens a piece stands for.
-            body |= {"return_token_ids": True, "stream_options": {"include_usage": True}}
-            async with contextlib.aclosing(self._events(Endpoint.CHAT, body, context)) as events:
-                async for event in events:
-                    for chunk in answers.chat_chunks(answer_id, event, with_token_ids=with_token_ids):
-                        yield chunk
-            return
-        call: Call | None = None
-        async with contextlib.aclosing(self._service.pieces(Endpoint.CHAT, body, _origin(context))) as pieces:
-            async for call, piece in pieces:
-                yield answers.chat_piece(answer_id, call.answer_model, piece)
-        if call is not None:
-            yield pb.ChatChunk(id=answer_id, model=call.answer_model, usage=answers.usage_of(call))
+        with counted(self._service.metrics, _PROTOCOL):
+            body = check_body(chat_body(request, stream=True), Endpoint.CHAT)
+            answer_id = _chat_id()
+            if self._service.engine.parses_chat or _needs_serving_classes(body):
+                with_token_ids = bool(body.get("return_token_ids"))
+                # Token ids say how many tokens a piece stands for.
+                body |= {"return_token_ids": True, "stream_options": {"include_usage": True}}
+                async with contextlib.aclosing(self._events(Endpoint.CHAT, body, context)) as events:
+                    async for event in events:
+                        for chunk in answers.chat_chunks(answer_id, event, with_token_ids=with_token_ids):
+                            yield chunk
+                return
+            call: Call | None = None
+            async with contextlib.aclosing(self._service.pieces(Endpoint.CHAT, body, _origin(context))) as pieces:
+                async for call, piece in pieces:
+                    yield answers.chat_piece(answer_id, call.answer_model, piece)
+            if call is not None:
+                yield pb.ChatChunk(id=answer_id, model=call.answer_model, usage=answers.usage_of(call))
 
     async def Complete(self, request: pb.CompletionRequest, context: grpc.aio.ServicerContext) -> pb.CompletionResponse:
-        body = check_body(completion_body(request, stream=False), Endpoint.COMPLETION)
-        answer_id = _completion_id()
-        if _needs_serving_classes(body):
-            body |= _answer_token_ids(body)
-            answer = json.loads(await self._service.complete(Endpoint.COMPLETION, body, _origin(context)))
-            return answers.completion_response(answer_id, answer)
-        response = pb.CompletionResponse(id=answer_id)
-        async with contextlib.aclosing(self._service.pieces(Endpoint.COMPLETION, body, _origin(context))) as pieces:
-            async for call, piece in pieces:
-                response.model = call.answer_model
-                response.usage.CopyFrom(answers.usage_of(call))
-                response.choices.append(answers.completion_choice(piece))
-        return response
+        with counted(self._service.metrics, _PROTOCOL):
+            body = check_body(completion_body(request, stream=False), Endpoint.COMPLETION)
+            answer_id = _completion_id()
+            if _needs_serving_classes(body):
+                body |= _answer_token_ids(body)
+                answer = json.loads(await self._service.complete(Endpoint.COMPLETION, body, _origin(context)))
+                return answers.completion_response(answer_id, answer)
+            response = pb.CompletionResponse(id=answer_id)
+            async with contextlib.aclosing(self._service.pieces(Endpoint.COMPLETION, body, _origin(context))) as pieces:
+                async for call, piece in pieces:
+                    response.model = call.answer_model
+                    response.usage.CopyFrom(answers.usage_of(call))
+                    response.choices.append(answers.completion_choice(piece))
+            return response
 
     async def CompleteStream(
         self, request: pb.CompletionRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.CompletionChunk, None]:
-        body = check_body(completion_body(request, stream=True), Endpoint.COMPLETION)
-        answer_id = _completion_id()
-        if _needs_serving_classes(body):
-            is_asked_for_ids = bool(body.get("return_token_ids"))
-            body |= {**_answer_token_ids(body), "stream_options": {"include_usage": True}}
-            async with contextlib.aclosing(self._events(Endpoint.COMPLETION, body, context)) as events:
-                async for event in events:
-                    for chunk in answers.completion_chunks(answer_id, event, with_prompt_token_ids=is_asked_for_ids):
-                        yield chunk
-            return
-        call: Call | None = None
-        async with contextlib.aclosing(self._service.pieces(Endpoint.COMPLETION, body, _origin(context))) as pieces:
-            async for call, piece in pieces:
-                yield answers.completion_piece(answer_id, call.answer_model, piece)
-        if call is not None:
-            yield pb.CompletionChunk(id=answer_id, model=call.answer_model, usage=answers.usage_of(call))
+        with counted(self._service.metrics, _PROTOCOL):
+            body = check_body(completion_body(request, stream=True), Endpoint.COMPLETION)
+            answer_id = _completion_id()
+            if _needs_serving_classes(body):
+                is_asked_for_ids = bool(body.get("return_token_ids"))
+                body |= {**_answer_token_ids(body), "stream_options": {"include_usage": True}}
+                async with contextlib.aclosing(self._events(Endpoint.COMPLETION, body, context)) as events:
+                    async for event in events:
+                        for chunk in answers.completion_chunks(
+                            answer_id, event, with_prompt_token_ids=is_asked_for_ids
+                        ):
+                            yield chunk
+                return
+            call: Call | None = None
+            async with contextlib.aclosing(self._service.pieces(Endpoint.COMPLETION, body, _origin(context))) as pieces:
+                async for call, piece in pieces:
+                    yield answers.completion_piece(answer_id, call.answer_model, piece)
+            if call is not None:
+                yield pb.CompletionChunk(id=answer_id, model=call.answer_model, usage=answers.usage_of(call))
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext

@@ -16,16 +16,13 @@ from starlette.types import Receive, Scope, Send
 from registry import errors, tracing
 from serve import faces
 from serve.engine_api import Endpoint
+from serve.request_counts import counted
 from serve.request_policy import parse_body
 from serve.service import Origin, ServingService
 
 logger = logging.getLogger(__name__)
 
 _PROTOCOL = "http"
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before the answer; nobody is left to answer."""
 
 
 def inference_router(service: ServingService) -> APIRouter:
@@ -60,48 +57,62 @@ async def _convert_tokens(service: ServingService, endpoint: Endpoint, request: 
 
 
 async def _answer(service: ServingService, endpoint: Endpoint, request: Request) -> Response:
-    body = parse_body(await request.body(), endpoint)
+    raw = await request.body()
     origin = Origin(
         _PROTOCOL,
         request.state.request_id,
         {name: request.headers[name] for name in faces.TRACE_HEADERS if name in request.headers},
     )
-    if not body.get("stream"):
-        answer = await _until_client_leaves(request, service.complete(endpoint, body, origin))
-        return Response(answer, media_type="application/json")
-    chunks = service.stream(endpoint, body, origin)
+    with contextlib.ExitStack() as counting:
+        counting.enter_context(counted(service.metrics, _PROTOCOL))
+        body = parse_body(raw, endpoint)
+        if not body.get("stream"):
+            answer = await _until_client_leaves(request, service.complete(endpoint, body, origin))
+            return Response(answer, media_type="application/json")
+        events = _events(endpoint, service.stream(endpoint, body, origin), counting.pop_all())
     # The first event is awaited before the status goes out, so that what fails before it has a real status code.
-    first = await _until_client_leaves(request, anext(chunks))
-    return _EventStream(_events(endpoint, first, chunks))
+    first = await _until_client_leaves(request, anext(events))
+    return _EventStream(first, events)
 
 
 class _EventStream(StreamingResponse):
     """Ends its events when it ends itself. A client that stalls leaves them unfinished, and in a reference cycle with
     the exception that says so: until the garbage collector came by, they would hold the adapter in the engine."""
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._unfinished = events
+    def __init__(self, first: str, others: AsyncGenerator[str, None]) -> None:
+        super().__init__(_with_first(first, others), media_type="text/event-stream")
+        self._unfinished = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._unfinished):
             await super().__call__(scope, receive, send)
 
 
-async def _events(endpoint: Endpoint, first: str, chunks: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The stream as sent. An error becomes the last event, and then what ends a whole answer never comes."""
-    num_sent = 1
-    async with contextlib.aclosing(chunks):  # type: ignore[type-var]
-        yield first
-        try:
-            async for chunk in chunks:
-                yield chunk
-                num_sent += 1
-        except Exception as error:
-            if not isinstance(error, errors.CapoError):
-                logger.error("a stream failed", exc_info=error)
-            tracing.fail(tracing.current_span(), error)
-            yield _error_event(endpoint, error, num_sent)
+async def _with_first(first: str, others: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    yield first
+    async for event in others:
+        yield event
+
+
+async def _events(
+    endpoint: Endpoint, chunks: AsyncGenerator[str, None], counting: contextlib.ExitStack
+) -> AsyncGenerator[str, None]:
+    """The stream as sent. An error before the first event is raised; a later one becomes the last event, and then what
+    ends a whole answer never comes."""
+    num_sent = 0
+    try:
+        with counting:
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+                    num_sent += 1
+    except Exception as error:
+        if not num_sent:
+            raise
+        if not isinstance(error, errors.CapoError):
+            logger.error("a stream failed", exc_info=error)
+        tracing.fail(tracing.current_span(), error)
+        yield _error_event(endpoint, error, num_sent)
 
 
 def _error_event(endpoint: Endpoint, error: Exception, num_sent: int) -> str:
@@ -124,7 +135,7 @@ async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Any])
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGoneError
+        raise faces.ClientGoneError
     finally:
         watcher.cancel()
         if not task.done():
