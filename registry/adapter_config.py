@@ -213,9 +213,11 @@ def _check_init(raw: dict[str, object]) -> None:
     init = raw.get("init_lora_weights", True)
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
         return
+    advice = "Save it again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter."
+    if init == "loftq":  # of which PEFT converts none
+        advice = _MERGE
     raise InvalidArtifactError(
-        f"The adapter's init_lora_weights is {shown(str(init))}, which changes the base model's weights too. "
-        "Save it again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter.",
+        f"The adapter's init_lora_weights is {shown(str(init))}, which changes the base model's weights too. {advice}",
         code="unsupported_init",
     )
 

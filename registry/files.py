@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,6 +82,24 @@ def regular_files(directory: Path) -> list[str]:
                         code="too_many_files",
                     )
     return sorted(found)
+
+
+def plain_files(directory: Path, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that the directory has, sorted. Opens nothing.
+
+    Raises:
+        InvalidArtifactError: one of them is what :func:`regular_files` refuses. Other entries may be anything.
+        OSError: the directory cannot be read.
+    """
+    found: list[str] = []
+    for name in sorted(names):
+        try:
+            status = (directory / name).lstat()
+        except FileNotFoundError:
+            continue
+        _check_entry(name, status)
+        found.append(name)
+    return found
 
 
 def folders_of(relative_paths: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from registry.adapter_files import check_adapter, draft_for_adapter
+from registry.adapter_source import files_of_adapter
 from registry.aliases import Alias, AliasStore, CanaryRequest
 from registry.artifacts import Artifact, ArtifactStore, DamagedArtifact, revision_of
 from registry.base_model import BaseModel
@@ -37,7 +38,7 @@ from registry.names import (
 from registry.principal import Principal
 from registry.publishing import Publisher
 from registry.removal import Removal
-from registry.staging import StagingArea, copy_into
+from registry.staging import StagingArea
 
 
 class Registry:
@@ -147,19 +148,21 @@ class Registry:
     ) -> Artifact:
         """Publish a PEFT adapter directory that any tool made, if the engine can serve it.
 
-        The files are copied first and the copy is checked, so the artifact shares no file with its source and
-        nobody can swap one in between. With ``base_model`` the shapes are checked against it and its identity
-        is recorded; without, the adapter's base stays unknown until serving compares shapes.
+        Only what makes the adapter is taken (:mod:`registry.adapter_source`). The files are copied first and the copy
+        is checked, so the artifact shares no file with its source and nobody can swap one in between. With
+        ``base_model`` the shapes are checked against it and its identity is recorded; without, the adapter's base stays
+        unknown until serving compares shapes.
 
         Raises:
-            InvalidArtifactError: a check of :func:`registry.adapter_files.check_adapter` failed; ``code``
-            says which.
+            InvalidArtifactError: the directory is no adapter's, or a check of
+            :func:`registry.adapter_files.check_adapter` failed; ``code`` says which.
         """
         self._require_writable("import an adapter")
         check_name(name, reserved=[] if base_model is None else [base_model.id])
         with self.stage() as staging:
             with storage_errors(f"copy the adapter '{name}'"):
-                copy_into(self._filesystem, directory, staging)
+                for file in files_of_adapter(directory):
+                    self._filesystem.copy_file(directory / file, staging / file)
                 report = check_adapter(staging, base_model=base_model)
             return self.publish(staging, draft_for_adapter(name, report, base_model), alias=alias)
 

@@ -14,6 +14,7 @@ from capo.cli.audited import audited
 from capo.cli.printing import print_table
 from capo.cli.serve import read_settings
 from registry import Alias, CanaryRequest, DamagedArtifact, Registry, errors
+from registry.names import shown
 
 app = typer.Typer(help="List, check and change what a registry directory holds.", no_args_is_help=True)
 
@@ -92,6 +93,9 @@ def import_adapter(
     with audited(_audit_dir(registry), "registry import", name) as notes:
         artifact = opened.import_adapter(directory, name=name, base_model=base)
         notes["revision"] = artifact.revision
+        left_out = sorted(path.name for path in directory.iterdir() if path.name not in artifact.manifest.files)
+        if left_out:
+            typer.echo(f"note: left out, for it is no part of the adapter: {', '.join(map(shown, left_out))}", err=True)
         for note in check_adapter(artifact.path, base_model=base).notes:
             typer.echo(f"note: {note}", err=True)
         if alias:

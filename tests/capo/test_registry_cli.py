@@ -65,6 +65,16 @@ def test_an_import_says_what_could_not_be_checked(tmp_path: Path) -> None:
     assert done.stdout.strip() == Registry(root).resolve("support").revision
 
 
+def test_an_import_says_what_it_left_out(tmp_path: Path) -> None:
+    base, root = write_base(tmp_path / "base"), tmp_path / "registry"
+    adapter = write_adapter(tmp_path / "adapter")
+    for name in ("training_args.bin", ".env"):
+        (adapter / name).touch()
+    done = run(root, "import", str(adapter), "--name", "support", "--base-model", str(base))
+    assert done.stderr == "note: left out, for it is no part of the adapter: '.env', 'training_args.bin'\n"
+    assert done.exit_code == 0
+
+
 def test_what_is_damaged_is_listed_with_its_fault_and_fails_a_verification(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     whole, damaged = (publish(registry, name) for name in ("whole", "damaged"))

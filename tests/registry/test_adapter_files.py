@@ -275,17 +275,19 @@ class _MarkerPickle:
     "name", ["adapter_model.bin", "optimizer.pt", "a.PTH", "x.pkl", "rng.ckpt", "sub/training_args.bin"]
 )
 def test_a_pickle_is_refused_even_beside_good_weights_and_never_loaded(tmp_path: Path, name: str) -> None:
+    """In an artifact; an import does not take it."""
     source = write_adapter(tmp_path / "adapter")
     marker = tmp_path / "marker"
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_bytes(pickle.dumps(_MarkerPickle(marker)))
-    registry = Registry(tmp_path / "registry")
-    with pytest.raises(InvalidArtifactError) as caught:
-        registry.import_adapter(source, name="support", base_model=None)
-    assert caught.value.code == "pickle_not_allowed"
+    assert _refusal(source).code == "pickle_not_allowed"
+    artifact = Registry(tmp_path / "registry").import_adapter(source, name="support", base_model=None)
+    assert sorted(path.name for path in artifact.path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
     assert not marker.exists()
-    assert registry.artifacts() == []
-    assert list((registry.root / "staging").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -302,6 +304,13 @@ def test_other_files_that_do_not_belong_there_are_refused(tmp_path: Path, name: 
     source = write_adapter(tmp_path / "adapter")
     (source / name).write_bytes(b"")
     assert _refusal(source).code == code
+
+
+@pytest.mark.parametrize(
+    ("init", "advice"), [("pissa", "path_initial_model_for_weight"), ("loftq", "merge_and_unload")]
+)
+def test_the_way_out_of_an_initialiser_is_one_that_peft_has(tmp_path: Path, init: str, advice: str) -> None:
+    assert advice in _refusal(write_adapter(tmp_path / "adapter", init_lora_weights=init)).message
 
 
 def test_links_and_special_files_are_refused_without_hanging(tmp_path: Path) -> None:

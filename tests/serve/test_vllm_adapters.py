@@ -149,22 +149,25 @@ async def test_nothing_outside_the_folder_is_ever_imported(tmp_path: Path, path:
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "pickle", "fifo"])
-async def test_an_adapter_directory_holds_plain_files_only(tmp_path: Path, kind: str) -> None:
+async def test_an_adapter_is_made_of_plain_files_only(tmp_path: Path, kind: str) -> None:
     async with importing_service(tmp_path) as (client, service, _engine):
         directory = write_adapter(tmp_path / "imports" / "adapter")
-        secret = tmp_path / "secret"
-        secret.write_text("host file")
+        weights, secret = directory / "adapter_model.safetensors", tmp_path / "secret"
+        weights.rename(directory / "adapter_model.bin" if kind == "pickle" else secret)
         match kind:
             case "link":
-                (directory / "notes.txt").symlink_to(secret)
+                weights.symlink_to(secret)
             case "hard link":
-                (directory / "notes.txt").hardlink_to(secret)
-            case "pickle":
-                (directory / "adapter_model.bin").write_bytes(b"")
-            case _:
-                os.mkfifo(directory / "notes.txt")
+                weights.hardlink_to(secret)
+            case "fifo":
+                os.mkfifo(weights)
         response = await load(client, "support", directory)
         assert response.status_code == 400
+        assert response.json()["error"]["code"] in (
+            "links_not_allowed",
+            "special_file_not_allowed",
+            "pickle_not_allowed",
+        )
         assert service.catalog.registry.artifacts() == []
 
 
