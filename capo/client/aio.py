@@ -13,8 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from capo.client import channel, from_protobuf, jobs
 from capo.client.attempts import Attempts
-from capo.client.errors import error_of
+from capo.client.errors import closed, error_of
 from capo.client.jobs import Job, JobEvent, JobOptions, JobPage, create_job_request
+from capo.client.messages import made
 from capo.client.options import ChatOptions, CompletionOptions, Sampling
 from capo.client.results import Adapter, Alias, ChatAnswer, ChatPiece, CompletionAnswer, CompletionPiece, Model
 from capo.client.to_protobuf import Messages, Prompt, chat_request, completion_request
@@ -41,6 +42,7 @@ class AsyncCapoClient:
         metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        self._is_closed = False
         self._settings = channel.call_settings(timeout_seconds, retries, metadata, api_key)
         self._channel = (
             grpc.aio.insecure_channel(address, options=channel.OPTIONS)
@@ -62,6 +64,7 @@ class AsyncCapoClient:
 
     async def close(self) -> None:
         """End the connection and every call on it."""
+        self._is_closed = True
         await self._channel.close()
 
     # -- inference -------------------------------------------------------------------------------------------
@@ -148,12 +151,12 @@ class AsyncCapoClient:
 
     async def set_alias(self, alias: str, revision: str) -> Alias:
         """Point ``alias`` to ``revision``, for every request that comes after this returns."""
-        request = adapters_pb2.SetAliasRequest(alias=alias, revision=revision)
+        request = made(adapters_pb2.SetAliasRequest, alias=alias, revision=revision)
         return from_protobuf.alias(await self._call(self._adapters.SetAlias, request))
 
     async def health(self, service: str = "") -> bool:
         """Whether the server (or one of its services, by full name) takes requests now. Never tried twice."""
-        request = health_pb2.HealthCheckRequest(service=service)
+        request = made(health_pb2.HealthCheckRequest, service=service)
         answer = await self._call(self._health.Check, request, retries=0)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
@@ -178,26 +181,26 @@ class AsyncCapoClient:
         return jobs.job(await self._call(self._tuning.CreateJob, request, request_id, timeout_seconds, retries))
 
     async def job(self, job_id: str) -> Job:
-        return jobs.job(await self._call(self._tuning.GetJob, tuning_pb2.GetJobRequest(job_id=job_id)))
+        return jobs.job(await self._call(self._tuning.GetJob, made(tuning_pb2.GetJobRequest, job_id=job_id)))
 
     async def jobs(
         self, *, after: str | None = None, limit: int | None = None, metadata: Mapping[str, str] | None = None
     ) -> JobPage:
         """A page of jobs, the newest first; ``metadata`` keeps those that carry all of these pairs."""
-        request = tuning_pb2.ListJobsRequest(after=after, limit=limit, metadata=metadata)
+        request = made(tuning_pb2.ListJobsRequest, after=after, limit=limit, metadata=metadata)
         return jobs.job_page(await self._call(self._tuning.ListJobs, request))
 
     async def cancel_job(self, job_id: str) -> Job:
         """End the job for good; a running one at its next step."""
-        return jobs.job(await self._call(self._tuning.CancelJob, tuning_pb2.CancelJobRequest(job_id=job_id)))
+        return jobs.job(await self._call(self._tuning.CancelJob, made(tuning_pb2.CancelJobRequest, job_id=job_id)))
 
     async def pause_job(self, job_id: str) -> Job:
         """Hold the job back; a running one stops at its next step, with a checkpoint."""
-        return jobs.job(await self._call(self._tuning.PauseJob, tuning_pb2.PauseJobRequest(job_id=job_id)))
+        return jobs.job(await self._call(self._tuning.PauseJob, made(tuning_pb2.PauseJobRequest, job_id=job_id)))
 
     async def resume_job(self, job_id: str) -> Job:
         """Let a paused job go on from its checkpoint."""
-        return jobs.job(await self._call(self._tuning.ResumeJob, tuning_pb2.ResumeJobRequest(job_id=job_id)))
+        return jobs.job(await self._call(self._tuning.ResumeJob, made(tuning_pb2.ResumeJobRequest, job_id=job_id)))
 
     async def follow_job(
         self,
@@ -212,11 +215,10 @@ class AsyncCapoClient:
         A stream that breaks is taken up again where it broke, without a gap and without a repetition: a server that
         starts again is waited for, unless the client makes no retries. ``timeout_seconds``: not set, for ever.
         """
-        metadata = self._settings.metadata_with(request_id)
         attempts = Attempts(self._settings.follow_retries, timeout_seconds)
         while True:
-            request = tuning_pb2.FollowJobRequest(job_id=job_id, after_event_id=after_event_id)
-            call = self._tuning.FollowJob(request, timeout=attempts.seconds_left, metadata=metadata)
+            request = made(tuning_pb2.FollowJobRequest, job_id=job_id, after_event_id=after_event_id)
+            call = self._tuning.FollowJob(request, timeout=attempts.seconds_left, metadata=self._metadata(request_id))
             try:
                 async for message in call:
                     yield jobs.job_event(message)
@@ -231,6 +233,12 @@ class AsyncCapoClient:
 
     # -- calls -----------------------------------------------------------------------------------------------
 
+    def _metadata(self, request_id: str | None) -> channel.Metadata:
+        """What goes with an attempt. Refuses one on a closed channel, of which grpc says so with errors of its own."""
+        if self._is_closed:
+            raise closed()
+        return self._settings.metadata_with(request_id)
+
     async def _call(
         self,
         method: Any,
@@ -242,10 +250,9 @@ class AsyncCapoClient:
         attempts = Attempts(
             self._settings.retries if retries is None else retries, self._settings.timeout(timeout_seconds)
         )
-        metadata = self._settings.metadata_with(request_id)
         while True:
             try:
-                return await method(request, timeout=attempts.seconds_left, metadata=metadata)
+                return await method(request, timeout=attempts.seconds_left, metadata=self._metadata(request_id))
             except grpc.aio.AioRpcError as error:
                 pause = attempts.pause_after(error_of(error), error)
             await asyncio.sleep(pause)
@@ -254,9 +261,8 @@ class AsyncCapoClient:
         self, method: Any, request: Any, request_id: str | None, timeout_seconds: float | None
     ) -> AsyncGenerator[Any, None]:
         attempts = Attempts(self._settings.retries, self._settings.timeout(timeout_seconds))
-        metadata = self._settings.metadata_with(request_id)
         while True:
-            call = method(request, timeout=attempts.seconds_left, metadata=metadata)
+            call = method(request, timeout=attempts.seconds_left, metadata=self._metadata(request_id))
             has_output = False
             try:
                 async for message in call:

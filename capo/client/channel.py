@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from capo.client.messages import refused
+
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -42,7 +44,14 @@ class CallSettings:
         return _FOLLOW_RETRIES if self.retries else 0
 
     def metadata_with(self, request_id: str | None) -> Metadata:
-        return self.metadata if request_id is None else (*self.metadata, ("x-request-id", request_id))
+        """What goes with a call.
+
+        Raises:
+            InvalidRequestError: no header can carry it.
+        """
+        if request_id is None:
+            return self.metadata
+        return (*self.metadata, ("x-request-id", _header_value("request_id", request_id)))
 
 
 def call_settings(
@@ -50,5 +59,13 @@ def call_settings(
 ) -> CallSettings:
     if retries < 0:
         raise ValueError(f"retries is {retries}; 0 turns them off")
-    shown = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    key = (api_key or "").strip()  # a file that it was read from ends with a newline
+    shown = (("authorization", f"Bearer {_header_value('api_key', key)}"),) if key else ()
     return CallSettings(timeout_seconds, retries, (*metadata, *shown))
+
+
+def _header_value(name: str, value: str) -> str:
+    if not (isinstance(value, str) and value.isascii() and value.isprintable()):
+        # The value stays out of the message: it may be a secret.
+        raise refused(f"{name} has characters that no header can carry; ASCII without line breaks is allowed", name)
+    return value

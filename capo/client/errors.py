@@ -7,7 +7,7 @@ CapoClientError
 ├── NotFoundError            NOT_FOUND: no such model, alias or revision
 ├── ConflictError            FAILED_PRECONDITION: the thing is in a state that forbids this
 ├── ResourceExhaustedError   RESOURCE_EXHAUSTED: too large, or too much for now
-├── UnavailableError         UNAVAILABLE: not now, or nobody answers at the address
+├── UnavailableError         UNAVAILABLE: not now, nobody answers at the address, or the client is closed
 ├── DeadlineExceededError    DEADLINE_EXCEEDED: the timeout passed (also TimeoutError)
 ├── CancelledByServerError   CANCELLED, without the caller's asking
 └── ServerError              everything else: the server's bug, or a server of another kind
@@ -91,6 +91,12 @@ _KINDS: dict[grpc.StatusCode, type[CapoClientError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.CANCELLED: CancelledByServerError,
 }
+
+
+def closed() -> UnavailableError:
+    return UnavailableError(
+        "The client is closed. Make a new one.", status=grpc.StatusCode.UNAVAILABLE, code="client_closed"
+    )
 
 
 def error_of(failure: grpc.RpcError) -> CapoClientError:

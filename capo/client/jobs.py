@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from capo.client.messages import as_json, made
 from capo_proto.v1 import tuning_pb2 as pb
 
 
@@ -132,16 +133,17 @@ class JobEvent:
 def create_job_request(model: str, training_file: str, options: JobOptions) -> pb.CreateJobRequest:
     """Protobuf takes ``None`` as not set."""
     numbers, wandb = options.hyperparameters, options.wandb
-    return pb.CreateJobRequest(
+    return made(
+        pb.CreateJobRequest,
         model=model,
         training_file=training_file,
         validation_file=options.validation_file,
         suffix=options.suffix,
         seed=options.seed,
         method=None if options.method is None else pb.JobMethod.Value(f"JOB_METHOD_{options.method.name}"),
-        hyperparameters=None if numbers is None else pb.Hyperparameters(**_numbers(numbers)),
+        hyperparameters=None if numbers is None else made(pb.Hyperparameters, **_numbers(numbers)),
         metadata=options.metadata,
-        capo=None if options.capo is None else json.dumps(dict(options.capo)),
+        capo=None if options.capo is None else as_json("capo", dict(options.capo)),
         integrations=[] if wandb is None else [pb.Integration(wandb=_wandb(wandb))],
         idempotency_key=options.idempotency_key,
     )
@@ -215,7 +217,7 @@ def _numbers(numbers: Hyperparameters) -> dict[str, Any]:
 
 
 def _wandb(wandb: Wandb) -> pb.WandbIntegration:
-    return pb.WandbIntegration(project=wandb.project, name=wandb.name, entity=wandb.entity, tags=wandb.tags)
+    return made(pb.WandbIntegration, project=wandb.project, name=wandb.name, entity=wandb.entity, tags=wandb.tags)
 
 
 def _shown_wandb(message: pb.WandbIntegration) -> Wandb:

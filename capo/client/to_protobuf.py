@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from capo.client.messages import as_json, made, refused
 from capo.client.options import (
     ChatOptions,
     Choice,
@@ -43,7 +43,8 @@ _SAME_NAME = (
 
 def chat_request(model: str, messages: Messages, sampling: Sampling, options: ChatOptions) -> pb.ChatRequest:
     turns = [Message("user", messages)] if isinstance(messages, str) else messages
-    request = pb.ChatRequest(
+    request = made(
+        pb.ChatRequest,
         model=model,
         messages=[_message(turn) for turn in turns],
         sampling=_sampling(sampling),
@@ -57,7 +58,7 @@ def chat_request(model: str, messages: Messages, sampling: Sampling, options: Ch
     )
     match options.tool_choice:
         case NamedTool(name):
-            request.tool_choice_function = name
+            request.MergeFrom(made(pb.ChatRequest, tool_choice_function=name))
         case ToolChoice() as choice:
             request.tool_choice = _TOOL_CHOICES[choice]
     return request
@@ -66,7 +67,8 @@ def chat_request(model: str, messages: Messages, sampling: Sampling, options: Ch
 def completion_request(
     model: str, prompt: Prompt, sampling: Sampling, options: CompletionOptions
 ) -> pb.CompletionRequest:
-    return pb.CompletionRequest(
+    return made(
+        pb.CompletionRequest,
         model=model,
         sampling=_sampling(sampling),
         logprobs=options.logprobs,
@@ -79,30 +81,34 @@ def completion_request(
 def _input(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    if not isinstance(prompt, Sequence):
+        raise refused(f"prompt is {prompt!r:.80}; a text, a list of texts, or token ids are allowed", "prompt")
     parts: list[Any] = list(prompt)
     if parts and isinstance(parts[0], str):
-        return {"prompts": pb.Prompts(texts=parts)}
+        return {"prompts": made(pb.Prompts, texts=parts)}
     if parts and not isinstance(parts[0], int):
-        return {"token_id_prompts": pb.TokenIdPrompts(prompts=[pb.TokenIds(ids=ids) for ids in parts])}
-    return {"prompt_token_ids": pb.TokenIds(ids=parts)}
+        return {"token_id_prompts": pb.TokenIdPrompts(prompts=[made(pb.TokenIds, ids=ids) for ids in parts])}
+    return {"prompt_token_ids": made(pb.TokenIds, ids=parts)}
 
 
 def _sampling(sampling: Sampling) -> pb.Sampling:
     # Protobuf takes None as not set, and a text as a list of its letters.
     stop = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
-    return pb.Sampling(**{name: getattr(sampling, name) for name in _SAME_NAME}, stop=stop, **_structure(sampling))
+    return made(
+        pb.Sampling, **{name: getattr(sampling, name) for name in _SAME_NAME}, stop=stop, **_structure(sampling)
+    )
 
 
 def _structure(sampling: Sampling) -> dict[str, Any]:
     match sampling.structure:
         case JsonSchema(schema):
-            return {"json_schema": json.dumps(schema)}
+            return {"json_schema": as_json("json_schema", schema)}
         case JsonObject():
             return {"json_object": True}
         case Regex(pattern):
             return {"regex": pattern}
         case Choice(texts):
-            return {"choice": pb.Choices(texts=texts)}
+            return {"choice": made(pb.Choices, texts=texts)}
         case Grammar(ebnf):
             return {"grammar": ebnf}
         case None:
@@ -110,16 +116,21 @@ def _structure(sampling: Sampling) -> dict[str, Any]:
 
 
 def _message(message: Message) -> pb.Message:
-    return pb.Message(
+    if not isinstance(message, Message):
+        raise refused(f"messages holds {message!r:.80}; each is a capo.client.Message", "messages")
+    return made(
+        pb.Message,
         role=message.role,
         content=message.content,
         name=message.name,
         tool_call_id=message.tool_call_id,
-        tool_calls=[pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls],
+        tool_calls=[
+            made(pb.ToolCall, id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
+        ],
         reasoning=message.reasoning,
     )
 
 
 def _tool(tool: Tool) -> pb.Tool:
-    parameters = "" if tool.parameters is None else json.dumps(tool.parameters)
-    return pb.Tool(name=tool.name, description=tool.description, parameters=parameters, strict=tool.strict)
+    parameters = "" if tool.parameters is None else as_json("parameters", tool.parameters)
+    return made(pb.Tool, name=tool.name, description=tool.description, parameters=parameters, strict=tool.strict)

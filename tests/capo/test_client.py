@@ -288,6 +288,78 @@ def test_every_error_of_the_table_has_a_class_of_its_own() -> None:
     assert len(set(_KINDS.values())) == len(_KINDS)
 
 
+LONE_SURROGATE = "\ud800"
+UNSENDABLE: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda client: client.chat("m", "x", sampling=Sampling(max_tokens=-1)), "max_tokens"),
+    (lambda client: client.chat("m", "x", sampling=Sampling(temperature="hot")), "temperature"),
+    (lambda client: client.chat("m", LONE_SURROGATE), "content"),
+    (lambda client: client.chat("m", [{"role": "user", "content": "x"}]), "messages"),
+    (lambda client: client.chat("m", "x", options=ChatOptions(tools=[Tool("t", parameters={"a": {1}})])), "parameters"),
+    (lambda client: client.chat(3, "x"), "model"),
+    (lambda client: client.chat("m", "x", request_id="\u00e9"), "request_id"),
+    (lambda client: client.chat("m", "x", request_id="a\n"), "request_id"),
+    (lambda client: client.complete("m", [[1, 2], "x"]), "ids"),
+    (lambda client: client.complete("m", [1, "x"]), "ids"),
+    (lambda client: client.complete("m", 3), "prompt"),
+    (lambda client: client.complete("m", "x", sampling=Sampling(structure=JsonSchema({"a": {1}}))), "json_schema"),
+    (lambda client: client.set_alias(3, "x"), "alias"),
+    (lambda client: client.health(3), "service"),
+    (lambda client: client.job(3), "job_id"),
+    (lambda client: client.jobs(limit=-1), "limit"),
+    (lambda client: client.create_job("m", "f", options=public.JobOptions(seed=-1)), "seed"),
+    (lambda client: client.create_job("m", "f", options=public.JobOptions(capo={"a": {1}})), "capo"),
+]
+
+
+@pytest.mark.parametrize(("work", "param"), UNSENDABLE)
+async def test_what_no_message_can_hold_is_an_invalid_request_that_names_the_field(
+    work: Callable[[Any], Any], param: str
+) -> None:
+    """Nothing is sent: nobody listens at the address."""
+    with CapoClient("127.0.0.1:1", retries=0) as threaded, pytest.raises(public.InvalidRequestError) as caught:
+        work(threaded)
+    assert (caught.value.param, caught.value.status) == (param, grpc.StatusCode.INVALID_ARGUMENT)
+    async with AsyncCapoClient("127.0.0.1:1", retries=0) as client:
+        with pytest.raises(public.InvalidRequestError) as awaited:
+            await work(client)
+    assert vars(awaited.value) == vars(caught.value)
+
+
+async def test_a_client_that_is_closed_says_so() -> None:
+    threaded, client = CapoClient("127.0.0.1:1"), AsyncCapoClient("127.0.0.1:1")
+    threaded.close()
+    await client.close()
+    for work in (lambda client: client.chat("m", "x"), lambda client: client.health()):
+        with pytest.raises(public.UnavailableError, match="closed"):
+            work(threaded)
+        with pytest.raises(public.UnavailableError, match="closed"):
+            await work(client)
+    for stream in (lambda client: client.chat_stream("m", "x"), lambda client: client.follow_job("j")):
+        with pytest.raises(public.UnavailableError, match="closed"):
+            next(stream(threaded))
+        with pytest.raises(public.UnavailableError, match="closed"):
+            await anext(stream(client))
+
+
+async def test_a_key_is_sent_without_the_newline_of_its_file_and_one_that_is_none_is_refused() -> None:
+    sent: list[str] = []
+
+    class Listening(Flaky):
+        async def Chat(self, request: Any, context: Any) -> Any:
+            sent.append(dict(context.invocation_metadata()).get("authorization", ""))
+            return await super().Chat(request, context)
+
+    for kind in ("threaded", "asyncio"):
+        for key in (" capo-abc\n", ""):
+            servicer = Listening(0, grpc.StatusCode.OK)
+            assert await ask_flaky(servicer, kind=kind, stream=False, api_key=key) == "yes"
+    assert sent == ["Bearer capo-abc", ""] * 2
+    for make in (CapoClient, AsyncCapoClient):
+        with pytest.raises(public.InvalidRequestError, match="api_key") as caught:
+            make("127.0.0.1:1", api_key="capo\nabc")
+        assert "abc" not in caught.value.message
+
+
 async def test_a_timeout_ends_a_call_and_the_servers_work_on_it(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with both_faces(engine, tmp_path) as faces:
