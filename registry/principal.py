@@ -14,6 +14,9 @@ from enum import StrEnum
 
 from registry.errors import InternalError
 
+_MAX_NOTE_CHARACTERS = 500
+"""Notes are made before what a client sent is checked."""
+
 
 class Scope(StrEnum):
     """What a key may be good for."""
@@ -73,7 +76,7 @@ class Admission:
     tokens: int = 0
     """Prompt and completion tokens that it cost so far."""
     notes: dict[str, str] = field(default_factory=dict)
-    """What it changes, for the audit log: names and revisions, never contents."""
+    """What it is to change, for the audit log: names, revisions and paths, never contents."""
 
 
 _current: ContextVar[Admission] = ContextVar("capo_admission")
@@ -98,9 +101,10 @@ def count_tokens(tokens: int) -> None:
 
 
 def note_change(**notes: str | None) -> None:
-    """Say for the audit log what the request changes: names and revisions, never contents."""
+    """Say for the audit log what the request is to change: names, revisions and paths, never contents. Before anything
+    is refused, for the log tells of attempts too."""
     if (admission := _current.get(None)) is not None:
-        admission.notes |= {name: value for name, value in notes.items() if value is not None}
+        admission.notes |= {name: value[:_MAX_NOTE_CHARACTERS] for name, value in notes.items() if value is not None}
 
 
 @contextmanager

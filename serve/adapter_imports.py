@@ -11,7 +11,7 @@ import asyncio
 from pathlib import Path
 
 from registry import Alias, BaseModel, check_name, errors
-from registry.principal import current_principal
+from registry.principal import current_principal, note_change
 from serve.import_folder import ImportFolder
 from serve.read_only import require_writable
 from serve.service import ServingService
@@ -39,6 +39,7 @@ class AdapterImports:
                 of the import folder's.
             InvalidArtifactError: the adapter is refused; the name means what it meant.
         """
+        note_change(alias=name, path=path)
         folder = self._enabled()
         self._service.require_ready()
         self._check_name(name)
@@ -62,6 +63,7 @@ class AdapterImports:
             PermissionDeniedError: importing is not enabled.
             NotFoundError: there is no such alias.
         """
+        note_change(alias=name)
         self._enabled()
         self._check_name(name)
         async with self._changing:

@@ -65,6 +65,7 @@ class AliasControl:
             PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.set_alias`: likewise.
         """
+        note_change(alias=alias, revision=revision, canary=None if canary is None else canary.revision)
         require_writable(self._catalog.registry, "set an alias")
         self._require_ready()
         if alias == self._catalog.base_model:
@@ -73,7 +74,6 @@ class AliasControl:
                 code="reserved_name",
                 param="alias",
             )
-        note_change(alias=alias, revision=revision, canary=None if canary is None else canary.revision)
         registry = await self._own_registry()
         artifacts = await asyncio.to_thread(registry.check_alias, alias, revision, canary=canary, expected=expected)
         for artifact in artifacts:
@@ -90,8 +90,8 @@ class AliasControl:
             PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.rollback_alias`.
         """
-        require_writable(self._catalog.registry, "roll back an alias")
         note_change(alias=alias)
+        require_writable(self._catalog.registry, "roll back an alias")
         record = await asyncio.to_thread((await self._own_registry()).rollback_alias, alias)
         await self._catalog.refresh()
         return record
@@ -103,8 +103,8 @@ class AliasControl:
             PermissionDeniedError: the registry is read-only here.
             as :meth:`registry.Registry.remove_alias`.
         """
-        require_writable(self._catalog.registry, "remove an alias")
         note_change(alias=alias)
+        require_writable(self._catalog.registry, "remove an alias")
         await asyncio.to_thread((await self._own_registry()).remove_alias, alias)
         await self._catalog.refresh()
 

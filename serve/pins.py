@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from registry import Artifact, errors, parse_reference
-from registry.principal import Principal
+from registry.principal import Principal, note_change
 from serve.catalog import Catalog, Snapshot
 from serve.pool import AdapterPool
 from serve.resident import AdapterState
@@ -111,6 +111,7 @@ class Pins:
         Raises:
             NotFoundError: it is not pinned, as far as the principal sees.
         """
+        note_change(reference=reference)
         if all(pin.reference != reference for pin in self.seen_by(principal)):
             raise errors.NotFoundError(
                 f"{reference[:200]!r} is not pinned. GET /v1/pins lists what is.", code="not_pinned"

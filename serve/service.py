@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from registry import Artifact, DamagedArtifact, errors
-from registry.principal import Principal, count_tokens, current_principal
+from registry.principal import Principal, count_tokens, current_principal, note_change
 from serve import readiness
 from serve.alias_control import AliasControl
 from serve.cache_salts import CacheSalts
@@ -350,6 +350,7 @@ class ServingService:
 
     async def pin(self, reference: str) -> Pin:
         """Keep what ``reference`` means in the engine until :meth:`Pins.remove`; see :meth:`Pins.add`."""
+        note_change(reference=reference)
         self.require_ready()
         return await self.pins.add(
             reference, load_seconds=self._limits.alias_warm_seconds, principal=current_principal()
