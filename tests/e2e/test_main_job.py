@@ -193,7 +193,7 @@ def test_publishing_under_traffic_fails_no_request(service: Service, tuned: dict
     ("content", "status", "says"),
     [
         (b"", 400, "no rows"),
-        (b"\n\n", 400, "blank"),
+        (b"\n\n", 400, "no rows"),
         (b"\xff\xfe\x00rubbish\n", 400, "UTF-8"),
         (
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"oops"\n',
