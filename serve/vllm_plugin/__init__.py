@@ -12,6 +12,8 @@ Repairs, each with a test that fails without it:
 - compilers of constraints do not grow for ever (:mod:`serve.vllm_plugin.grammar_compiler`);
 - log probabilities on a CPU need no C++ compiler: where there is none the first request for them ends a stock engine,
   and where there is one it holds up every other stream for seconds, in the step that compiles;
+- seeded requests whose prompt takes several steps do not end an engine on a CPU
+  (:mod:`serve.vllm_plugin.seeded_prefills`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -37,6 +39,7 @@ def register() -> None:
         _read_adapters_without_a_leak()
         renew_grammar_compilers()
         _rank_log_probabilities_uncompiled()
+        _spare_generators_of_seeded_prefills()
         die_with_parent()
 
 
@@ -71,6 +74,18 @@ def _rank_log_probabilities_uncompiled() -> None:
     if current_platform.is_cpu():
         compiled = sampler.batched_count_greater_than
         sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def _spare_generators_of_seeded_prefills() -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        from serve.vllm_plugin import seeded_prefills
+
+        if CPUModelRunner._sample.__module__ != seeded_prefills.__name__:
+            seeded_prefills.use(CPUModelRunner)
 
 
 def renew_grammar_compilers() -> None:

@@ -1,7 +1,8 @@
 """Run an engine, poison it with a NaN adapter, and print what later requests get. Used by test_engine_repairs.py.
 
-Before it is poisoned, adapters come and go in it (engine_ids.py). Afterwards it is asked for log probabilities, and the
-repaired one is held to what every engine promises (engine_contract.py): engines of their own would cost their starts.
+Before it is poisoned, adapters come and go in it (engine_ids.py). Afterwards it is asked for log probabilities and for
+seeded answers to prompts of several steps, and the repaired one is held to what every engine promises
+(engine_contract.py): engines of their own would cost their starts.
 
 python tests/serve/engine_runs.py FOLDER {repaired,stock}
 """
@@ -64,6 +65,12 @@ def main() -> None:
     async def run() -> None:
         arguments = ["--enable-lora", "--max-loras", "2", "--enforce-eager", "--no-enable-prefix-caching"]
         arguments += ["--kv-cache-memory-bytes", str(8 << 20)]  # about 20 blocks, so every block is used again
+        arguments += [
+            "--max-num-seqs",
+            "64",
+            "--max-num-batched-tokens",
+            "128",
+        ]  # so that long prompts take several steps
         engine = VllmEngine(str(base_path), "capo-tiny", arguments)
         await engine.start()
 
@@ -81,6 +88,19 @@ def main() -> None:
                 return None
             return json.loads(answer)["choices"][0]
 
+        async def ask_seeded(*prompt_lengths: int) -> list[str] | None:
+            """The answers to prompts of so many tokens, asked at once. ``None``: the engine died of it."""
+
+            async def ask(length: int) -> str:
+                body = {"prompt": list(range(300, 300 + length)), "max_tokens": 20, "temperature": 1, "seed": 7}
+                call = Call(Endpoint.COMPLETION, body | {"ignore_eos": True}, None, "x", f"seeded-{length}")
+                return json.loads(await engine.complete(call))["choices"][0]["text"]
+
+            try:
+                return await asyncio.gather(*map(ask, prompt_lengths))
+            except EngineDeadError:
+                return None
+
         ids = await compare(engine, base, folder) if mode == "repaired" else []
         prompts = [f"{number} In the village there is a" for number in range(24)]
         before = [await ask(None, prompt) for prompt in prompts]
@@ -90,8 +110,14 @@ def main() -> None:
         await engine.unload_adapter(nan)
         after = [await ask(None, prompt) for prompt in prompts]
         logprobs = await ask_for_logprobs()
+        if engine.is_dead:
+            await engine.kill()
+            await engine.start()
+        # Steps take 128 tokens: alone the prompt is cut into 128 and 72, behind the longer one into 24, 128 and 48.
+        seeded = [await ask_seeded(200), await ask_seeded(1000, 200)]
         promises = await broken_promises(subject(engine)) if mode == "repaired" else {}
-        print(json.dumps({"before": before, "after": after, "ids": ids, "logprobs": logprobs, "promises": promises}))
+        found = {"before": before, "after": after, "ids": ids, "logprobs": logprobs, "seeded": seeded}
+        print(json.dumps(found | {"promises": promises}))
         await engine.stop(2)
 
     asyncio.run(run())
