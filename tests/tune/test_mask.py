@@ -124,6 +124,14 @@ def test_a_name_is_trained_where_the_template_shows_it_and_refused_where_it_does
         assert f"{role} Xenia" in tokenizer.decode(example.token_ids.tolist())
 
 
+def test_a_name_may_repeat_the_role(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer(CHATML)
+    named = row_of(*({**each, "name": each["role"]} for each in MULTI))
+    assert [e.token_ids.tolist() for e in encode(tokenizer, named)] == [
+        e.token_ids.tolist() for e in encode(tokenizer, row_of(*MULTI))
+    ]
+
+
 def test_a_tools_name_may_say_what_its_call_says_already(make_tokenizer: TokenizerMaker) -> None:
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c }}{% endfor %}")
     call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
@@ -132,9 +140,9 @@ def test_a_tools_name_may_say_what_its_call_says_already(make_tokenizer: Tokeniz
     tokenizer = make_tokenizer(template)
     ids = [
         encode(tokenizer, row_of(MULTI[0], calling, {**answer, **name}, MULTI[1]))[0].token_ids.tolist()
-        for name in ({}, {"name": "look_up"}, {"name": ""})
+        for name in ({}, {"name": "look_up"}, {"name": ""}, {"name": "tool"})
     ]
-    assert ids[0] == ids[1] == ids[2]
+    assert ids[0] == ids[1] == ids[2] == ids[3]
     with pytest.raises(InvalidDataError, match="does not show the name of a message by 'tool'"):
         encode(tokenizer, row_of(MULTI[0], calling, {**answer, "name": "look_down"}, MULTI[1]))
 

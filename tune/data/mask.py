@@ -206,7 +206,8 @@ class ChatEncoder:
     def _check_names_are_rendered(self, row: ChatRow, turns: Sequence[_Turn]) -> None:
         """Most templates know no names of messages, and serving refuses a message whose name the model would not see.
 
-        It takes a tool's name that says which call is answered: the call's id says so, too.
+        It takes a tool's name that says which call is answered, as the call's id says so, too, and one that repeats the
+        role, as some clients do.
         """
         messages = row.messages[: turns[-1].index + 1]
         roles = _roles_with_names(messages)
@@ -322,9 +323,10 @@ def _roles_with_names(messages: Sequence[dict[str, Any]]) -> list[str]:
     roles: dict[str, None] = {}
     for message in messages:
         called |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
-        name = message.get("name")
-        if name and not (message["role"] == "tool" and name == called.get(message["tool_call_id"])):
-            roles[message["role"]] = None
+        role, name = message["role"], message.get("name")
+        known = {role, called.get(message["tool_call_id"])} if role == "tool" else {role}
+        if name and name not in known:
+            roles[role] = None
     return list(roles)
 
 
