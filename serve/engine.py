@@ -50,7 +50,7 @@ from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits
 from serve.engine_errors import engine_dead, engine_reason, error_in_stream, refused, wire_error
 from serve.engine_requests import REQUEST_TYPES
 from serve.model_abilities import Messages, ModelAbilities, ToolParser
-from serve.observed_llm import ObservedLLM, current_call
+from serve.observed_llm import ObservedLLM, count_what_was_made, current_call
 from serve.vllm_plugin import call_or_format
 
 logger = logging.getLogger(__name__)
@@ -246,6 +246,7 @@ class VllmEngine(Engine):
             raise self._translate(error) from error
         finally:
             current_call.reset(token)
+            count_what_was_made(call)
         if "abort" in call.finish_reasons:
             raise self._aborted()
         if call.endpoint is Endpoint.RESPONSES:
@@ -304,10 +305,13 @@ class VllmEngine(Engine):
         except Exception as error:
             raise self._translate(error) from error
         lora = None if call.adapter is None else _lora_request(call.adapter)
-        for number, prompt in enumerate(prompts):
-            async with contextlib.aclosing(self._generate(llm, call, prompt, parameters, lora, number)) as pieces:
-                async for piece in pieces:
-                    yield piece
+        try:
+            for number, prompt in enumerate(prompts):
+                async with contextlib.aclosing(self._generate(llm, call, prompt, parameters, lora, number)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        finally:
+            count_what_was_made(call)
 
     async def _generate(
         self,

@@ -87,6 +87,8 @@ class Call:
     finish_reasons: list[str] = field(default_factory=list)
     was_in_engine: bool = False
     """It was handed to the engine, which may have died of it."""
+    engine_records: list[Any] = field(default_factory=list)
+    """The engine's own, one for each answer that it makes; nobody else reads them."""
     error: BaseException | None = None
     """What ended the generation early, before any wire format hid it."""
 

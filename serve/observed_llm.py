@@ -24,6 +24,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
@@ -135,6 +136,20 @@ class ObservedLLM(AsyncLLM):
         finally:
             await outputs.aclose()
 
+    async def add_request(self, *args: Any, **options: Any) -> RequestOutputCollector:
+        # Not in _add_request: of several answers to a prompt each is a request, and 0.32.0 adds them without it.
+        queue = await super().add_request(*args, **options)
+        if (call := current_call.get()) is not None:
+            call.was_in_engine = True
+            call.engine_records += self._records(queue.request_id)
+        return queue
+
+    def _records(self, request_id: str) -> list[RequestState]:
+        """What the output processor keeps of each answer, during and after its making."""
+        parent = self.output_processor.parent_requests.get(request_id)
+        records = self.output_processor.request_states
+        return [records[each] for each in (parent.child_requests if parent else [request_id]) if each in records]
+
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **options: Any) -> None:
         try:
             await super()._add_request(request, *args, **options)
@@ -142,8 +157,6 @@ class ObservedLLM(AsyncLLM):
             # 0.32.0 keeps a request for ever that could not be sent to the engine; it would count as a standstill.
             await self.abort(request.request_id, internal=True)
             raise
-        if (call := current_call.get()) is not None:
-            call.was_in_engine = True
 
 
 def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, str, Any]]:
@@ -161,18 +174,36 @@ def _observe(call: Call, output: RequestOutput) -> None:
     grown = [completion for completion in output.outputs if completion.token_ids]
     if not grown:
         return
-    stats = output.metrics
-    now = asyncio.get_running_loop().time()
-    if call.first_token_at is None:
-        # A request that answers in one piece learns its first token's time from the engine's own clock, which is
-        # CLOCK_MONOTONIC like ours (vllm/v1/metrics/stats.py, RequestStateStats).
-        engine_first = getattr(stats, "first_token_ts", 0.0)
-        call.first_token_at = engine_first if 0.0 < engine_first <= now else now
-        queued, scheduled = getattr(stats, "queued_ts", 0.0), getattr(stats, "scheduled_ts", 0.0)
-        if queued > 0.0 and scheduled > 0.0:
-            call.queued_seconds = scheduled - queued
+    _note_beginning(call, output.metrics)
     for completion in grown:
         call.note_tokens((output.request_id, completion.index), len(completion.token_ids))
+
+
+def _note_beginning(call: Call, stats: Any) -> None:
+    if call.first_token_at is not None:
+        return
+    now = time.monotonic()
+    # A request that answers in one piece learns its first token's time from the engine's own clock, which is
+    # CLOCK_MONOTONIC like ours (vllm/v1/metrics/stats.py, RequestStateStats).
+    engine_first = getattr(stats, "first_token_ts", 0.0)
+    call.first_token_at = engine_first if 0.0 < engine_first <= now else now
+    queued, scheduled = getattr(stats, "queued_ts", 0.0), getattr(stats, "scheduled_ts", 0.0)
+    if queued > 0.0 and scheduled > 0.0:
+        call.queued_seconds = scheduled - queued
+
+
+def count_what_was_made(call: Call) -> None:
+    """Account what no output has shown, at the end of a call. vLLM hands out an answer in one piece at its end, and
+    nothing of one that is cut off before; the work was done all the same."""
+    begun = [record for record in call.engine_records if not record.is_prefilling]
+    prompts = {id(record.parent_req or record): record.prompt_len for record in begun}  # n answers share one
+    call.prompt_tokens = max(call.prompt_tokens, sum(prompts.values()))
+    call.completion_tokens = max(
+        call.completion_tokens, sum(record.detokenizer.num_output_tokens() for record in begun)
+    )
+    for record in begun[:1]:
+        _note_beginning(call, record.stats)
+    call.engine_records.clear()
 
 
 def _gauge(name: str, *args: Any, **kwargs: Any) -> Gauge:

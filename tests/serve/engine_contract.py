@@ -201,6 +201,29 @@ async def a_stream_that_is_closed_is_no_work_any_more(subject: Subject) -> None:
 
 
 @check
+async def what_was_made_of_an_answer_that_is_cut_off_is_counted(subject: Subject) -> None:
+    engine, prompt = subject.engine, "In the village"
+    num_prompt_tokens = len(json.loads(await engine.convert_tokens(Endpoint.TOKENIZE, {"prompt": prompt}))["tokens"])
+
+    async def read(call: Call) -> None:
+        assert [piece async for piece in engine.pieces(call)]
+
+    for ask, num_prompts in ((engine.complete, 1), (engine.complete, 2), (read, 1)):
+        body = {"prompt": [prompt] * num_prompts, "n": 2, "max_tokens": NUM_TOKENS_OF_LONG, "ignore_eos": True}
+        call = Call(Endpoint.COMPLETION, body, None, ANSWER_MODEL, "cut-off")
+        answering = asyncio.create_task(ask(call))
+        await some_steps(engine, answering)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        assert call.was_in_engine
+        assert call.completion_tokens > 0, (ask, num_prompts)
+        assert 0 < call.prompt_tokens <= num_prompts * num_prompt_tokens, (ask, num_prompts)
+        assert call.first_token_at is not None
+        assert call.queued_seconds is not None
+        await until(lambda: not engine.has_work)
+
+
+@check
 async def a_killed_engine_cuts_its_streams_says_so_and_can_be_started_again(subject: Subject) -> None:
     engine = subject.engine
     before = json.loads(await engine.complete(chat(None)))["choices"]
@@ -261,6 +284,13 @@ def begun(engine: Engine, form: str) -> asyncio.Task[list[Any]]:
         return [event async for event in getattr(engine, form)(call)]
 
     return asyncio.create_task(read())
+
+
+async def some_steps(engine: Engine, answering: asyncio.Task[Any]) -> None:
+    """More than one: the first that is seen may be an earlier request's last."""
+    for _ in range(5):
+        before = engine.last_progress_at
+        await until(lambda before=before: answering.done() or engine.last_progress_at > before)
 
 
 @asynccontextmanager
