@@ -68,10 +68,13 @@ def enter(connection: Connection, asked: Idempotency, made_id: str, *, tenant: s
     connection.execute(insert(idempotency_keys).values(**values))
 
 
-def forget(connection: Connection, asked: Idempotency, *, tenant: str) -> None:
-    """The key is new again."""
+def forget(connection: Connection, asked: Idempotency, made_id: str, *, tenant: str) -> None:
+    """The key is new again, unless it means something else than ``made_id`` meanwhile: with PostgreSQL another request
+    may have made it anew since this one looked."""
     table = idempotency_keys
-    connection.execute(delete(table).where(table.c.tenant == tenant, table.c.key == asked.key))
+    connection.execute(
+        delete(table).where(table.c.tenant == tenant, table.c.key == asked.key, table.c.made_id == made_id)
+    )
 
 
 def make_once(
@@ -95,7 +98,7 @@ def make_once(
             if asked is not None and (made := find_made(connection, asked, tenant=tenant, now=now)) is not None:
                 if is_there(connection, made):
                     return made
-                forget(connection, asked, tenant=tenant)
+                forget(connection, asked, made, tenant=tenant)
             made_id = make(connection)
             if asked is not None:
                 enter(connection, asked, made_id, tenant=tenant, now=now)
