@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
 # Where tests may start the real engine (tests/test_house.py holds it). They take the whole machine, one after another,
-# but for those marked `beside`. These and all others run four at a time, for two cores are half idle with two, file by
+# but for those marked `beside`. These and all others run three at a time, for two cores are half idle with two, file by
 # file in their order: the files of few tests are the slow ones, and must not come last.
 ENGINE_TESTS := tests/e2e tests/soak tests/fuzz tests/serve/test_engine_repairs.py
 
@@ -26,7 +26,7 @@ run: setup       ## Start the service on http://127.0.0.1:8000 with its data in 
 test: setup      ## The whole test suite
 	-@scripts/test_programs.sh
 	@failed=; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine or beside" -n 4 --dist loadfile --no-loadscope-reorder || failed=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine or beside" -n 3 --dist loadfile --no-loadscope-reorder || failed=1; \
 	$(BIN)/python -m pytest -m "engine and not beside" $(ENGINE_TESTS) || failed=1; \
 	[ -z "$$failed" ]
 
