@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from registry import Registry
+from serve.engine_api import Endpoint
 from serve.service import ServingService
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import BASE, eventually, publish, running_service
@@ -23,9 +25,9 @@ def slow_disk(service: ServingService, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Looks at the registry take until the event is set."""
     go_on, look = threading.Event(), service.catalog._look
 
-    def look_slowly(*seen: object) -> object:
+    def look_slowly(*seen: Any) -> Any:
         go_on.wait(5)
-        return look(*seen)  # type: ignore[arg-type]
+        return look(*seen)
 
     with monkeypatch.context() as patch:
         patch.setattr(service.catalog, "_look", look_slowly)
@@ -76,10 +78,10 @@ class SlowTokenizer(FakeEngine):
         self.token_gate = asyncio.Event()
         self.num_asked = 0
 
-    async def convert_tokens(self, *args: object) -> bytes:
+    async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         self.num_asked += 1
         await self.token_gate.wait()
-        return await super().convert_tokens(*args)  # type: ignore[arg-type]
+        return await super().convert_tokens(endpoint, body)
 
 
 async def test_a_drain_waits_for_what_is_tokenized_and_it_counts_among_the_requests_in_flight(tmp_path: Path) -> None:

@@ -20,15 +20,18 @@ from tests.serve.fake_engine import FakeEngine
 
 
 @dataclass(frozen=True)
-class FakeArtifact:
-    """As much of an artifact as the pool reads."""
-
+class _Artifact:
     revision: str
     path: Path = Path("nowhere")
 
     @property
     def name(self) -> str:
         return self.revision.partition("@")[0]
+
+
+def fake_artifact(revision: str) -> Any:
+    """As much of an artifact as the pool reads."""
+    return _Artifact(revision)
 
 
 class OpenGate:
@@ -79,7 +82,8 @@ async def running_pool(
     engine: FakeEngine, gate: OpenGate | None = None, **options: float
 ) -> AsyncIterator[AdapterPool]:
     await engine.start()
-    pool = AdapterPool(engine, gate or OpenGate(), Metrics(CollectorRegistry()), **options)  # type: ignore[arg-type]
+    judge: Any = gate or OpenGate()
+    pool = AdapterPool(engine, judge, Metrics(CollectorRegistry()), **options)
     task = asyncio.create_task(pool.run())
     try:
         yield pool
@@ -88,12 +92,12 @@ async def running_pool(
 
 
 async def use_once(pool: AdapterPool, revision: str) -> int:
-    async with pool.use(FakeArtifact(revision)) as adapter:  # type: ignore[arg-type]
+    async with pool.use(fake_artifact(revision)) as adapter:
         return adapter.engine_id
 
 
 async def hold(pool: AdapterPool, revision: str, until: asyncio.Event, holding: asyncio.Event) -> None:
-    async with pool.use(FakeArtifact(revision)):  # type: ignore[arg-type]
+    async with pool.use(fake_artifact(revision)):
         holding.set()
         await until.wait()
 
@@ -139,7 +143,7 @@ async def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
 
         async def hot_client() -> None:
             while not stop.is_set():
-                async with pool.use(FakeArtifact("hot@1")):  # type: ignore[arg-type]
+                async with pool.use(fake_artifact("hot@1")):
                     await asyncio.sleep(0.01)
 
         clients = [asyncio.create_task(hot_client()) for _ in range(8)]
@@ -177,7 +181,7 @@ async def test_one_long_stream_holds_its_own_slot_only() -> None:
 
         async def hot_client() -> None:
             while not stop.is_set():
-                async with pool.use(FakeArtifact("hot@1")):  # type: ignore[arg-type]
+                async with pool.use(fake_artifact("hot@1")):
                     await asyncio.sleep(0.02)
 
         clients = [asyncio.create_task(hot_client()) for _ in range(3)]
@@ -353,35 +357,38 @@ async def test_preloading_never_evicts_anybody() -> None:
     engine = FakeEngine(max_loras=1)
     async with running_pool(engine) as pool:
         await use_once(pool, "a@1")
-        await pool.preload(FakeArtifact("b@1"))  # type: ignore[arg-type]
+        await pool.preload(fake_artifact("b@1"))
         assert engine.loads == ["a@1"]
 
 
-async def test_a_preload_whose_slot_goes_to_a_request_meanwhile_is_given_up() -> None:
+@contextlib.asynccontextmanager
+async def preloading() -> AsyncIterator[tuple[FakeEngine, AdapterPool, SlowGate, asyncio.Task[bool]]]:
+    """A pool of two slots with ``hot@1`` in one of them and ``new@1``, sent ahead for the other, still at the gate."""
     engine, gate = FakeEngine(max_loras=2), SlowGate("new@1")
     async with running_pool(engine, gate, turn_seconds=0.0) as pool:
         await use_once(pool, "hot@1")
-        preloading = asyncio.create_task(pool.preload(FakeArtifact("new@1")))  # type: ignore[arg-type]
+        preload = asyncio.create_task(pool.preload(fake_artifact("new@1")))
         await asyncio.sleep(0.01)
+        yield engine, pool, gate, preload
+
+
+async def test_a_preload_whose_slot_goes_to_a_request_meanwhile_is_given_up() -> None:
+    async with preloading() as (engine, pool, gate, preload):
         await use_once(pool, "other@1")
         gate.go_on.set()
-        assert not await preloading
+        assert not await preload
         assert engine.unloads == []
         assert pool.status("new@1").state is AdapterState.AVAILABLE
         assert pool.num_free_slots == 0
 
 
 async def test_a_preload_that_a_request_joins_takes_its_turn_like_any_other() -> None:
-    engine, gate = FakeEngine(max_loras=2), SlowGate("new@1")
-    async with running_pool(engine, gate, turn_seconds=0.0) as pool:
-        await use_once(pool, "hot@1")
-        preloading = asyncio.create_task(pool.preload(FakeArtifact("new@1")))  # type: ignore[arg-type]
-        await asyncio.sleep(0.01)
+    async with preloading() as (engine, pool, gate, preload):
         joining = asyncio.create_task(use_once(pool, "new@1"))
         await use_once(pool, "other@1")
         gate.go_on.set()
         await joining
-        assert await preloading
+        assert await preload
         assert engine.unloads == ["hot@1"]
 
 
@@ -389,7 +396,7 @@ async def test_what_was_preloaded_is_not_the_next_to_go() -> None:
     engine = FakeEngine(max_loras=2)
     async with running_pool(engine) as pool:
         await use_once(pool, "old@1")
-        assert await pool.preload(FakeArtifact("new@1"))  # type: ignore[arg-type]
+        assert await pool.preload(fake_artifact("new@1"))
         await use_once(pool, "other@1")
         assert engine.unloads == ["old@1"]
 
@@ -458,7 +465,7 @@ async def test_concurrent_preloads_never_evict_or_drain_anybody() -> None:
     engine = FakeEngine(max_loras=2)
     async with running_pool(engine, turn_seconds=0.0) as pool:
         await use_once(pool, "hot@1")
-        await asyncio.gather(*(pool.preload(FakeArtifact(f"new{n}@1")) for n in range(4)))  # type: ignore[arg-type]
+        await asyncio.gather(*(pool.preload(fake_artifact(f"new{n}@1")) for n in range(4)))
         assert engine.unloads == []
         assert "hot@1" in {adapter.name for adapter in engine.loaded.values()}
 
@@ -564,11 +571,11 @@ async def test_what_was_pinned_comes_back_first_after_an_engine_restart() -> Non
 async def test_warming_takes_turns_and_says_when_time_ran_out() -> None:
     engine = FakeEngine(max_loras=1)
     async with running_pool(engine, turn_seconds=60) as pool:
-        assert await pool.warm([FakeArtifact("a@1")], 5)  # type: ignore[list-item]
+        assert await pool.warm([fake_artifact("a@1")], 5)
         let_go, holding = asyncio.Event(), asyncio.Event()
         user = asyncio.create_task(hold(pool, "a@1", let_go, holding))
         await holding.wait()
-        assert not await pool.warm([FakeArtifact("b@1")], 0.02)  # type: ignore[list-item]
+        assert not await pool.warm([fake_artifact("b@1")], 0.02)
         assert pool.status("b@1").state is AdapterState.AVAILABLE, "nobody waits for it any more"
         let_go.set()
         await user
@@ -578,10 +585,10 @@ async def test_vetting_checks_without_the_engine_and_remembers() -> None:
     engine, gate = FakeEngine(), OpenGate()
     gate.refuse.add("bad@1")
     async with running_pool(engine, gate) as pool:
-        await pool.vet(FakeArtifact("good@1"))  # type: ignore[arg-type]
+        await pool.vet(fake_artifact("good@1"))
         for _ in range(2):
             with pytest.raises(errors.InvalidArtifactError):
-                await pool.vet(FakeArtifact("bad@1"))  # type: ignore[arg-type]
+                await pool.vet(fake_artifact("bad@1"))
         assert pool.status("bad@1").state is AdapterState.REFUSED
         assert engine.loads == []
 
@@ -590,7 +597,7 @@ async def test_a_revision_that_is_deleted_while_it_is_vetted_is_not_refused() ->
     gate = SlowGate("bad@1")
     gate.refuse.add("bad@1")
     async with running_pool(FakeEngine(), gate) as pool:
-        vetting = asyncio.create_task(pool.vet(FakeArtifact("bad@1")))  # type: ignore[arg-type]
+        vetting = asyncio.create_task(pool.vet(fake_artifact("bad@1")))
         await asyncio.sleep(0.01)
         pool.withdraw("bad@1")
         gate.forgotten.clear()

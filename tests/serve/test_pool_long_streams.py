@@ -16,7 +16,7 @@ from serve.engine_api import EngineAdapter
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.test_pool import FakeArtifact, OpenGate
+from tests.serve.test_pool import OpenGate, fake_artifact
 from tests.serve.virtual_time import run_in_virtual_time
 from tests.sizes import size
 
@@ -96,7 +96,7 @@ class Streams:
         self.waiting[revision] = (waiting + 1, since)
         use = Use(revision, now, since)
         try:
-            async with self.pool.use(FakeArtifact(revision)) as adapter:  # type: ignore[arg-type]
+            async with self.pool.use(fake_artifact(revision)) as adapter:
                 self._end_waiting(revision)
                 use.began_at = time.monotonic()
                 self.uses.append(use)

@@ -18,7 +18,7 @@ from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.resident import AdapterState
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.test_pool import FakeArtifact, OpenGate
+from tests.serve.test_pool import OpenGate, fake_artifact
 from tests.sizes import size
 
 SECONDS = 0.4
@@ -113,7 +113,7 @@ class Schedule:
 
     async def _use(self, revision: str, seconds: float) -> None:
         life = self.engine.starts
-        async with self.pool.use(FakeArtifact(revision)) as adapter:  # type: ignore[arg-type]
+        async with self.pool.use(fake_artifact(revision)) as adapter:
             for _ in range(3):
                 if life == self.engine.starts and not self.engine.is_dead:
                     held = self.engine.loaded.get(adapter.engine_id)
@@ -145,7 +145,7 @@ class Schedule:
                 }
                 self.pool.withdraw(revision)
             elif action < 0.8:
-                await self.pool.preload(FakeArtifact(self.rng.choice(self.revisions)))  # type: ignore[arg-type]
+                await self.pool.preload(fake_artifact(self.rng.choice(self.revisions)))
             elif action < 0.85 and self.engine_dies:
                 self.engine.die()
                 await asyncio.sleep(0.005)

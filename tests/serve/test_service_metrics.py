@@ -42,6 +42,12 @@ def waits(service: ServingService, label: str) -> tuple[float, float]:
     return samples["capo_adapter_wait_seconds_count"], samples["capo_adapter_wait_seconds_sum"]
 
 
+def publish_two(registry_dir: Path) -> tuple[str, str]:
+    """The revisions of the adapters ``one`` and ``two``, of which an engine with one slot holds one at a time."""
+    registry = Registry(registry_dir)
+    return publish(registry, "one").revision, publish(registry, "two").revision
+
+
 async def test_a_bug_of_ours_is_counted_as_a_server_error(tmp_path: Path) -> None:
     async with running_service(BrokenEngine(), tmp_path) as (client, service):
         assert (await ask(client, BASE)).status_code == 500
@@ -61,8 +67,8 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(tmp_path: Path) -> N
 
 
 async def test_the_wait_for_an_adapters_slot_is_measured_and_that_of_the_base_is_not(tmp_path: Path) -> None:
-    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
-    one, two = (publish(registry, name).revision for name in ("one", "two"))
+    engine = FakeEngine(max_loras=1)
+    one, two = publish_two(tmp_path)
     async with running_service(engine, tmp_path) as (client, service):
         engine.answer_gate.clear()
         first = asyncio.create_task(ask(client, one))
@@ -80,8 +86,8 @@ async def test_the_wait_for_an_adapters_slot_is_measured_and_that_of_the_base_is
 
 
 async def test_a_wait_for_a_slot_that_was_in_vain_is_measured_too(tmp_path: Path) -> None:
-    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
-    one, two = (publish(registry, name).revision for name in ("one", "two"))
+    engine = FakeEngine(max_loras=1)
+    one, two = publish_two(tmp_path)
     async with running_service(engine, tmp_path) as (client, service):
         service.pool._max_wait_seconds = 0.3
         engine.answer_gate.clear()
@@ -97,8 +103,8 @@ async def test_a_wait_for_a_slot_that_was_in_vain_is_measured_too(tmp_path: Path
 
 
 async def test_who_waits_for_a_verdict_on_a_schema_holds_no_slot(tmp_path: Path) -> None:
-    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
-    one, two = (publish(registry, name).revision for name in ("one", "two"))
+    engine = FakeEngine(max_loras=1)
+    one, two = publish_two(tmp_path)
     async with running_service(engine, tmp_path) as (client, service):
         engine.check_gate.clear()
         first = asyncio.create_task(ask(client, one))

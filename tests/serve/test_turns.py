@@ -9,15 +9,15 @@ import pytest
 from serve.engine_api import EngineAdapter
 from serve.resident import AdapterState, Resident
 from serve.turns import Turns
-from tests.serve.test_pool import FakeArtifact
+from tests.serve.test_pool import fake_artifact
 
 TURNS = Turns(turn_seconds=1, max_wait_seconds=30)
 
 
 def resident(name: str, *, turn_began_at: float = 0, waiting_since: float = 0, is_released: bool = False) -> Resident:
-    artifact = FakeArtifact(f"{name}@1")
+    artifact = fake_artifact(f"{name}@1")
     return Resident(
-        artifact,  # type: ignore[arg-type]
+        artifact,
         EngineAdapter(artifact.revision, 1, artifact.path),
         state=AdapterState.LOADED,
         ready=asyncio.Future(),
