@@ -78,7 +78,6 @@ class Call:
     adapter_at: float | None = None
     """When the adapter was there to be used; set with it."""
     first_token_at: float | None = None
-    last_token_at: float | None = None
     last_token_at_of: dict[Hashable, float] = field(default_factory=dict)
     """Of each answer: there are n to each prompt, and their tokens come in the same steps."""
     queued_seconds: float | None = None
@@ -99,7 +98,12 @@ class Call:
         if self.on_tokens is not None:
             before = self.last_token_at_of.get(answer)
             self.on_tokens(None if before is None else now - before, new_tokens)
-        self.last_token_at = self.last_token_at_of[answer] = now
+        self.last_token_at_of[answer] = now
+
+    @property
+    def last_token_at(self) -> float | None:
+        """Of all answers."""
+        return max(self.last_token_at_of.values(), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class FairLine:
         self._last = ""
         """The tenant that has or had the turn."""
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-        """By tenant, none of them empty; who waits the longest for a turn is first."""
+        """By tenant, none of them empty; who waits the longest for a turn is first. Those that have left are done."""
 
     @contextlib.asynccontextmanager
     async def turn(self, tenant: str, *, longest_wait_seconds: float) -> AsyncIterator[None]:
@@ -42,18 +42,10 @@ class FairLine:
             async with asyncio.timeout(longest_wait_seconds):
                 await mine
         except BaseException:
+            # A cancelled wait cancels what it waits for, and the turn passes over that.
             if mine.done() and not mine.cancelled():
-                self._pass_on()  # the turn came in the same moment
-            else:
-                self._leave(tenant, mine)
+                self._pass_on()  # it came in the same moment
             raise
-
-    def _leave(self, tenant: str, mine: asyncio.Future[None]) -> None:
-        # A cancelled wait cancels what it waits for, so the turn cannot have gone to it.
-        if (of_tenant := self._waiting.get(tenant)) is not None and mine in of_tenant:
-            of_tenant.remove(mine)
-            if not of_tenant:
-                del self._waiting[tenant]
 
     def _pass_on(self) -> None:
         """The turn goes straight to who is next: nobody who comes meanwhile gets in between."""
