@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from registry import errors
 from registry.principal import Scope
 from tests.capo.certificates import Authority, Pair
 from tests.capo.guarded import Guarded, bearer, guarded
+from tests.ports import free_port
 from tune.jobs.database import Database, sqlite_url
 
 EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - that nothing listens there by mistake is what is tested
@@ -94,8 +94,7 @@ def test_health_is_asked_without_a_certificate_also_where_clients_must_show_one(
     authority = Authority(tmp_path)
     server = authority.pair("server")
     tls = {"tls_certificate": server.certificate, "tls_key": server.key, "tls_client_ca": authority.path}
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        health_port = str(taken.getsockname()[1])
+    health_port = str(free_port())
     settings = {name: str(value) for name, value in tls.items()}
     health_check = Path(__file__).parents[2] / "deploy/container/healthcheck.py"
 
@@ -169,8 +168,7 @@ async def test_an_open_service_answers_no_web_page_of_another_site(tmp_path: Pat
 @contextlib.contextmanager
 def control_process(tmp_path: Path, *options: str, **settings: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """``capo serve --role control``: all but the engine, in a second or two. Yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     environment = os.environ | {f"CAPO_{name.upper()}": value for name, value in settings.items()}
     command = [sys.executable, "-m", "capo", "serve", "--role", "control", "--port", str(port), "--grpc-port", "0"]
     with (tmp_path / "service.log").open("w") as log:
@@ -212,8 +210,7 @@ def test_a_running_service_with_keys_listens_to_all_and_has_its_metrics_on_their
     metrics, infer = (
         bearer(store.create(NewKey("capo", frozenset({scope})))) for scope in (Scope.METRICS, Scope.INFER)
     )
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        metrics_port = taken.getsockname()[1]
+    metrics_port = free_port()
     with control_process(tmp_path, "--host", EVERY_ADDRESS, metrics_port=str(metrics_port)) as (url, process):
         ready(url, process)
         page = f"http://127.0.0.1:{metrics_port}/metrics"

@@ -25,6 +25,7 @@ from capo.app import build_app
 from registry import BaseModelIdentity, LoraShape, ManifestDraft, Registry
 from registry.principal import Principal
 from serve.access import OneTenant
+from tests.ports import free_port
 from tests.tune.jobs.standins import Trained, step_metrics
 from tests.tune.jobs.support import BASE, TENANT
 from tune.jobs.api import TuningApi
@@ -136,8 +137,7 @@ class JobService:
 def start(directory: Path, *, workers: int, port: int = 0) -> JobService:
     """Returns once it answers; :func:`stop` or a signal ends it."""
     if port == 0:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = int(listener.getsockname()[1])
+        port = free_port()
     command = [sys.executable, "-m", "tests.soak.job_service", "serve", str(directory), str(port), str(workers)]
     with (directory / "service.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -15,14 +14,8 @@ import httpx
 import yaml
 
 from tests.deploy.expressions import NAMESPACE, PROMETHEUS
+from tests.ports import free_port
 from tests.programs import program
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.ports import free_port
 
 _ENVIRONMENT = Path("build/ray").absolute()
 _LOCK = Path(__file__).parent / "ray.lock"
@@ -61,7 +62,7 @@ def running_ray(directory: Path) -> Iterator[RayNodes]:
     ``capo`` of this test's environment is on the nodes' PATH. The sockets' paths below ``directory`` must be short.
     """
     ray = ray_program()
-    gcs_port, dashboard_port = _free_port(), _free_port()
+    gcs_port, dashboard_port = free_port(), free_port()
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -102,15 +103,6 @@ def running_ray(directory: Path) -> Iterator[RayNodes]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-
-
-def _free_port() -> int:
-    """Not among 10002 to 19999, which Ray gives to its workers."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = int(listener.getsockname()[1])
-        if port > 20_000:
-            return port
 
 
 def _wait(condition: Any, log: Path, *, seconds: float = 60) -> None:

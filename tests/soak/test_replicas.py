@@ -22,11 +22,11 @@ from capo.demo import EXAMPLES
 from registry import BaseModel, Registry
 from tests.deploy.render import ROOT
 from tests.e2e.service import Service, running
+from tests.ports import free_port
 from tests.programs import program
 from tests.soak.adapters import publish_random
 from tests.soak.balanced import Load, Sent
 from tests.soak.figures import Figures
-from tests.soak.prometheus import free_port
 from tests.tune.jobs.postgres import new_database, running_postgres
 
 pytestmark = [pytest.mark.engine, pytest.mark.training]

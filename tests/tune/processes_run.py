@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import peft  # noqa: F401 - seconds that each child would take
 import torch.distributed.fsdp  # noqa: F401
 
 from registry import Registry
+from tests.ports import free_port
 from tests.tune.workshop import Recorder, StopAfter
 from tune.progress import StopRequested
 from tune.recipe_file import parse_recipe
@@ -66,9 +66,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     outcomes = []
     for given in json.load(sys.stdin):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         children = [fork(given, rank, port, root) for rank in range(given["processes"])]
         statuses = [os.waitpid(child, 0)[1] for child in children]
         assert not any(statuses), statuses
