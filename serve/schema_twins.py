@@ -15,7 +15,12 @@ from serve.schema_nodes import LISTS, MAPS, SINGLE, Node, named_types
 ANNOTATIONS_SKIPPED = frozenset(
     ("title", "default", "description", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema")
 )
-_DEFINITIONS = ("$defs", "definitions")
+_ROLES = (
+    dict.fromkeys(LISTS, "list")
+    | dict.fromkeys(SINGLE, "schema")
+    | dict.fromkeys((*MAPS, "$defs", "definitions"), "map")
+)
+"""What the value of a keyword is: a schema, a list or a map of them; anything else is taken as it stands."""
 
 
 class Twins:
@@ -79,12 +84,4 @@ def _role(role: str, name: str) -> str:
         return "schema"
     if role != "schema":
         return "value"
-    return (
-        "map"
-        if name in (*MAPS, *_DEFINITIONS)
-        else "schema"
-        if name in SINGLE
-        else "list"
-        if name in LISTS
-        else "value"
-    )
+    return _ROLES.get(name, "value")
