@@ -65,11 +65,15 @@ class InRanks:
             alias=alias,
             recipe_dir=recipe_dir,
         )
-        _announce(self.size)
+        # Bound here and never given back: a port that is only looked up may be another's when it is used.
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+        _announce(self.size, port)
         self.before_fork()
 
         def train_beside(rank: int, first_pid: int) -> None:
             die_with_parent(first_pid, signal.SIGKILL)
+            listener.close()
             name_process(f"{rank}-{job_id}")
             os.environ |= _place(rank)
             with contextlib.suppress(StopRequested):  # the first one was asked, and told all
@@ -80,6 +84,7 @@ class InRanks:
         for other in others:
             other.start()
         os.environ |= _place(0)
+        meeting_place = _open_meeting_place(listener.detach(), port, self.size)
         is_over = threading.Event()
         threading.Thread(target=_watch, args=(others, is_over, self.grace_seconds), name="ranks", daemon=True).start()
         try:
@@ -89,14 +94,13 @@ class InRanks:
             for other in others:
                 other.kill()
                 other.join()
+            del meeting_place
 
 
-def _announce(size: int) -> None:
+def _announce(size: int, port: int) -> None:
     """What torchrun tells its processes, for all of them alike."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ |= {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store at MASTER_PORT is there, none is to be opened
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(size),
@@ -106,6 +110,14 @@ def _announce(size: int) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal():  # of the whole job
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(threads) // size))
+
+
+def _open_meeting_place(listener: int, port: int, size: int) -> object:
+    """The store over which torch's processes find each other. Lives as long as what is returned; opened after the
+    forks, which its thread would not survive. Until then those who come first wait in the listener's queue."""
+    from torch.distributed import TCPStore  # seconds, and of no use to workers whose jobs have one process
+
+    return TCPStore("127.0.0.1", port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener)
 
 
 def _place(rank: int) -> dict[str, str]:

@@ -239,9 +239,18 @@ def finds_its_directory_busy(recipe: Recipe, *, registry: Registry, job_id: str 
 
 
 def trains_in_ranks(recipe: Recipe, *, registry: Registry, work_dir: Path, job_id: str | None, **rest: Any) -> Trained:
-    """Each process leaves its part of the environment; the first one waits for all, the others for their end."""
+    """Each process leaves its part of the environment and what all come to when they add up; the first one waits for
+    all, the others for their end."""
+    import torch  # seconds, which the other stand-ins need not wait for
+
+    from tune.parallel import joined_ranks
+
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
-    told = {name: os.environ.get(name) for name in names} | {"pid": os.getpid()}
+    told: dict[str, Any] = {name: os.environ.get(name) for name in names} | {"pid": os.getpid()}
+    with joined_ranks() as ranks:
+        number = torch.tensor([1 + ranks.rank])
+        ranks.add_up(number)
+        told["sum"] = int(number)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     (registry.root.parent / f"rank-{rank}.part").write_text(json.dumps(told))
     (registry.root.parent / f"rank-{rank}.part").rename(registry.root.parent / f"rank-{rank}.json")

@@ -37,7 +37,7 @@ def worked_where_seen(place: Place, devices: str, *, gpus: int) -> JobRecord:
     settings = settings_for(place, gpus=len(devices.split(",")), job_id=job.id)
     process = multiprocessing.get_context("forkserver").Process(target=_run_worker_that_sees, args=(devices, settings))
     process.start()
-    process.join(20)
+    process.join(60)
     process.kill()
     return place.store.job(job.id)
 
@@ -56,6 +56,7 @@ def test_a_job_of_two_gpus_is_two_processes_that_find_each_other_and_see_two_gpu
     assert first.pop("pid") != (second_pid := second.pop("pid"))
     assert first == second, "they meet at one address"
     assert (first["WORLD_SIZE"], first["CUDA_VISIBLE_DEVICES"]) == ("2", "4,5")
+    assert first["sum"] == 1 + 2, "as torch joins them"
     assert not psutil.pid_exists(second_pid), "it lives no longer than the job"
     assert standins.attempts(place.directory) == [job.id], "one run, not one for each process"
 
