@@ -8,6 +8,7 @@ form that fits best. Knows none of vLLM's classes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pydantic
 
 from registry import errors
+
+logger = logging.getLogger(__name__)
 
 _DISCRIMINATORS = (("type",), ("role",))
 """By these fields OpenAI's objects say what they are."""
@@ -74,6 +77,12 @@ def invalid_body(error: pydantic.ValidationError, body: Mapping[str, Any]) -> er
     fault = _likeliest([_fault(each, body) for each in found])[0]
     place = ".".join(str(step) for step in fault.steps)[:200]
     return errors.InvalidRequestError(_sentence(place or "The body", fault), param=place or None)
+
+
+def formless(error: Exception) -> errors.InvalidRequestError:
+    """For what came of looking into a body whose form had not been checked."""
+    logger.warning("a body cannot be read", exc_info=error)
+    return errors.InvalidRequestError("The body has a form that cannot be read.")
 
 
 def _sentence(place: str, fault: _Fault) -> str:

@@ -20,13 +20,14 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from registry import errors
+from serve.body_errors import formless
 from serve.engine_errors import engine_dead, engine_reason
 from serve.fair_line import FairLine
 
@@ -48,6 +49,31 @@ _START_SECONDS = 60.0
 _REMEMBERED = 1024
 
 Start = Callable[[], tuple[BaseProcess, Connection]]
+
+
+def constraints_of(body: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Place, kind and specification of the constraints that a client gave. vLLM looks into them on the event loop while
+    it reads the request.
+
+    Raises:
+        InvalidRequestError: ``body`` does not hold them as it should.
+    """
+    try:
+        return list(_constraints_of(body))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise formless(error) from error
+
+
+def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    for kind, value in (body.get("structured_outputs") or {}).items():
+        if value is not None:
+            yield f"structured_outputs.{kind}", kind, value
+    given = body.get("response_format") or {}
+    if given.get("type") == "json_schema":
+        yield "response_format.json_schema.schema", "json", given["json_schema"]["schema"]
+    given = (body.get("text") or {}).get("format") or {}
+    if given.get("type") == "json_schema":
+        yield "text.format.schema", "json", given["schema"]
 
 
 @dataclass(frozen=True, slots=True)

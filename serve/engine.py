@@ -1,8 +1,8 @@
 """The vLLM engine behind :class:`serve.engine_api.Engine`.
 
-With :mod:`serve.observed_llm` and :mod:`serve.engine_requests` the only module that imports vLLM's engine and serving
-classes, so that a new vLLM is three files' work. Written against vLLM 0.32; importing it costs seconds and is left to
-the process that serves.
+With its parts (:mod:`serve.observed_llm`, :mod:`serve.engine_requests`, :mod:`serve.engine_abilities`,
+:mod:`serve.engine_faults`) the only module that imports vLLM's engine and serving classes, so that a new vLLM is those
+files' work. Written against vLLM 0.32; importing it costs seconds and is left to the process that serves.
 
 vLLM's OpenAI serving classes do the wire format (chat template, tools, logprobs, streaming), so answers are vLLM's.
 They find an adapter by ``models.lora_requests[request.model]``; this engine keeps that mapping to exactly the loaded
@@ -14,14 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pydantic
 import torch
 from starlette.datastructures import State
-from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -29,57 +27,29 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.envs import enable_envs_cache
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
-from vllm.parser.abstract_parser import DelegatingParser
 from vllm.platforms import current_platform
 from vllm.renderers.inputs.preprocess import extract_prompt_len
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
-from vllm.v1.engine.exceptions import EngineGenerateError
 
 from registry import errors
 from serve import responses_answers
-from serve.body_errors import invalid_body
-from serve.constraints import SLOWEST_TRIAL_SECONDS
+from serve.constraints import SLOWEST_TRIAL_SECONDS, constraints_of
+from serve.engine_abilities import abilities_of, reads_every_answer
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
 from serve.engine_errors import engine_dead, engine_reason, error_in_stream, refused, wire_error
-from serve.engine_requests import REQUEST_TYPES
-from serve.model_abilities import Messages, ModelAbilities, ToolParser
+from serve.engine_faults import translated
+from serve.engine_requests import REQUEST_TYPES, RawRequest, parse_request
+from serve.model_abilities import ModelAbilities
 from serve.observed_llm import ObservedLLM, count_what_was_made, current_call
 from serve.vllm_plugin import call_or_format
 
 logger = logging.getLogger(__name__)
-
-
-def _constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Place, kind and specification of the constraints that a client gave. vLLM looks into them on the event loop while
-    it reads the request."""
-    for kind, value in (body.get("structured_outputs") or {}).items():
-        if value is not None:
-            yield f"structured_outputs.{kind}", kind, value
-    given = body.get("response_format") or {}
-    if given.get("type") == "json_schema":
-        yield "response_format.json_schema.schema", "json", given["json_schema"]["schema"]
-    given = (body.get("text") or {}).get("format") or {}
-    if given.get("type") == "json_schema":
-        yield "text.format.schema", "json", given["schema"]
-
-
-@dataclass(frozen=True, slots=True)
-class _EngineRequest:
-    """The little that vLLM's serving classes read of an HTTP request.
-
-    Built by us: headers like ``X-Vllm-Priority`` or ``X-data-parallel-rank`` reach into the engine and must not come
-    from a client.
-    """
-
-    headers: Mapping[str, str]
-    state: State = field(default_factory=State)
 
 
 class VllmEngine(Engine):
@@ -138,7 +108,7 @@ class VllmEngine(Engine):
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
         )
-        self._abilities = _abilities_of(llm, state, self._args.tool_call_parser)
+        self._abilities = abilities_of(llm.renderer.get_tokenizer(), state, self._args.tool_call_parser)
         # Last and together: until here nobody can load into or ask a half-built engine.
         self._state, self._llm = state, llm
         # vLLM does both in its engine process only. Its variables are otherwise looked up anew for every token, a
@@ -183,13 +153,7 @@ class VllmEngine(Engine):
 
     @property
     def parses_chat(self) -> bool:
-        parser = self._state.openai_serving_chat.parser_cls if self._llm is not None else None
-        if parser is None:
-            return False
-        # A parser of tool calls alone passes the text of a request without tools on unread, unless it is one of vLLM's
-        # newer kind, which reads every answer.
-        is_for_tools_alone = issubclass(parser, DelegatingParser) and parser.reasoning_parser_cls is None
-        return not (is_for_tools_alone and not parser.tool_parser_cls.engine_based_streaming)
+        return self._llm is not None and reads_every_answer(self._state.openai_serving_chat.parser_cls)
 
     # -- adapters --------------------------------------------------------------------------------------------
 
@@ -232,18 +196,14 @@ class VllmEngine(Engine):
         trials = self._live().trials
         self._abilities.check(call.body)
         self._check_token_ids("prompt", call.body.get("prompt"))
-        try:
-            constraints = list(_constraints_of(call.body))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise _formless(error) from error
-        await trials.check_all(constraints, tenant=call.tenant)
+        await trials.check_all(constraints_of(call.body), tenant=call.tenant)
 
     async def complete(self, call: Call) -> bytes:
         token = current_call.set(call)
         try:
             answer = await self._create(call)
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, call.endpoint) from error
         finally:
             current_call.reset(token)
             count_what_was_made(call)
@@ -259,7 +219,7 @@ class VllmEngine(Engine):
         try:
             chunks = await self._create(call)
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, call.endpoint) from error
         finally:
             current_call.reset(token)
         held: list[str] = []
@@ -269,11 +229,11 @@ class VllmEngine(Engine):
                 try:
                     chunk = await anext(chunks, None)
                 except Exception as error:
-                    raise self._translate(error) from error
+                    raise self._translate(error, call.endpoint) from error
                 finally:
                     current_call.reset(token)
                 if call.error is not None:
-                    raise self._translate(call.error) from call.error
+                    raise self._translate(call.error, call.endpoint) from call.error
                 if chunk is None:
                     return
                 if isinstance(chunk, str):
@@ -388,13 +348,7 @@ class VllmEngine(Engine):
         self._live()
         model = call.adapter.name if call.adapter is not None else self._base_model
         options = {"store": False} if call.endpoint is Endpoint.RESPONSES else {}
-        try:
-            return REQUEST_TYPES[call.endpoint].model_validate({**call.body, **options, "model": model})
-        except pydantic.ValidationError as error:
-            raise invalid_body(error, call.body) from error
-        except (KeyError, AttributeError, IndexError, TypeError, RecursionError) as error:
-            # vLLM's validators look into the body before its form has been checked.
-            raise _formless(error) from error
+        return parse_request(REQUEST_TYPES[call.endpoint], {**call.body, **options, "model": model})
 
     def _check_token_ids(self, name: str, given: Any) -> None:
         """vLLM does not say of which field it speaks, and detokenizes what it knows of the ids."""
@@ -409,7 +363,7 @@ class VllmEngine(Engine):
     async def _create(self, call: Call) -> Any:
         """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
         request = self._request(call)
-        raw_request = _EngineRequest({"X-Request-Id": call.request_id, **call.trace_headers})
+        raw_request = RawRequest({"X-Request-Id": call.request_id, **call.trace_headers})
         state = self._state
         match call.endpoint:
             case Endpoint.CHAT:
@@ -431,17 +385,15 @@ class VllmEngine(Engine):
     async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         self._live()
         self._abilities.check_names(body)
-        serving, raw_request = self._state.serving_tokenization, _EngineRequest({})
+        serving, raw_request = self._state.serving_tokenization, RawRequest({})
         body = {**body, "model": self._base_model}
         try:
             if endpoint is Endpoint.DETOKENIZE:
                 self._check_token_ids("tokens", body.get("tokens"))
-                answer = await serving.create_detokenize(DetokenizeRequest.model_validate(body), raw_request)
+                answer = await serving.create_detokenize(parse_request(DetokenizeRequest, body), raw_request)
             else:
                 kind = TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
-                answer = await serving.create_tokenize(kind.model_validate(body), raw_request)
-        except pydantic.ValidationError as error:
-            raise invalid_body(error, body) from error
+                answer = await serving.create_tokenize(parse_request(kind, body), raw_request)
         except Exception as error:
             raise self._translate(error) from error
         if isinstance(answer, ErrorResponse):
@@ -478,32 +430,9 @@ class VllmEngine(Engine):
         if self.is_dead:
             raise engine_dead() from cause
 
-    def _translate(self, error: BaseException) -> errors.CapoError:
-        """Whatever vLLM raised, as one of our errors. Unknown server faults keep their text to the log."""
-        if isinstance(error, errors.CapoError):
-            return error
-        if isinstance(error, EngineGenerateError) and error.__cause__ is not None:
-            return self._translate(error.__cause__)
-        if isinstance(error, VllmEngineDeadError) or self.is_dead:
-            return engine_dead()
-        if isinstance(error, VLLMNotFoundError):
-            return errors.ModelNotFoundError(str(error), param="model")
-        if isinstance(error, GracefulHTTPError):
-            return errors.UnavailableError(
-                "The engine's queue is full. Try again shortly.", code="queue_full", retry_after_seconds=1
-            )
-        if (reason := _template_error(error)) is not None:
-            return errors.InvalidRequestError(f"The chat template refused the messages: {reason}", param="messages")
-        if isinstance(error, VLLMClientError):
-            return refused(str(error), getattr(error, "parameter", None))
-        # vLLM still raises plain ValueErrors for bad requests (entrypoints/serve/exception_handling, "not yet
-        # migrated"); it counts them as the client's, and so do we.
-        if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):
-            return refused(engine_reason(error), None)
-        if isinstance(error, RecursionError):
-            return errors.InvalidRequestError("Something in the request is nested too deeply. Send it flatter.")
-        logger.error("engine call failed", exc_info=error)
-        return errors.InternalError(f"the engine failed: {type(error).__name__}")
+    def _translate(self, error: BaseException, endpoint: Endpoint = Endpoint.CHAT) -> errors.CapoError:
+        conversation = "input" if endpoint is Endpoint.RESPONSES else "messages"
+        return translated(error, engine_is_dead=self.is_dead, conversation=conversation)
 
     def _aborted(self) -> errors.CapoError:
         if self.is_dead:
@@ -511,49 +440,6 @@ class VllmEngine(Engine):
         return errors.UnavailableError(
             "The request was aborted before it ended.", code="aborted", retry_after_seconds=1
         )
-
-
-def _formless(error: Exception) -> errors.InvalidRequestError:
-    logger.warning("a body cannot be read", exc_info=error)
-    return errors.InvalidRequestError("The body has a form that cannot be read.")
-
-
-def _template_error(error: BaseException) -> BaseException | None:
-    """What jinja2 raised, by itself or as the cause of vLLM's error."""
-    for each in (error, error.__cause__):
-        if any(base.__name__ == "TemplateError" for base in type(each).__mro__):
-            return each
-    return None
-
-
-def _abilities_of(llm: ObservedLLM, state: State, tool_parser: str | None) -> ModelAbilities:
-    """``tool_parser``: the name of vLLM's, as it was given."""
-    tokenizer = llm.renderer.get_tokenizer()
-    given = state.openai_serving_chat.chat_template
-
-    def render(messages: Messages) -> str:
-        return str(tokenizer.apply_chat_template(messages, chat_template=given, tokenize=False))
-
-    return ModelAbilities(
-        template=str(given or getattr(tokenizer, "chat_template", None)),
-        render=render,
-        tool_parser=_tool_parser_of(state, tool_parser),
-    )
-
-
-def _tool_parser_of(state: State, name: str | None) -> ToolParser | None:
-    parser = state.openai_serving_chat.parser_cls
-    if parser is None or (parser.tool_parser_cls is None and not state.online_renderer.use_harmony):
-        return None
-    # vllm/parser/abstract_parser.py makes a tag in the form of the tool parser; a parser of vLLM's that overrides that
-    # binds its calls by itself.
-    form = getattr(parser.tool_parser_cls, "structural_tag_model", None)
-    binds_by_itself = (
-        issubclass(parser, DelegatingParser)
-        and parser._apply_structural_tag is not DelegatingParser._apply_structural_tag
-    )
-    binds = binds_by_itself or (form is not None and envs.VLLM_ENFORCE_STRICT_TOOL_CALLING)
-    return ToolParser(str(name), binds_arguments=binds)
 
 
 def _answer_model(lora_request: LoRARequest | None = None) -> str:

@@ -1,4 +1,7 @@
-"""vLLM's models of the endpoints' requests, without two of their refusals.
+"""What vLLM's serving classes take: bodies of the endpoints as vLLM's models, and as much of an HTTP request as they
+read.
+
+The models are without two of their refusals:
 
 - More than four stop strings: vLLM's bound is one of its process; ours is the request policy's, on every face.
 - Several answers at temperature 0. They are equal, and evaluation scripts ask for them; the engine can give them,
@@ -12,15 +15,18 @@ A part of :mod:`serve.engine`; nothing else imports it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import FailFast, Field
+from pydantic import BaseModel, FailFast, Field, ValidationError
+from starlette.datastructures import State
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.sampling_params import SamplingParams
 
+from serve.body_errors import formless, invalid_body
 from serve.engine_api import Endpoint
 
 _INPUT_ITEMS: Any = next(
@@ -63,6 +69,31 @@ REQUEST_TYPES: Mapping[Endpoint, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """The little that vLLM's serving classes read of an HTTP request.
+
+    Built by us: headers like ``X-Vllm-Priority`` or ``X-data-parallel-rank`` reach into the engine and must not come
+    from a client.
+    """
+
+    headers: Mapping[str, str]
+    state: State = field(default_factory=State)
+
+
+def parse_request(model: type[BaseModel], body: Mapping[str, Any]) -> Any:
+    """Raises:
+    InvalidRequestError: ``body`` is none of ``model``.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise invalid_body(error, body) from error
+    except (KeyError, AttributeError, IndexError, TypeError, RecursionError) as error:
+        # vLLM's validators look into the body before its form has been checked.
+        raise formless(error) from error
+
+
 def _asked_once(request: Any) -> Any:
     """``request`` with an n that vLLM takes at any temperature. What is no number of answers stays, and is refused."""
     return request.model_copy(update={"n": 1}) if (request.n or 1) > 1 else request
@@ -74,4 +105,4 @@ def _times(n: int | None, parameters: SamplingParams) -> SamplingParams:
     return parameters
 
 
-__all__ = ["REQUEST_TYPES"]
+__all__ = ["REQUEST_TYPES", "RawRequest", "parse_request"]

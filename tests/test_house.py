@@ -20,7 +20,12 @@ MAY_IMPORT = {
 }
 # Only these may import vLLM: the engine behind its seam, the import ahead of its start, and the plugin that runs inside
 # vLLM's own processes.
-VLLM_FILES = {"serve/engine.py", "serve/engine_requests.py", "serve/observed_llm.py", "serve/engine_preload.py"}
+VLLM_FILES = {
+    f"serve/{name}.py"
+    for name in (
+        "engine", "engine_requests", "engine_abilities", "engine_faults", "observed_llm", "engine_preload",
+    )
+}  # fmt: skip
 
 
 def sources(room: str) -> Iterator[tuple[str, ast.Module]]:

@@ -87,6 +87,7 @@ def test_what_the_chat_template_refuses_is_about_the_messages(engine: VllmEngine
     refusal = engine._translate(error)
     assert (refusal.param, errors.wire_kind(refusal).http_status) == ("messages", 400)
     assert "Unknown role: robot" in refusal.message
+    assert engine._translate(error, Endpoint.RESPONSES).param == "input"
 
 
 @pytest.mark.parametrize(
