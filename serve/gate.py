@@ -8,9 +8,14 @@ manifest's probes are replayed. vLLM itself accepts most wrong adapters in silen
 from __future__ import annotations
 
 import asyncio
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 from registry import Artifact, BaseModel, Registry, errors
 from registry.adapter_files import check_adapter
+from registry.manifest import MANIFEST_NAME
 from serve.engine_api import Engine, EngineAdapter, EngineLimits
 from serve.engine_arguments import LORA_RANKS
 
@@ -22,6 +27,10 @@ _LEAST_SHARE_ON_QUANTIZED = 0.5
 """Of probe tokens, where the base is a quantised copy: a clear token may turn there, and the rest of its answer with
 it. Weights that are not the trained ones agree on next to none."""
 
+_DAMAGE_SECONDS = 60.0
+"""Files that look as they did when they were found damaged are not read again for so long. Not for ever, because some
+repairs do not show there: a file taken away that the manifest does not name, or bytes put back with their old time."""
+
 
 class Gate:
     """Checks adapters for one base model. ``registry`` is where the bytes are verified."""
@@ -31,25 +40,36 @@ class Gate:
         self._base_model = base_model
         self._passed: dict[str, _FileStates] = {}
         """By revision: the files as they were when they passed."""
+        self._damage: dict[str, _Damage] = {}
         self._notes: dict[str, tuple[str, ...]] = {}
 
     async def check(self, artifact: Artifact, limits: EngineLimits) -> None:
         """Refuse what this engine cannot or must not serve. Reads every byte in a thread: once per revision, and again
-        when somebody has touched its files since.
+        when somebody has touched its files since; of one that is damaged, also after a minute.
 
         Raises:
             InvalidArtifactError: with a stable ``code``.
             ModelNotFoundError: it was deleted meanwhile.
         """
         states = await asyncio.to_thread(_file_states, artifact)
-        if states is not None and self._passed.get(artifact.revision) == states:
+        if self._passed.get(artifact.revision) == states:
             return
+        damage = self._damage.get(artifact.revision)
+        if damage is not None and damage.holds_for(states):
+            await self.require_there(artifact)
+            raise copy.copy(damage.error)
         try:
             self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)
-        except (errors.InvalidArtifactError, errors.StorageError):
+        except errors.StorageError:
             await self.require_there(artifact)
             raise
-        if states is not None:
+        except errors.InvalidArtifactError as error:
+            await self.require_there(artifact)
+            if error.code == "damaged":
+                self._damage[artifact.revision] = _Damage(states, copy.copy(error), time.monotonic())
+            raise
+        self._damage.pop(artifact.revision, None)
+        if None not in states:
             self._passed[artifact.revision] = states
 
     async def require_there(self, artifact: Artifact) -> None:
@@ -68,6 +88,7 @@ class Gate:
     def forget(self, revision: str) -> None:
         """The registry no longer has ``revision``."""
         self._passed.pop(revision, None)
+        self._damage.pop(revision, None)
         self._notes.pop(revision, None)
 
     def _check(self, artifact: Artifact, limits: EngineLimits) -> tuple[str, ...]:
@@ -187,16 +208,34 @@ def _probe_refused(artifact: Artifact, what: str) -> errors.InvalidArtifactError
     )
 
 
-_FileStates = tuple[tuple[int, int, int], ...]
+_FileState = tuple[int, int, int] | None
+_FileStates = tuple[_FileState, ...]
 
 
-def _file_states(artifact: Artifact) -> _FileStates | None:
-    """Inode, size and time of every file that the manifest names; ``None``: one of them cannot be looked at."""
+@dataclass(frozen=True, slots=True)
+class _Damage:
+    states: _FileStates
+    """The files as they were before they were read."""
+    error: errors.InvalidArtifactError
+    found_at: float
+    """``time.monotonic()``."""
+
+    def holds_for(self, states: _FileStates) -> bool:
+        return states == self.states and time.monotonic() < self.found_at + _DAMAGE_SECONDS
+
+
+def _file_states(artifact: Artifact) -> _FileStates:
+    """Inode, size and time of the manifest and of every file that it names."""
+    return tuple(_file_state(artifact.path / path) for path in [MANIFEST_NAME, *sorted(artifact.manifest.files)])
+
+
+def _file_state(path: Path) -> _FileState:
+    """``None``: it cannot be looked at."""
     try:
-        found = [(artifact.path / path).stat(follow_symlinks=False) for path in sorted(artifact.manifest.files)]
+        status = path.stat(follow_symlinks=False)
     except OSError:
         return None
-    return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in found)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _allowed_rank(rank: int) -> int:

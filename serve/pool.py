@@ -155,6 +155,7 @@ class AdapterPool:
         self._vettings.add(vetting)
         try:
             await self._gate.check(artifact, self._engine.limits)
+            self._refusals.forget_damage(artifact.revision)
         except errors.InvalidArtifactError as error:
             if vetting.is_withdrawn:
                 raise deleted(artifact) from error
@@ -198,6 +199,7 @@ class AdapterPool:
         has_slot = False
         try:
             await self._gate.check(artifact, self._engine.limits)
+            self._refusals.forget_damage(artifact.revision)
             if epoch != self._engine_epoch:
                 return  # its users have been told; a new residency begins with their next request
             if resident.users == 0 and not (resident.is_ahead and self.num_free_slots >= 0):

@@ -12,7 +12,10 @@ from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_ENGINE_VERDICT_SECONDS = 60.0
+_PASSING_VERDICT_SECONDS = 60.0
+_PASSING = frozenset({"engine_refused", "damaged"})
+"""An artifact never changes, so neither does a verdict on it. But the engine may change its mind, and bytes that were
+damaged may be put right: published again, the same content is the same revision."""
 
 
 class Refusals:
@@ -24,8 +27,7 @@ class Refusals:
         """The reason, and until when it holds (``time.monotonic()``)."""
 
     def add(self, revision: str, error: errors.InvalidArtifactError) -> None:
-        # An artifact never changes, so neither does a verdict on it; only the engine may change its mind.
-        expires_at = time.monotonic() + _ENGINE_VERDICT_SECONDS if error.code == "engine_refused" else math.inf
+        expires_at = time.monotonic() + _PASSING_VERDICT_SECONDS if error.code in _PASSING else math.inf
         if (known := self.get(revision)) is not None and known.code == error.code:
             return  # two looked at it at once, a request and who loads ahead of requests
         self._verdicts[revision] = (copy.copy(error), expires_at)
@@ -40,11 +42,18 @@ class Refusals:
         return error
 
     def check(self, revision: str) -> None:
-        """Raises:
-        InvalidArtifactError: it was refused.
+        """Damage is left to the gate, which sees at a glance whether the files are still those that it read.
+
+        Raises:
+            InvalidArtifactError: it was refused.
         """
-        if (error := self.get(revision)) is not None:
+        if (error := self.get(revision)) is not None and error.code != "damaged":
             raise copy.copy(error)  # a raised instance collects tracebacks, and those keep requests alive
+
+    def forget_damage(self, revision: str) -> None:
+        """The gate found nothing, so what was damaged has been repaired."""
+        if (error := self.get(revision)) is not None and error.code == "damaged":
+            self.forget(revision)
 
     def forget(self, revision: str) -> None:
         """The artifact is gone; another one of this revision would be judged anew."""
