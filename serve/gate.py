@@ -15,6 +15,7 @@ from pathlib import Path
 
 from registry import Artifact, BaseModel, Registry, errors
 from registry.adapter_files import check_adapter
+from registry.durable import storage_errors
 from registry.manifest import MANIFEST_NAME
 from serve.engine_api import Engine, EngineAdapter, EngineLimits
 from serve.engine_arguments import LORA_RANKS
@@ -59,7 +60,7 @@ class Gate:
             await self.require_there(artifact)
             raise copy.copy(damage.error)
         try:
-            self._notes[artifact.revision] = await asyncio.to_thread(self._check, artifact, limits)
+            self._notes[artifact.revision] = await asyncio.to_thread(self._read, artifact, limits)
         except errors.StorageError:
             await self.require_there(artifact)
             raise
@@ -90,6 +91,10 @@ class Gate:
         self._passed.pop(revision, None)
         self._damage.pop(revision, None)
         self._notes.pop(revision, None)
+
+    def _read(self, artifact: Artifact, limits: EngineLimits) -> tuple[str, ...]:
+        with storage_errors(f"read {artifact.revision}"):  # it may be deleted between two of the checks
+            return self._check(artifact, limits)
 
     def _check(self, artifact: Artifact, limits: EngineLimits) -> tuple[str, ...]:
         """The checks; returns the notes."""

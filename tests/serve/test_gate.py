@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -185,6 +186,34 @@ async def test_an_adapter_that_is_deleted_while_its_bytes_are_read_is_not_refuse
         await gate.check(artifact, LIMITS)
     with pytest.raises(errors.ModelNotFoundError):
         await gate.require_there(artifact)
+
+
+async def test_an_adapter_that_is_deleted_after_its_bytes_were_found_whole_is_not_there(
+    registry: Registry, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, verify = publish_unchecked(registry, write_adapter(tmp_path / "a"), base), registry.verify
+
+    def verify_and_lose(reference: str) -> list[str]:
+        problems = verify(reference)
+        shutil.rmtree(artifact.path)
+        return problems
+
+    monkeypatch.setattr(registry, "verify", verify_and_lose)
+    with pytest.raises(errors.ModelNotFoundError):
+        await Gate(registry, base).check(artifact, LIMITS)
+
+
+async def test_a_disk_that_fails_after_the_bytes_were_found_whole_is_the_disks_fault(
+    registry: Registry, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = publish_unchecked(registry, write_adapter(tmp_path / "a"), base)
+
+    def fail(path: Path, **options: Any) -> None:
+        raise OSError(errno.EIO, "made up")
+
+    monkeypatch.setattr("serve.gate.check_adapter", fail)
+    with pytest.raises(errors.StorageError, match="device failed"):
+        await Gate(registry, base).check(artifact, LIMITS)
 
 
 async def test_a_whole_model_is_no_adapter(registry: Registry, base: BaseModel, tmp_path: Path) -> None:
