@@ -3,12 +3,15 @@
 A writer replaces the generation twice while it holds the lock: before its change by ``changing <random>``, after it by
 ``settled <random>``. So a settled generation that stays the same vouches for everything below, and looking costs the
 same with one adapter as with thousands. A writer that dies half-way leaves ``changing``, and one of an older version
-leaves no such word; until the next change settles it again, readers then look at every entry.
+leaves no such word; until the next change settles it again, readers then look at every entry. So they do where there is
+no generation: a writer that finds the disk full takes it away, because removing needs no space and is what frees some.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 import uuid
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +25,9 @@ LOCK_WAIT_SECONDS = 60.0
 _MAX_GENERATION_BYTES = 64
 _CHANGING = "changing"
 _SETTLED = "settled"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_CLOCK_TICK_SECONDS = 0.02
+"""Longer than that of any kernel that gives files their times: 10 ms at 100 Hz."""
 
 
 class Changes:
@@ -48,7 +54,7 @@ class Changes:
                     retry_after_seconds=LOCK_WAIT_SECONDS,
                 )
             try:
-                self._announce(_CHANGING)
+                self._announce_change()
                 try:
                     yield
                 finally:
@@ -86,6 +92,16 @@ class Changes:
         for folder in (self._layout.root, self._layout.aliases):
             for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
                 self._filesystem.remove_file(path)
+
+    def _announce_change(self) -> None:
+        try:
+            self._announce(_CHANGING)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            self._filesystem.remove_file(self._layout.generation)
+            # Nothing may tell this change from one before that could not be settled but the entries' own times.
+            time.sleep(_CLOCK_TICK_SECONDS)
 
     def _announce(self, state: str) -> None:
         # Not durable on purpose: after a crash nobody holds a token of before.

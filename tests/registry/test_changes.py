@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from registry import Artifact, CanaryRequest, Filesystem, Registry
+from registry.errors import StorageError
 from tests.registry.samples import draft
 
 
@@ -136,6 +138,87 @@ def test_a_token_taken_while_a_change_is_made_is_not_the_one_after_it(registry: 
     for token, revision in looks:
         assert meaning.setdefault(token, revision) == revision
     assert len(looks) == 60
+
+
+class _Full(Filesystem):
+    """No byte can be written, and everything that needs none works; ``after_each`` is called after each of those."""
+
+    def __init__(self, error: int, after_each: Callable[[], None] = lambda: None) -> None:
+        self._error = error
+        self._after_each = after_each
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(self._error, os.strerror(self._error))
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self._after_each()
+
+    def remove_file(self, path: Path) -> None:
+        super().remove_file(path)
+        self._after_each()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_what_is_removed_on_a_full_disk_is_gone_and_seen_by_who_looked_at_any_moment(
+    registry: Registry, error: int
+) -> None:
+    """No generation can be written, neither before a change nor after it."""
+    revisions = [_publish(registry, content, alias=f"alias-{content}").revision for content in ("one", "two", "three")]
+    spare = _publish(registry, "spare").revision
+    reader = Registry(registry.root, read_only=True)
+    meaning: dict[object, object] = {}
+    looks: list[object] = []
+
+    def look() -> None:
+        token = reader.change_token()
+        seen = (reader.artifacts(), [alias.revision for alias in reader.aliases()])
+        looks.append(token)
+        assert meaning.setdefault(token, seen) == seen
+
+    full = Registry(registry.root, filesystem=_Full(error, after_each=look))
+    look()
+    for content in ("one", "two", "three"):
+        full.remove_alias(f"alias-{content}")
+        look()
+    full.remove(spare)
+    look()
+    with pytest.raises(StorageError):
+        full.set_alias("prod", revisions[0])
+    look()
+    assert len(full.gc(keep_unaliased=1, min_age_seconds=-10).removed_revisions) == 2
+    look()
+    assert len(reader.artifacts()) == 1
+    assert len(looks) > 20
+    kept = reader.artifacts()[0].revision
+    registry.set_alias("prod", kept)
+    token = reader.change_token()
+    assert token not in meaning, "a change with room again is told from all those without"
+
+
+class _NoGeneration(Filesystem):
+    """The disk is full whenever a generation is to be written, and has room again for everything else."""
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        if data.startswith((b"changing", b"settled")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write_file(path, data)
+
+    def fsync(self, path: Path) -> None:
+        """As fast as any disk may be."""
+
+    def fsync_dir(self, path: Path) -> None: ...
+
+
+def test_without_any_generation_fast_changes_are_told_apart_by_their_times(registry: Registry) -> None:
+    first, second = _publish(registry, "one"), _publish(registry, "two")
+    writer = Registry(registry.root, filesystem=_NoGeneration())
+    tokens = []
+    for index in range(20):
+        writer.set_alias("prod", (first, second)[index % 2].revision)
+        tokens.append(registry.change_token())
+    assert len(set(tokens)) == len(tokens)
 
 
 def test_a_writer_of_an_older_version_is_followed_too(registry: Registry) -> None:
