@@ -6,13 +6,13 @@ import asyncio
 import logging
 
 from capo.access import AccessMetrics, Door, require_guard
-from capo.audit import AuditLog
+from capo.audit import AuditLog, AuditWriter
 from capo.keys.ring import KeyRing
 from capo.keys.store import KeyStore
 from capo.settings import Settings
+from registry.threads import Threads
 from tune.jobs.database import Database
 from tune.jobs.permissions.store import PermissionStore
-from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,12 @@ class AccessSide:
         self._ring = KeyRing(KeyStore(self._database))
         self._ring.read()
         require_guard(settings.host, self._ring, allow_unauthenticated=settings.allow_unauthenticated)
+        self._audit = AuditWriter(AuditLog(settings.data_dir, settings.audit_place))
         self.door = Door(
             self._ring,
             house=settings.organization,
             metrics=AccessMetrics(),
-            audit=AuditLog(settings.data_dir, settings.audit_place),
+            audit=self._audit,
         )
         self._permissions = PermissionStore(self._database)
         self._permission_threads = Threads("permissions", _PERMISSION_THREADS)
@@ -61,3 +62,4 @@ class AccessSide:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         self._database.close()
+        self._audit.close()

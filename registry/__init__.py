@@ -17,7 +17,7 @@ Importing this package costs the standard library and pydantic: no torch, numpy,
 
 from registry.adapter_config import MAX_RANK, AdapterConfig
 from registry.adapter_files import AdapterReport, check_adapter
-from registry.aliases import Alias, Canary, CanaryRequest, HistoryEntry
+from registry.aliases import Alias, Canary, CanaryRequest, HistoryEntry, Seen
 from registry.artifacts import Artifact, DamagedArtifact
 from registry.base_model import EMBEDDED_MODEL_ID, BaseModel, fingerprint, identify, locate_base_model
 from registry.durable import Filesystem
@@ -72,6 +72,7 @@ __all__ = [
     "Registry",
     "RevisionReference",
     "SafetensorsHeader",
+    "Seen",
     "TensorEntry",
     "check_adapter",
     "check_base_model_id",

@@ -48,6 +48,8 @@ class HistoryEntry(Record):
     revision: str
     at: Count
     """Unix seconds when the alias was set to this revision."""
+    was_shared: bool = False
+    """The alias was shared by all then, and what came next made it a tenant's."""
 
 
 class Canary(Record):
@@ -55,6 +57,8 @@ class Canary(Record):
     digest: Sha256
     percent: Annotated[int, Field(ge=1, le=99)]
     """How many of a hundred requests to the alias go to this revision."""
+    was_shared: bool = False
+    """The alias was shared by all without it."""
 
 
 class Alias(Record):
@@ -76,6 +80,17 @@ class Alias(Record):
     def serves(self, digest: str) -> bool:
         """Whether requests to the alias may reach the artifact with this digest."""
         return digest == self.digest or (self.canary is not None and digest == self.canary.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An alias as somebody saw it who decided upon that what it is to become."""
+
+    alias: Alias | None
+    """``None``: it was not set."""
+
+    def is_still(self, present: Alias | None) -> bool:
+        return _served(self.alias) == _served(present)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +199,19 @@ class AliasStore:
         return found
 
     def check(
-        self, alias: MutableReference, artifact: Artifact, *, canary: Canary | None = None, expected: str | None
+        self,
+        alias: MutableReference,
+        artifact: Artifact,
+        *,
+        canary: Canary | None = None,
+        expected: str | None,
+        seen: Seen | None = None,
     ) -> Alias | None:
         """The present record, after making sure that the alias may be set to ``artifact`` with this canary.
 
         Raises:
-            ConflictError: it does not point to ``expected``, it is write-once and points elsewhere, or it is another
-                tenant's.
+            ConflictError: it does not point to ``expected``, or has changed since it was ``seen`` and is not what it
+                is to become; it is write-once and points elsewhere, or it is another tenant's.
             PermissionDeniedError: it is shared, and not this one's to change.
             InvalidRequestError: it can take no canary, or not this one.
         """
@@ -199,10 +220,16 @@ class AliasStore:
             if self._principal.sees(present.tenant):
                 self.require_own(alias)
             raise ConflictError(f"The name '{alias.text}' is taken. Choose another one.", code="alias_taken")
+        now = "is not set" if present is None else f"points to '{present.revision}'"
         if expected is not None and not _is_revision(present, expected):
-            now = "is not set" if present is None else f"points to '{present.revision}'"
             raise ConflictError(
                 f"The alias '{alias.text}' {now}, not to '{expected}'. Somebody changed it; look again, then retry.",
+                code="alias_changed",
+            )
+        wanted = (artifact.digest, None if canary is None else (canary.digest, canary.percent))
+        if seen is not None and not seen.is_still(present) and _served(present) != wanted:
+            raise ConflictError(
+                f"The alias '{alias.text}' {now} by now. Somebody changed it meanwhile; look again, then retry.",
                 code="alias_changed",
             )
         if present is not None and present.write_once and present.digest != artifact.digest:
@@ -223,14 +250,17 @@ class AliasStore:
         canary: Canary | None = None,
         canary_tenant: str | None = None,
         expected: str | None,
+        seen: Seen | None = None,
         now: int,
     ) -> Alias:
         """Point the alias to the artifact, with this canary or none, durably. Setting what is set changes nothing.
 
-        It becomes the tenant's whose revisions it serves.
+        It becomes the tenant's whose revisions it serves, until it is rolled back.
         """
         tenant = self._tenant_of(artifact, canary_tenant)
-        present = self.check(alias, artifact, canary=canary, expected=expected)
+        present = self.check(alias, artifact, canary=canary, expected=expected, seen=seen)
+        if canary is not None and tenant is not None and self._tenant_of(artifact, None) is None:
+            canary = canary.model_copy(update={"was_shared": True})
         if present is None:
             record = Alias(
                 alias=alias.text,
@@ -243,7 +273,7 @@ class AliasStore:
                 canary=canary,
             )
         else:
-            record = _moved(present, artifact, canary, now).model_copy(update={"tenant": tenant})
+            record = _moved(present, artifact, canary, tenant, now)
         return record if record == present else self._write(alias, record)
 
     def _tenant_of(self, artifact: Artifact, canary_tenant: str | None) -> str | None:
@@ -261,13 +291,19 @@ class AliasStore:
     def put_back(
         self, alias: MutableReference, present: Alias, artifact: Artifact, history: list[HistoryEntry], now: int
     ) -> Alias:
-        """Point the alias to an earlier artifact and keep only the history before it."""
-        update = {"revision": artifact.revision, "digest": artifact.digest, "history": history, "updated_at": now}
-        return self._write(alias, present.model_copy(update=update))
+        """Point the alias to an earlier artifact and keep only the history before it. It is whose it was then."""
+        update: dict[str, object] = {"revision": artifact.revision, "digest": artifact.digest, "updated_at": now}
+        if artifact.manifest.tenant is not None:
+            update["tenant"] = artifact.manifest.tenant
+        elif present.history[len(history)].was_shared:
+            update["tenant"] = None
+        return self._write(alias, present.model_copy(update=update | {"history": history}))
 
     def end_canary(self, alias: MutableReference, present: Alias, now: int) -> Alias:
-        """Send every request of the alias to its main revision again."""
-        update = {"canary": None, "ended_canaries": _ended(present, now)}
+        """Send every request of the alias to its main revision again. It is whose it was without the canary."""
+        update: dict[str, object] = {"canary": None, "ended_canaries": _ended(present, now)}
+        if present.canary is not None and present.canary.was_shared:
+            update["tenant"] = None
         return self._write(alias, present.model_copy(update=update))
 
     def remove(self, alias: MutableReference) -> None:
@@ -297,13 +333,23 @@ def _check_canary(alias: MutableReference, artifact: Artifact, canary: Canary) -
         )
 
 
-def _moved(present: Alias, artifact: Artifact, canary: Canary | None, now: int) -> Alias:
-    update: dict[str, object] = {"canary": canary}
+def _served(alias: Alias | None) -> tuple[str, tuple[str, int] | None] | None:
+    """What requests to it may reach, and how many of them."""
+    if alias is None:
+        return None
+    return alias.digest, None if alias.canary is None else (alias.canary.digest, alias.canary.percent)
+
+
+def _moved(present: Alias, artifact: Artifact, canary: Canary | None, tenant: str | None, now: int) -> Alias:
+    update: dict[str, object] = {"canary": canary, "tenant": tenant}
     serving_on = {artifact.revision} | ({canary.revision} if canary is not None else set())
     if present.canary is not None and present.canary.revision not in serving_on:
         update["ended_canaries"] = _ended(present, now)
     if present.revision != artifact.revision:
-        last = HistoryEntry(revision=present.revision, at=present.updated_at)
+        is_shared = present.tenant is None or (present.canary is not None and present.canary.was_shared)
+        last = HistoryEntry(
+            revision=present.revision, at=present.updated_at, was_shared=is_shared and tenant is not None
+        )
         history = [*present.history, last][-HISTORY_LENGTH:]
         update |= {"revision": artifact.revision, "digest": artifact.digest, "history": history, "updated_at": now}
     return present.model_copy(update=update)

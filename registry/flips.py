@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 
-from registry.aliases import Alias, AliasStore, Canary, CanaryRequest
+from registry.aliases import Alias, AliasStore, Canary, CanaryRequest, Seen
 from registry.artifacts import Artifact, ArtifactStore
 from registry.changes import Changes
 from registry.errors import ConflictError, InvalidNameError, ModelNotFoundError
 from registry.names import FineTunedName, MutableReference, RevisionReference, check_name, parse_reference, shown
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFlip:
+    """A flip that was allowed when it was looked at."""
+
+    artifacts: list[Artifact]
+    """What the alias would serve, the main revision first."""
+    seen: Seen
 
 
 class Flips:
@@ -26,6 +36,7 @@ class Flips:
         canary: CanaryRequest | None,
         *,
         expected: str | None,
+        seen: Seen | None,
         now: int,
     ) -> Alias:
         """See :meth:`registry.store.Registry.set_alias`."""
@@ -37,6 +48,7 @@ class Flips:
                 canary=_record(canary, running),
                 canary_tenant=None if running is None else running.manifest.tenant,
                 expected=expected,
+                seen=seen,
                 now=now,
             )
 
@@ -47,11 +59,11 @@ class Flips:
         canary: CanaryRequest | None,
         *,
         expected: str | None,
-    ) -> list[Artifact]:
+    ) -> CheckedFlip:
         """See :meth:`registry.store.Registry.check_alias`."""
         artifact, running = self._found(alias, revision, canary)
-        self._aliases.check(alias, artifact, canary=_record(canary, running), expected=expected)
-        return [artifact] if running is None else [artifact, running]
+        present = self._aliases.check(alias, artifact, canary=_record(canary, running), expected=expected)
+        return CheckedFlip([artifact] if running is None else [artifact, running], Seen(present))
 
     def roll_back(self, alias: MutableReference, *, now: int) -> Alias:
         """See :meth:`registry.store.Registry.rollback_alias`."""
@@ -62,6 +74,8 @@ class Flips:
             for index in reversed(range(len(present.history))):
                 with suppress(ModelNotFoundError):
                     artifact = self._artifacts.find(revision_reference(present.history[index].revision))
+                    if artifact.digest == present.digest:
+                        continue  # what was between them was removed
                     return self._aliases.put_back(alias, present, artifact, present.history[:index], now)
         raise ConflictError(
             f"The alias '{alias.text}' has no earlier revision that still exists. Set it to a revision instead.",

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from registry.adapter_files import check_adapter, draft_for_adapter
 from registry.adapter_source import files_of_adapter
-from registry.aliases import Alias, AliasStore, CanaryRequest
+from registry.aliases import Alias, AliasStore, CanaryRequest, Seen
 from registry.artifacts import Artifact, ArtifactStore, DamagedArtifact, revision_of
 from registry.base_model import BaseModel
 from registry.changes import Changes
 from registry.durable import Filesystem, storage_errors
-from registry.errors import InvalidNameError, ModelNotFoundError, StorageError
-from registry.flips import Flips, check_is_not_the_base, revision_reference
+from registry.errors import InvalidNameError, ModelNotFoundError, PermissionDeniedError, StorageError
+from registry.flips import CheckedFlip, Flips, check_is_not_the_base, revision_reference
 from registry.garbage import DEFAULT_MIN_AGE_SECONDS, GcReport
 from registry.layout import Layout, check_layout, create_layout
 from registry.manifest import ManifestDraft
@@ -276,26 +276,34 @@ class Registry:
     # Changing what names mean
 
     def set_alias(
-        self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
+        self,
+        alias: str,
+        revision: str,
+        *,
+        canary: CanaryRequest | None = None,
+        expected: str | None = None,
+        seen: Seen | None = None,
     ) -> Alias:
         """Point ``alias`` (or a new ``ft:`` name) to ``revision``, atomically and durably.
 
         Without ``canary`` a running one ends. With ``expected``, only if the alias points to that revision at this
-        moment.
+        moment; with ``seen``, only if nobody has made it serve something else since.
 
         Raises:
             ModelNotFoundError: no such revision.
-            ConflictError: the alias points elsewhere than ``expected``, or is a ``ft:`` name that is set already.
+            PermissionDeniedError: an ``ft:`` name of another tenant, or an alias that only the service's own changes.
+            ConflictError: the alias points elsewhere than ``expected``, or to something else than was ``seen`` and is
+                wanted, or is a ``ft:`` name that is set already.
             InvalidRequestError: a canary for a ``ft:`` name, or one that is the main revision.
         """
         self._require_writable("set an alias")
         target, reference = self._new_alias(alias), revision_reference(revision)
-        return self._flips.set(target, reference, canary, expected=expected, now=self._now())
+        return self._flips.set(target, reference, canary, expected=expected, seen=seen, now=self._now())
 
     def check_alias(
         self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
-    ) -> list[Artifact]:
-        """What :meth:`set_alias` would make the alias serve, the main revision first; writes nothing.
+    ) -> CheckedFlip:
+        """What :meth:`set_alias` would make the alias serve, and what it serves now; writes nothing.
 
         Raises:
             as :meth:`set_alias`.
@@ -329,6 +337,19 @@ class Registry:
 
     # Removing
 
+    def remove_named(self, alias: str, *, keep: str | None = None) -> None:
+        """Remove an alias or ``ft:`` name, and the revisions that it served where nothing else needs them.
+
+        What somebody else owns stays, and so does the revision ``keep``. Who reads meanwhile sees the name with all it
+        meant, or nothing of it.
+
+        Raises:
+            ModelNotFoundError: it is not set.
+            ConflictError: another name cannot be read, so nobody knows what else is served; nothing is removed.
+        """
+        self._require_writable("remove a model")
+        self._removal.remove_named(parse_alias(alias), keep=keep)
+
     def remove(self, revision: str, force: bool = False) -> None:
         """Remove one revision and its files.
 
@@ -360,6 +381,14 @@ class Registry:
         alias = parse_alias(text)
         if not isinstance(alias, FineTunedName):
             check_name(alias.name)
+        elif self._principal is not None and alias.organization != self._principal.tenant:
+            # Names of results say whose they are, and who was let use one by its name relies on that.
+            raise PermissionDeniedError(
+                f"'{alias.text}' is a name of {alias.organization!r}, and only its models may have it. Yours are "
+                f"ft:<base>:{self._principal.tenant}:...",
+                code="foreign_organization",
+                param="alias",
+            )
         self._layout.alias(alias)
         return alias
 

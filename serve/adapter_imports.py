@@ -7,10 +7,9 @@ that the engine cached of the old ones is used for them.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
-from registry import Alias, BaseModel, check_name, errors
+from registry import Alias, BaseModel, Canary, Seen, check_name, errors
 from registry.principal import current_principal, note_change
 from serve.import_folder import ImportFolder
 from serve.read_only import require_writable
@@ -28,7 +27,6 @@ class AdapterImports:
         self._registry = service.catalog.registry
         self._base_model = base_model
         self._folder = folder
-        self._changing = asyncio.Lock()  # between the look at a name and its change nobody else comes in
 
     async def load(self, name: str, path: str, *, in_place: bool) -> None:
         """Import the adapter at ``path`` and point the alias ``name`` to it, loaded.
@@ -38,23 +36,22 @@ class AdapterImports:
             InvalidRequestError: the name cannot be taken, or is taken and ``in_place`` is false; or the path is none
                 of the import folder's.
             InvalidArtifactError: the adapter is refused; the name means what it meant.
+            ConflictError: somebody else changed the name meanwhile; likewise.
         """
         note_change(alias=name, path=path)
         folder = self._enabled()
         self._service.require_ready()
         self._check_name(name)
-        async with self._changing:
-            present = await self._present(name)
-            if present is not None and not in_place:
-                raise errors.InvalidRequestError(
-                    f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
-                    "'load_inplace' to True.",
-                    code="already_loaded",
-                    param=_PARAM,
-                )
-            revision = await asyncio.to_thread(self._import, folder, path, name)
-            expected = None if present is None else present.revision
-            await self._service.aliases.set(name, revision, expected=expected)
+        present = await self._present(name)
+        if present is not None and not in_place:
+            raise _already_loaded(name)
+        revision = await self._service.catalog.changes.run(self._import, folder, path, name)
+        try:
+            await self._service.aliases.set(name, revision, seen=Seen(present))
+        except errors.ConflictError as error:
+            if error.code == "alias_changed" and not in_place:
+                raise _already_loaded(name) from error  # by somebody else, meanwhile
+            raise
 
     async def unload(self, name: str) -> None:
         """Remove the alias ``name``, and unload what no other alias and no pin serves, when its users are done.
@@ -66,17 +63,17 @@ class AdapterImports:
         note_change(alias=name)
         self._enabled()
         self._check_name(name)
-        async with self._changing:
-            if await self._present(name) is None:
-                raise errors.NotFoundError(
-                    f"The lora adapter '{name}' cannot be found.", code="not_found", param=_PARAM
-                )
-            served = await self._service.catalog.served_by(name, principal=current_principal())
-            await self._service.aliases.remove(name)
-        for artifact in served:
-            in_use = any(alias.serves(artifact.digest) for alias in self._service.catalog.snapshot.aliases.values())
-            if not in_use and not self._service.pins.covers(artifact.revision):
-                self._service.pool.release(artifact.revision)
+        try:
+            removed = await self._service.aliases.remove(name)
+        except errors.ModelNotFoundError as error:
+            raise errors.NotFoundError(
+                f"The lora adapter '{name}' cannot be found.", code="not_found", param=_PARAM
+            ) from error
+        served_by_it: list[Alias | Canary] = [removed] if removed.canary is None else [removed, removed.canary]
+        for served in served_by_it:
+            in_use = any(alias.serves(served.digest) for alias in self._service.catalog.snapshot.aliases.values())
+            if not in_use and not self._service.pins.covers(served.revision):
+                self._service.pool.release(served.revision)
 
     def _import(self, folder: ImportFolder, path: str, name: str) -> str:
         registry = self._registry.on_behalf_of(current_principal())
@@ -104,3 +101,12 @@ class AdapterImports:
             return await self._service.aliases.get(name)
         except errors.ModelNotFoundError:
             return None
+
+
+def _already_loaded(name: str) -> errors.InvalidRequestError:
+    return errors.InvalidRequestError(
+        f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+        "'load_inplace' to True.",
+        code="already_loaded",
+        param=_PARAM,
+    )

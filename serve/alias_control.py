@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from registry import Alias, Artifact, CanaryRequest, Registry, errors
+from registry import Alias, Artifact, CanaryRequest, Registry, Seen, errors
 from registry.principal import current_principal, note_change
 from serve.catalog import Catalog
 from serve.read_only import require_writable
@@ -52,7 +52,13 @@ class AliasControl:
         return await asyncio.to_thread((await self._own_registry()).alias, alias)
 
     async def set(
-        self, alias: str, revision: str, *, canary: CanaryRequest | None = None, expected: str | None = None
+        self,
+        alias: str,
+        revision: str,
+        *,
+        canary: CanaryRequest | None = None,
+        expected: str | None = None,
+        seen: Seen | None = None,
     ) -> Flip:
         """Vet what the alias is to serve, load it, then point the alias to it; requests after the return see it.
 
@@ -75,11 +81,14 @@ class AliasControl:
                 param="alias",
             )
         registry = await self._own_registry()
-        artifacts = await asyncio.to_thread(registry.check_alias, alias, revision, canary=canary, expected=expected)
-        for artifact in artifacts:
+        checked = await asyncio.to_thread(registry.check_alias, alias, revision, canary=canary, expected=expected)
+        for artifact in checked.artifacts:
             await self._vetting.vet(artifact)
-        is_warm = await self._vetting.warm(artifacts, self._warm_seconds)
-        record = await asyncio.to_thread(registry.set_alias, alias, revision, canary=canary, expected=expected)
+        is_warm = await self._vetting.warm(checked.artifacts, self._warm_seconds)
+        # What somebody else made of the alias meanwhile stays: a rollback is not undone by a flip that was slow.
+        record = await self._catalog.changes.run(
+            registry.set_alias, alias, revision, canary=canary, expected=expected, seen=seen or checked.seen
+        )
         await self._catalog.refresh()
         return Flip(record, is_warm)
 
@@ -92,12 +101,12 @@ class AliasControl:
         """
         note_change(alias=alias)
         require_writable(self._catalog.registry, "roll back an alias")
-        record = await asyncio.to_thread((await self._own_registry()).rollback_alias, alias)
+        record = await self._catalog.changes.run((await self._own_registry()).rollback_alias, alias)
         await self._catalog.refresh()
         return record
 
-    async def remove(self, alias: str) -> None:
-        """Remove the alias; the adapters stay in the registry.
+    async def remove(self, alias: str) -> Alias:
+        """Remove the alias; the adapters stay in the registry. Returns what was removed.
 
         Raises:
             PermissionDeniedError: the registry is read-only here.
@@ -105,8 +114,9 @@ class AliasControl:
         """
         note_change(alias=alias)
         require_writable(self._catalog.registry, "remove an alias")
-        await asyncio.to_thread((await self._own_registry()).remove_alias, alias)
+        removed = await self._catalog.changes.run((await self._own_registry()).remove_alias, alias)
         await self._catalog.refresh()
+        return removed
 
     async def _own_registry(self) -> Registry:
         """As whoever asks sees it."""

@@ -18,9 +18,13 @@ from dataclasses import dataclass, field
 from registry import Alias, Artifact, DamagedArtifact, Registry, errors, parse_reference
 from registry.names import MIN_DIGEST_PREFIX
 from registry.principal import Principal
+from registry.threads import Threads
 from serve.canary import Arm, choose
 
 logger = logging.getLogger(__name__)
+
+_CHANGE_THREADS = 4
+"""All but one wait for the lock, or copy what is imported before they need it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,11 @@ class Snapshot:
         alias = self.aliases.get(reference)
         return principal.sees(artifact.manifest.tenant) and (alias is None or principal.sees(alias.tenant))
 
+    def is_owned_by(self, principal: Principal, reference: str, artifact: Artifact) -> bool:
+        """Whether ``reference``, which means ``artifact``, is the principal's to change."""
+        alias = self.aliases.get(reference)
+        return principal.owns(artifact.manifest.tenant if alias is None else alias.tenant)
+
     def aliases_of(self, principal: Principal) -> list[Alias]:
         """The aliases that the principal sees, by name."""
         return [alias for _, alias in sorted(self.aliases.items()) if principal.sees(alias.tenant)]
@@ -130,6 +139,8 @@ class Catalog:
         self._snapshot = Snapshot()
         self._seen = _Look()
         self._refreshing = asyncio.Lock()
+        self.changes = Threads("registry-changes", _CHANGE_THREADS)
+        """For what changes the registry, and waits for its lock as long as another process holds it."""
         self._reads_begun = 0
         self._last_whole_read = 0
         self._on_change: list[Callable[[Snapshot, Snapshot], None]] = []

@@ -22,31 +22,28 @@ async def remove_model(catalog: Catalog, model: str) -> None:
         ConflictError: a revision that something else needs.
     """
     if model == catalog.base_model:
-        raise errors.PermissionDeniedError(
-            f"'{model}' is the base model that this server runs; only fine-tuned models can be deleted.",
-            code="base_model",
-            param="model",
-        )
+        raise _is_base(model)
     require_writable(catalog.registry, "remove a model")
     principal = current_principal()
     registry = await asyncio.to_thread(catalog.registry.on_behalf_of, principal)
-    await asyncio.to_thread(registry.resolve, model)
+    artifact = await asyncio.to_thread(registry.resolve, model)
     await catalog.served_by(model, principal=principal)
-    await asyncio.to_thread(_remove, registry, model)
+    if artifact.revision == catalog.base_model:  # also by another name of it, or more digits
+        raise _is_base(model)
+    await catalog.changes.run(_remove, registry, model, catalog.base_model)
     await catalog.refresh()
 
 
-def _remove(registry: Registry, model: str) -> None:
+def _is_base(model: str) -> errors.PermissionDeniedError:
+    return errors.PermissionDeniedError(
+        f"'{model}' is the base model that this server runs; only fine-tuned models can be deleted.",
+        code="base_model",
+        param="model",
+    )
+
+
+def _remove(registry: Registry, model: str, base_model: str) -> None:
     if isinstance(parse_reference(model), RevisionReference):
         registry.remove(model)
-        return
-    # By the record that was removed: the catalog's picture may be of before a flip that another process made.
-    alias = registry.remove_alias(model)
-    for revision in [alias.revision] if alias.canary is None else [alias.revision, alias.canary.revision]:
-        try:
-            registry.remove(revision)
-        except (errors.ConflictError, errors.PermissionDeniedError) as error:
-            if error.code not in ("artifact_in_use", "shared_model"):
-                raise
-        except errors.ModelNotFoundError:
-            continue  # somebody else was faster
+    else:
+        registry.remove_named(model, keep=base_model)

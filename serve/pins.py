@@ -70,7 +70,8 @@ class Pins:
         Raises:
             InvalidNameError: it is no name of an adapter.
             ModelNotFoundError: there is no such adapter.
-            PermissionDeniedError: it is another tenant's, who lets the principal call it and no more.
+            PermissionDeniedError: it is another tenant's, who lets the principal call it and no more; or it is shared
+                by all, and not the principal's to pin.
             InvalidArtifactError: the gate or the engine refuses it. EngineDeadError: the engine died meanwhile.
             ConflictError: too many adapters are pinned.
         """
@@ -83,6 +84,7 @@ class Pins:
                 f"{reference!r} is another tenant's. You may call it; its owner decides whether to pin it.",
                 code="not_the_owner",
             )
+        self._require_own(reference, artifacts, principal)
         for artifact in artifacts:
             await self._pool.vet(artifact)
         wanted = self._wanted([*self._references, reference])
@@ -110,15 +112,25 @@ class Pins:
 
         Raises:
             NotFoundError: it is not pinned, as far as the principal sees.
+            PermissionDeniedError: it is shared by all, and not the principal's to unpin.
         """
         note_change(reference=reference)
         if all(pin.reference != reference for pin in self.seen_by(principal)):
             raise errors.NotFoundError(
                 f"{reference[:200]!r} is not pinned. GET /v1/pins lists what is.", code="not_pinned"
             )
+        self._require_own(reference, self._catalog.snapshot.served_by(reference), principal)
         del self._references[reference]
         self._said.pop(reference, None)
         self.follow()
+
+    def _require_own(self, reference: str, served: Sequence[Artifact], principal: Principal) -> None:
+        if served and not self._catalog.snapshot.is_owned_by(principal, reference, served[0]):
+            raise errors.PermissionDeniedError(
+                f"{reference!r} is shared by all tenants, so only the service's own may pin or unpin it. Pin an alias "
+                "of yours that serves it.",
+                code="shared_model",
+            )
 
     def follow(self) -> None:
         """Pin in the pool what the references mean now. Called after every change of the registry."""

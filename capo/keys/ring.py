@@ -19,7 +19,7 @@ from capo.keys.records import KeyRecord
 from capo.keys.secret import digest_of, read_secret
 from capo.keys.store import KeyStore
 from registry import errors
-from tune.jobs.threads import Threads
+from registry.threads import Threads
 
 logger = logging.getLogger(__name__)
 

@@ -414,6 +414,38 @@ async def test_a_model_that_is_shared_by_permission_is_pinned_by_its_owner_alone
         assert (await service.ask(unpin, acme, path=path)).status == 200
 
 
+async def test_what_all_share_is_pinned_and_unpinned_by_the_house_alone(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        acme, house = bearer(service.key("acme")), bearer(service.key(HOUSE))
+        service.publish("common", None, alias="common")
+        await service.service.catalog.refresh()
+        path = "/v1/adapters/common/pin"
+        pin, unpin = "PUT /v1/adapters/{reference:path}/pin", "DELETE /v1/adapters/{reference:path}/pin"
+        assert (await service.ask(pin, house, path=path)).status == 200
+        refused = [await service.ask(operation, acme, path=path) for operation in (pin, unpin)]
+        assert [(answer.status, answer.code) for answer in refused] == [(403, "shared_model")] * 2
+        assert [each["reference"] for each in (await service.ask("GET /v1/pins", acme)).body["data"]] == ["common"]
+        assert (await service.ask("PUT /v1/aliases/{alias}", acme, path="/v1/aliases/mine", json={
+            "revision": service.registry.alias("common").revision
+        })).status == 200  # fmt: skip
+        assert (await service.ask(pin, acme, path="/v1/adapters/mine/pin")).status == 200, "its own name for it"
+        assert (await service.ask(unpin, house, path=path)).status == 200
+
+
+async def test_a_job_for_an_alias_that_all_share_is_refused_before_it_trains_for_nothing(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        service.publish("common", None, alias="common")
+        statuses = {}
+        for tenant in ("acme", HOUSE):
+            key = bearer(service.key(tenant))
+            form = {"files": {"file": ("rows.jsonl", chat_rows(12))}, "data": {"purpose": "fine-tune"}}
+            file = await service.ask("POST /v1/files", key, **form)
+            body = {"model": BASE, "training_file": file.body["id"], "capo": {"alias": "common"}}
+            answer = await service.ask("POST /v1/fine_tuning/jobs", key, json=body)
+            statuses[tenant] = (answer.status, answer.code)
+        assert statuses == {"acme": (400, "alias_taken"), HOUSE: (200, None)}
+
+
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 async def test_a_key_may_be_for_some_models_only(tmp_path: Path, protocol: str) -> None:
     async with guarded(tmp_path) as service:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from registry import Artifact, CanaryRequest, Registry
+from registry import Artifact, CanaryRequest, Registry, Seen
 from registry.errors import (
     ConflictError,
     InvalidArtifactError,
@@ -149,13 +149,58 @@ def test_a_canary_that_makes_no_sense_is_refused_and_changes_nothing(registry: R
 def test_checking_a_flip_says_what_setting_would_and_writes_nothing(registry: Registry) -> None:
     first, second = _publish(registry, "one", alias="prod"), _publish(registry, "two")
     before, token = _document(registry, "prod"), registry.change_token()
-    assert registry.check_alias("prod", second.revision) == [second]
-    assert registry.check_alias("new", first.revision, canary=CanaryRequest(second.revision, 1)) == [first, second]
+    assert registry.check_alias("prod", second.revision).artifacts == [second]
+    checked = registry.check_alias("new", first.revision, canary=CanaryRequest(second.revision, 1))
+    assert (checked.artifacts, checked.seen.alias) == ([first, second], None)
     with pytest.raises(ConflictError, match="points to"):
         registry.check_alias("prod", second.revision, expected=second.revision)
     with pytest.raises(InvalidNameError):
         registry.check_alias("Prod", second.revision)
     assert (_document(registry, "prod"), registry.change_token()) == (before, token)
+
+
+def test_a_flip_that_was_decided_upon_an_older_state_changes_nothing(registry: Registry) -> None:
+    first, second, third = _publish(registry, "one", alias="prod"), _publish(registry, "two"), _publish(registry, "3")
+    absent, seen = registry.check_alias("new", first.revision).seen, registry.check_alias("prod", second.revision).seen
+    registry.set_alias("prod", third.revision)
+    registry.set_alias("new", third.revision)
+    for alias, decided in (("prod", seen), ("new", absent)):
+        with pytest.raises(ConflictError, match="look again") as caught:
+            registry.set_alias(alias, second.revision, seen=decided)
+        assert caught.value.code == "alias_changed"
+        assert registry.resolve(alias) == third
+        assert registry.set_alias(alias, third.revision, seen=decided).revision == third.revision, "it is so already"
+    registry.set_alias("prod", third.revision, canary=CanaryRequest(first.revision, 10))
+    with pytest.raises(ConflictError):
+        registry.set_alias("prod", second.revision, seen=Seen(registry.alias("new")))
+
+
+def test_a_rollback_passes_over_what_the_alias_serves_already(registry: Registry) -> None:
+    first, second = _publish(registry, "one", alias="prod"), _publish(registry, "two", alias="prod")
+    third = _publish(registry, "three", alias="prod")
+    registry.set_alias("prod", first.revision)
+    registry.set_alias("prod", third.revision)
+    registry.remove(second.revision)
+    registry.set_alias("prod", first.revision)
+    registry.remove(third.revision)
+    with pytest.raises(ConflictError, match="no earlier revision"):
+        registry.rollback_alias("prod")
+    assert registry.resolve("prod") == first
+
+
+def test_a_name_goes_with_what_it_meant_or_not_at_all(registry: Registry) -> None:
+    ours = _publish(registry, "one", alias="prod")
+    kept = _publish(registry, "two", alias="front")
+    damaged = registry.root / "aliases" / "elses.json"
+    damaged.write_text("{")
+    with pytest.raises(ConflictError, match="cannot be read") as caught:
+        registry.remove_named("prod")
+    assert "elses" not in caught.value.message, "which is another's"
+    assert registry.resolve("prod") == ours
+    damaged.unlink()
+    registry.remove_named("prod")
+    registry.remove_named("front", keep=kept.revision)
+    assert (registry.artifacts(), registry.aliases()) == ([kept], [])
 
 
 def test_alias_files_without_a_canary_are_those_of_before_in_both_directions(registry: Registry) -> None:

@@ -96,6 +96,54 @@ def test_an_alias_serves_the_models_of_one_tenant(everything: Registry) -> None:
     assert mixed.tenant == "umbrella", "else everybody would get its canary"
 
 
+def test_a_result_is_named_by_its_own_tenant_alone(everything: Registry) -> None:
+    """Who was let use a model by its name would else get a stranger's once it is deleted."""
+    name = "ft:base:acme:x:12345678"
+    acme, umbrella = everything.on_behalf_of(ACME), everything.on_behalf_of(UMBRELLA)
+    published(acme, "theirs", fine_tuned_name=name)
+    acme.remove_named(name)
+    own = published(umbrella, "own")
+    for change in (
+        lambda: umbrella.set_alias(name, own.revision),
+        lambda: umbrella.check_alias(name, own.revision),
+        lambda: published(umbrella, "another", fine_tuned_name=name),
+    ):
+        with pytest.raises(PermissionDeniedError) as caught:
+            change()
+        assert caught.value.code == "foreign_organization"
+    assert everything.aliases() == []
+
+
+def test_what_was_shared_is_shared_again_when_it_is_rolled_back(everything: Registry) -> None:
+    common, house = published(everything, "common", alias="front"), everything.on_behalf_of(HOUSE)
+    own, later = published(house, "own"), published(house, "later")
+    acme = everything.on_behalf_of(ACME)
+    house.set_alias("front", own.revision)
+    house.set_alias("front", later.revision)
+    with pytest.raises(ModelNotFoundError):
+        acme.resolve("front")
+    house.rollback_alias("front")
+    assert everything.alias("front").tenant == "house"
+    house.rollback_alias("front")
+    assert acme.resolve("front") == common
+
+    for end in (lambda: house.rollback_alias("front"), lambda: house.remove(own.revision, force=True)):
+        house.set_alias("front", common.revision, canary=CanaryRequest(own.revision, 5))
+        with pytest.raises(ModelNotFoundError):
+            acme.resolve("front")
+        end()
+        assert acme.resolve("front") == common
+
+
+def test_a_tenants_own_name_for_what_is_shared_stays_its_own(everything: Registry) -> None:
+    common, acme = published(everything, "common"), everything.on_behalf_of(ACME)
+    acme.set_alias("mine", common.revision)
+    acme.set_alias("mine", published(acme, "own").revision)
+    assert acme.rollback_alias("mine").tenant == "acme"
+    acme.set_alias("mine", common.revision, canary=CanaryRequest(acme.artifacts("support")[-1].revision, 10))
+    assert acme.rollback_alias("mine").tenant == "acme"
+
+
 def test_without_a_principal_names_are_what_they_were(everything: Registry, tmp_path: Path) -> None:
     first = published(everything, "one", alias="front")
     record = everything.alias("front")

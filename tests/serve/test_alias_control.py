@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from registry import CanaryRequest, Registry
+from registry.durable import Filesystem
+from registry.layout import Layout
 from tests.serve.admin import Refused, admin_of
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import BASE, eventually, publish, running_service
@@ -348,3 +350,38 @@ async def test_a_body_that_says_anything_unknown_is_refused(
         assert response.status_code == 400, response.text
         got = response.json()["error"]["param"]
         assert got == param or (param is not None and got is not None and got.startswith(f"{param}."))
+
+
+@FACES
+async def test_a_slow_flip_does_not_undo_the_rollback_that_came_meanwhile(tmp_path: Path, face: str) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=3)
+    one, two, three = (publish(registry, "support", content).revision for content in ("one", "two", "three"))
+    async with admin_of(face, engine, tmp_path) as admin:
+        await admin.set_alias("support", one)
+        await admin.set_alias("support", two)
+        engine.load_gate.clear()
+        slow = asyncio.create_task(admin.set_alias("support", three))
+        await eventually(lambda: engine.loading > 0)
+        assert (await admin.roll_back("support"))["revision"] == one
+        engine.load_gate.set()
+        late = await refusal_of(slow)
+        assert (late.status, late.code) == (409, "alias_changed")
+        assert (await admin.alias("support"))["revision"] == one
+
+
+async def test_changes_that_wait_for_the_registry_hold_up_no_first_load_and_no_unknown_name(tmp_path: Path) -> None:
+    registry, engine = Registry(tmp_path), FakeEngine(max_loras=1)
+    first, second = (publish(registry, name, alias=name) for name in ("first", "second"))
+    async with running_service(engine, tmp_path) as (client, _):
+
+        async def status_of(model: str) -> int:
+            body = {"model": model, "messages": [{"role": "user", "content": "hello"}]}
+            return (await client.post("/v1/chat/completions", json=body, timeout=5)).status_code
+
+        held = Filesystem().lock(Layout(tmp_path).lock, wait_seconds=5)
+        assert held is not None
+        waiting = [asyncio.create_task(client.delete(f"/v1/aliases/{name}")) for name in ("first", "second") * 10]
+        await asyncio.sleep(0.2)
+        assert [await status_of(name) for name in (first.revision, second.revision, "nobodys")] == [200, 200, 404]
+        held.release()
+        assert sorted(answer.status_code for answer in await asyncio.gather(*waiting))[:3] == [200, 200, 404]

@@ -73,6 +73,23 @@ async def test_a_revision_is_deleted_by_any_prefix_of_its_digest(tmp_path: Path,
     assert registry.artifacts() == []
 
 
+@pytest.mark.parametrize("digits", [8, 20, 64, None], ids=str)
+async def test_a_base_of_the_registry_is_never_deleted_by_any_of_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: int | None
+) -> None:
+    """As with ``capo serve --model merged-support@…``, whose revision is the base's id."""
+    registry = Registry(tmp_path)
+    base, other = publish(registry, "merged", alias="front"), publish(registry, "other")
+    monkeypatch.setattr("tests.serve.running.BASE", base.revision)
+    async with running_service(FakeEngine(), tmp_path) as (client, _):
+        name = "front" if digits is None else f"merged@{base.digest[:digits]}"
+        refused = await delete(client, name)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "base_model")
+        registry.set_alias("new", other.revision, canary=CanaryRequest(base.revision, 10))
+        assert (await delete(client, "new")).status_code == 200, "the base is its canary, and stays"
+    assert registry.artifacts() == [base]
+
+
 async def test_the_base_is_never_deleted(tmp_path: Path) -> None:
     Registry(tmp_path)
     async with running_service(FakeEngine(), tmp_path) as (client, _):

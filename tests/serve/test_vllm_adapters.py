@@ -92,6 +92,21 @@ async def test_two_loads_of_one_name_at_once_leave_one_winner(tmp_path: Path) ->
         assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400]
 
 
+async def test_a_name_that_somebody_else_set_while_the_adapter_loaded_keeps_its_meaning(tmp_path: Path) -> None:
+    async with importing_service(tmp_path) as (client, _, engine):
+        path = write_adapter(tmp_path / "imports" / "one")
+        await load(client, "other", write_adapter(tmp_path / "imports" / "other", tensors=adapter_tensors(seed=2)))
+        other = await answering_model(client, "other")
+        engine.load_gate.clear()
+        loading = asyncio.create_task(load(client, "support", path))
+        await eventually(lambda: engine.loading > 0)
+        assert (await client.put("/v1/aliases/support", json={"revision": other})).status_code == 200
+        engine.load_gate.set()
+        late = await loading
+        assert (late.status_code, late.json()["error"]["code"]) == (400, "already_loaded")
+        assert await answering_model(client, "support") == other
+
+
 async def test_unloading_spares_what_another_alias_or_a_pin_serves(tmp_path: Path) -> None:
     async with importing_service(tmp_path) as (client, service, engine):
         for name in ("shared", "pinned"):

@@ -11,11 +11,11 @@ from capo_proto.v1 import tuning_pb2 as pb
 from capo_proto.v1 import tuning_pb2_grpc as stubs
 from registry.errors import InvalidRequestError
 from registry.principal import current_principal
+from registry.threads import Threads
 from tune.grpc.answers import event_message, job_message
 from tune.grpc.requests import create_job_body
 from tune.jobs.query import LIST_DEFAULT, LIST_LIMIT
 from tune.jobs.service import JobService
-from tune.jobs.threads import Threads
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Tuning"].full_name
 _FOLLOW_SECONDS = 0.25

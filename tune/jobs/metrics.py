@@ -21,10 +21,10 @@ from prometheus_client.registry import Collector
 from sqlalchemy import ColumnElement, Connection, case, func, select
 
 from registry.errors import CapoError
+from registry.threads import Threads
 from tune.jobs.database import Database
 from tune.jobs.records import WAITING, JobStatus
 from tune.jobs.schema import events, jobs, webhook_deliveries
-from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 
 from registry.errors import InvalidRequestError
 from registry.principal import current_principal
+from registry.threads import Threads
 from tune.jobs import wire
 from tune.jobs.check_file import IN_PLACE_BYTES
 from tune.jobs.checks import reinforcement_not_offered
@@ -23,7 +24,7 @@ from tune.jobs.files import FileService
 from tune.jobs.query import idempotency_of, limit_of, order_of, read_body, read_query
 from tune.jobs.requests import CreateJobBody, parse_body
 from tune.jobs.service import JobService
-from tune.jobs.threads import JobThreads, Threads
+from tune.jobs.threads import JobThreads
 from tune.jobs.upload import receive_form
 
 _UPLOAD_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from registry import Artifact, Registry, tracing
 from registry.errors import InvalidNameError, InvalidRequestError, ModelNotFoundError
 from registry.names import alias_file_stem, check_name, parse_alias
+from registry.principal import current_principal
 from tune.evaluation.libraries import check_installed
 from tune.jobs.checkpoints import CheckpointRecord, checkpoints_of
 from tune.jobs.checks import (
@@ -179,7 +180,7 @@ class JobService:
             owner = self._registry.alias(alias).tenant
         except ModelNotFoundError:
             return
-        if owner is not None and owner != self._store.tenant:
+        if not current_principal().owns(owner):
             raise InvalidRequestError(
                 f"capo.alias: the name {alias!r} is taken; choose another one", code="alias_taken", param="capo.alias"
             )

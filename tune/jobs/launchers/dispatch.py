@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from registry.errors import CapoError, NotFoundError, StorageError, UnavailableError
+from registry.threads import Threads
 from tune.jobs.launchers.cluster import Cluster, Launch, LaunchRefusedError, launch_name
 from tune.jobs.lease import LeaseWatch
 from tune.jobs.queue import WorkQueue
 from tune.jobs.records import OPEN, JobRecord, NewEvent
 from tune.jobs.store import JobStore
-from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from registry import FineTunedName, Registry, check_name, parse_reference
 from registry.errors import InvalidNameError, InvalidRequestError, ModelNotFoundError
 from registry.names import shown
 from registry.principal import current_principal
+from registry.threads import Threads
 from tune.jobs import wire
 from tune.jobs.permissions.store import PermissionRecord, PermissionStore
 from tune.jobs.query import limit_of, order_of, read_body, read_query
 from tune.jobs.records import Page
 from tune.jobs.requests import Body, parse_body
-from tune.jobs.threads import Threads
 
 _DEFAULT_LIMIT = 10
 

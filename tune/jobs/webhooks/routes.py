@@ -13,10 +13,10 @@ from pydantic import Field
 
 from registry.errors import InvalidRequestError
 from registry.principal import current_principal
+from registry.threads import Threads
 from tune.jobs import wire
 from tune.jobs.query import idempotency_of, limit_of, read_body, read_query
 from tune.jobs.requests import Body, parse_body
-from tune.jobs.threads import Threads
 from tune.jobs.webhooks.endpoints import EndpointRecord, EndpointStore
 
 _MAX_URL = 2048

@@ -16,7 +16,7 @@ from functools import partial
 import httpx
 
 from registry.errors import CapoError
-from tune.jobs.threads import Threads
+from registry.threads import Threads
 from tune.jobs.webhooks.outbox import Delivery, Outbox
 from tune.jobs.webhooks.signing import signed_headers
 
