@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from capo.access_rules import RULES, Rule
-from capo.audit import Act, AuditLog
+from capo.audit import Act, AuditWriter
 from capo.keys.quota import Quotas
 from capo.keys.records import KeyRecord
 from capo.keys.ring import KeyRing
@@ -66,7 +66,7 @@ class Door:
         *,
         house: str,
         metrics: AccessMetrics,
-        audit: AuditLog | None,
+        audit: AuditWriter | None,
         rules: Mapping[str, Rule] = RULES,
     ) -> None:
         self._ring = ring

@@ -130,6 +130,7 @@ class CapoServer:
         if not start.done():
             logger.info("ended before the engine was up")
             # Nothing was served yet, and the thread that builds the engine cannot be stopped.
+            await self._access.stop()
             self._end_now(0)
         start.result()
         self._launcher.start()

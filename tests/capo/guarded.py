@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from capo.access import AccessMetrics, Door
 from capo.app import build_app
-from capo.audit import AuditLog
+from capo.audit import AuditLog, AuditWriter
 from capo.control_side import control_grpc_services, control_routers
 from capo.http_protocol import bounded_heads
 from capo.inference_side import inference_routers
@@ -149,7 +149,8 @@ async def guarded(
     keys = KeyStore(database)
     ring = KeyRing(keys)
     ring.read()
-    own_door = Door(ring, house=HOUSE, metrics=AccessMetrics(prometheus), audit=AuditLog(directory))
+    audit = AuditWriter(AuditLog(directory))
+    own_door = Door(ring, house=HOUSE, metrics=AccessMetrics(prometheus), audit=audit)
     door = access or own_door
     registry = Registry(directory / "registry")
     metrics = Metrics(prometheus, max_adapters=Settings().max_metric_adapters)
@@ -228,6 +229,7 @@ async def guarded(
         await grpc_server.stop()
         await service.stop()
         database.close()
+        audit.close()
 
 
 async def within(seconds: float, condition: Any) -> float:
