@@ -10,9 +10,9 @@ from capo.audit import AuditLog, AuditWriter
 from capo.keys.ring import KeyRing
 from capo.keys.store import KeyStore
 from capo.settings import Settings
+from registry.threads import Threads
 from tune.jobs.database import Database
 from tune.jobs.permissions.store import PermissionStore
-from tune.jobs.threads import Threads
 
 logger = logging.getLogger(__name__)
 
