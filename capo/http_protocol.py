@@ -1,8 +1,9 @@
-"""uvicorn's HTTP protocol with three things that it has not itself.
+"""uvicorn's HTTP protocol with four things that it has not itself.
 
 A bound on what comes before a body: everything until the end of the headers is kept in memory and read by nobody, and a
 client that never ends it would cost as much memory as it likes to send. Answers to clients of HTTP/1.0, which know no
-chunks. And a client that leaves frees its request also when it has sent the next one already.
+chunks. A client that leaves frees its request also when it has sent the next one already. And whoever offers another
+protocol is answered in this one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from capo.http_upgrade import PlainRequestParser
 from registry import errors
 from serve import faces
 
@@ -40,6 +42,7 @@ class BoundedHeadProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, on_refusal: Callable[[str], None], max_head_bytes: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.parser = PlainRequestParser(self, self._head_without_upgrade)
         self._on_refusal = on_refusal
         self._max_head_bytes = max_head_bytes
         self._is_in_head = True
@@ -82,8 +85,21 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":  # which is no offer: there is nothing to answer instead
+                raise errors.InvalidRequestError("this is no proxy")  # ends the parsing; send_400_response answers
+            return
         self._is_in_head = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _head_without_upgrade(self) -> bytes:
+        request_line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join([request_line, *fields, b"", b""])
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running, self._ahead_bytes = cycle, 0
