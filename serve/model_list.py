@@ -1,10 +1,11 @@
-"""The names that are meant to be called, as both faces list them."""
+"""The names that are meant to be called, as both faces list them, and who may call one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from registry.principal import Principal
+from registry import errors
+from registry.principal import Principal, current_principal
 from serve.catalog import Catalog
 
 
@@ -29,3 +30,19 @@ def callable_models(catalog: Catalog, principal: Principal) -> list[CallableMode
             created_at = artifact.manifest.created_at
             models.append(CallableModel(alias.alias, created_at, catalog.base_model, artifact.revision))
     return [model for model in models if principal.may_call(model.name)]
+
+
+def who_may_call(model: str) -> Principal:
+    """Who asks.
+
+    Raises:
+        PermissionDeniedError: its key is for other models.
+    """
+    principal = current_principal()
+    if not principal.may_call(model):
+        raise errors.PermissionDeniedError(
+            f"This key may not call {model[:200]!r}. GET /v1/models lists what it may.",
+            code="model_not_allowed",
+            param="model",
+        )
+    return principal

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from registry import Artifact, DamagedArtifact, errors
-from registry.principal import Principal, count_tokens, current_principal, note_change
+from registry.principal import count_tokens, current_principal, note_change
 from serve import readiness
 from serve.alias_control import AliasControl
 from serve.cache_salts import CacheSalts
@@ -23,6 +23,7 @@ from serve.catalog import Catalog, Target
 from serve.engine_api import Call, Endpoint, Engine, Piece
 from serve.limits import Limits
 from serve.metrics import Metrics
+from serve.model_list import who_may_call
 from serve.pins import Pin, Pins
 from serve.pool import AdapterPool
 from serve.registry_follower import RegistryFollower
@@ -180,7 +181,7 @@ class ServingService:
         """Answer a request to tokenize or detokenize. Any model name will do: adapters share the base's tokenizer."""
         with self._inside():
             self._limits.check(body)
-            principal = _who_may_call(body["model"])
+            principal = who_may_call(body["model"])
             await self.catalog.resolve(body["model"], principal=principal)
             return await self.engine.convert_tokens(endpoint, body)
 
@@ -204,7 +205,7 @@ class ServingService:
     ) -> AsyncIterator[Call]:
         self._limits.check(body)
         self.supervisor.quarantine.check(body)
-        principal = _who_may_call(body["model"])
+        principal = who_may_call(body["model"])
         target = await self.catalog.resolve(body["model"], user=_end_user(body), principal=principal)
         if principal.key_id is not None:
             # Else the time to a first token would tell one tenant which prompts another one sent.
@@ -359,22 +360,6 @@ class ServingService:
     def _runs_canary(self, alias: str) -> bool:
         record = self.catalog.snapshot.aliases.get(alias)
         return record is not None and record.canary is not None
-
-
-def _who_may_call(model: str) -> Principal:
-    """Who asks.
-
-    Raises:
-        PermissionDeniedError: its key is for other models.
-    """
-    principal = current_principal()
-    if not principal.may_call(model):
-        raise errors.PermissionDeniedError(
-            f"This key may not call {model[:200]!r}. GET /v1/models lists what it may.",
-            code="model_not_allowed",
-            param="model",
-        )
-    return principal
 
 
 def _end_user(body: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from registry.principal import current_principal
 from serve.catalog import Catalog
-from serve.model_list import callable_models
+from serve.model_list import callable_models, who_may_call
 from serve.model_removal import remove_model
 
 
@@ -25,7 +25,7 @@ def models_router(catalog: Catalog) -> APIRouter:
     async def retrieve_model(model: str) -> dict[str, Any]:
         if not model:  # /v1/models/
             return await list_models()
-        principal = current_principal()
+        principal = who_may_call(model)
         if model == catalog.base_model:
             return _model(model, created=0)
         main = (await catalog.served_by(model, principal=principal))[0]

@@ -463,6 +463,11 @@ async def test_a_key_may_be_for_some_models_only(tmp_path: Path, protocol: str) 
                 request = inference_pb2.ChatRequest(model=model, messages=[message])
                 told[model] = await service.ask("/capo.v1.Inference/Chat", key, message=request.SerializeToString())
         listed = await service.ask("GET /v1/models", key)
+        shown = {
+            model: await service.ask("GET /v1/models/{model:path}", key, path=f"/v1/models/{model}") for model in told
+        }
+    assert shown.pop("common").status == 200
+    assert {answer.code for answer in shown.values()} == {"model_not_allowed"}
     assert told.pop("common").status in (200, "OK")
     assert {answer.code for answer in told.values()} == {"model_not_allowed"}
     assert [model["id"] for model in listed.body["data"]] == ["common"]
