@@ -62,6 +62,15 @@ def library_environment(level: LogLevel, log_format: LogFormat, given: Mapping[s
     return {name: value for name, value in chosen.items() if name not in given}
 
 
+class WithoutAnswers(logging.Filter):
+    """Leaves out what is a request's answer and no fault of the service: vLLM logs whatever ends a stream with a
+    traceback, also what Capo raised to refuse it. Whoever sends the answer tells of those worth telling."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, errors.CapoError) or isinstance(error, errors.InternalError)
+
+
 class TextLines(logging.Formatter):
     """For people. What the line belongs to stands at its end, unless the message says it."""
 

@@ -201,3 +201,21 @@ class TestLibraries:
         assert SECRET not in said()
         assert "chatter" not in said()
         assert "chatter" in said(VLLM_LOGGING_LEVEL="INFO")
+
+    @pytest.mark.parametrize("log_format", LogFormat)
+    def test_vllm_says_nothing_of_a_stream_that_capo_refused_unless_it_is_a_bug_of_ours(
+        self, log_format: LogFormat
+    ) -> None:
+        path = library_environment(LogLevel.INFO, log_format, {})["VLLM_LOGGING_CONFIG_PATH"]
+        script = (
+            "import json, logging.config, sys; logging.config.dictConfig(json.load(open(sys.argv[1])))\n"
+            "from registry import errors\n"
+            "vllm = logging.getLogger('vllm.entrypoints.openai.completion.serving')\n"
+            "for kind in (errors.InvalidRequestError, errors.UnavailableError, errors.InternalError, KeyError):\n"
+            "    try: raise kind('a')\n"
+            "    except Exception: vllm.exception('Error in a stream of %s.', kind.__name__)"
+        )
+        said = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True).stderr
+        told = [each for each in ("Invalid", "Unavailable", "Internal", "Key") if f"stream of {each}" in said]
+        assert told == ["Internal", "Key"]
+        assert "InvalidRequestError" not in said
