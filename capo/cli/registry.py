@@ -13,7 +13,7 @@ from rich.table import Table
 from capo.cli.audited import audited
 from capo.cli.printing import print_table
 from capo.cli.serve import read_settings
-from registry import Alias, CanaryRequest, DamagedArtifact, Registry, errors
+from registry import Alias, CanaryRequest, DamagedArtifact, Registry, RevisionReference, errors, parse_reference
 from registry.names import shown
 
 app = typer.Typer(help="List, check and change what a registry directory holds.", no_args_is_help=True)
@@ -29,16 +29,27 @@ def _show_alias(record: Alias) -> None:
     typer.echo(f"{record.alias} -> {record.revision}{share}")
 
 
-def _open(given: Path | None, *, read_only: bool = False) -> Registry:
+def _open(given: Path | None, *, read_only: bool = False, create: bool = False) -> Registry:
     directory = read_settings(registry_dir=given).registry_path
-    if read_only and not directory.exists():
-        raise errors.NotFoundError(f"There is no registry at {directory}. Name one with --registry.")
-    return Registry(directory, read_only=read_only, create=not read_only)
+    try:
+        return Registry(directory, read_only=read_only, create=create)
+    except errors.NotFoundError as error:
+        message = f"There is no registry at {directory}. Name one with --registry."
+        raise errors.NotFoundError(message, code=error.code) from error
 
 
 def _audit_dir(given: Path | None) -> Path:
     """The data directory, which is above the registry unless a setting says otherwise."""
     return read_settings().data_dir if given is None else given.absolute().parent
+
+
+def _revision_of(opened: Registry, reference: str) -> str:
+    """What the reference means, also where that is damaged."""
+    try:
+        return opened.resolve(reference).revision
+    except errors.ModelNotFoundError:
+        is_revision = isinstance(parse_reference(reference), RevisionReference)
+        return reference if is_revision else opened.alias(reference).revision
 
 
 @app.command("list")
@@ -88,7 +99,7 @@ def import_adapter(
     """Take in a PEFT adapter directory made by any other tool, after checking it."""
     from registry import check_adapter, locate_base_model
 
-    opened = _open(registry)
+    opened = _open(registry, create=True)
     base = locate_base_model(base_model, opened)
     with audited(_audit_dir(registry), "registry import", name) as notes:
         artifact = opened.import_adapter(directory, name=name, base_model=base)
@@ -121,17 +132,19 @@ def alias(
             f"--canary ({canary}) and --percent ({percent}) belong together: give both or none.", param="canary"
         )
     request = None if canary is None or percent is None else CanaryRequest(canary, percent)
+    opened = _open(registry)
     with audited(_audit_dir(registry), "registry alias", name) as notes:
         notes |= {"revision": revision} | ({} if request is None else {"canary": f"{percent} % {canary}"})
-        record = _open(registry).set_alias(name, revision, canary=request, expected=expected)
+        record = opened.set_alias(name, revision, canary=request, expected=expected)
     _show_alias(record)
 
 
 @app.command()
 def rollback(name: str, registry: RegistryOption = None) -> None:
     """Undo the last step of alias NAME: end its canary if one runs, else go back to the revision before."""
+    opened = _open(registry)
     with audited(_audit_dir(registry), "registry rollback", name) as notes:
-        record = _open(registry).rollback_alias(name)
+        record = opened.rollback_alias(name)
         notes["revision"] = record.revision
     _show_alias(record)
 
@@ -139,8 +152,9 @@ def rollback(name: str, registry: RegistryOption = None) -> None:
 @app.command()
 def unalias(name: str, registry: RegistryOption = None) -> None:
     """Remove alias NAME; its revisions stay."""
+    opened = _open(registry)
     with audited(_audit_dir(registry), "registry unalias", name):
-        _open(registry).remove_alias(name)
+        opened.remove_alias(name)
     typer.echo(f"removed {name}")
 
 
@@ -153,7 +167,7 @@ def verify(
     opened = _open(registry, read_only=True)
     unlisted: list[DamagedArtifact] = []
     if reference:
-        revisions = [opened.resolve(reference).revision]
+        revisions = [_revision_of(opened, reference)]
     else:
         artifacts, damaged = opened.survey()
         revisions = [artifact.revision for artifact in artifacts] + [each.revision for each in damaged if each.digest]
@@ -178,9 +192,10 @@ def remove(
     registry: RegistryOption = None,
 ) -> None:
     """Remove a revision. A running service lets its users finish."""
+    opened = _open(registry)
     with audited(_audit_dir(registry), "registry remove", revision) as notes:
         notes["force"] = str(force).lower()
-        _open(registry).remove(revision, force=force)
+        opened.remove(revision, force=force)
     typer.echo(f"removed {revision}")
 
 
@@ -193,7 +208,8 @@ def gc(
     registry: RegistryOption = None,
 ) -> None:
     """Remove what interrupted publishers left behind."""
+    opened = _open(registry)
     with audited(_audit_dir(registry), "registry gc", "") as notes:
-        removed = str(_open(registry).gc(keep_unaliased))
+        removed = str(opened.gc(keep_unaliased))
         notes["removed"] = removed
     typer.echo(removed)

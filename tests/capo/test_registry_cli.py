@@ -88,6 +88,38 @@ def test_what_is_damaged_is_listed_with_its_fault_and_fails_a_verification(tmp_p
     assert verified.exit_code == 1
 
 
+@pytest.mark.parametrize("fault", ["manifest.json is missing", "the directory is named"])
+def test_a_verification_of_one_that_is_damaged_names_the_fault_by_whatever_name_it_is_asked_for(
+    tmp_path: Path, fault: str
+) -> None:
+    damaged = publish(Registry(tmp_path), "damaged", alias="prod")
+    manifest = damaged.path / "manifest.json"
+    manifest.unlink()
+    if fault != "manifest.json is missing":
+        manifest.write_bytes(b"{}")
+    for reference in ("prod", damaged.revision, f"damaged@{damaged.digest[:20]}"):
+        verified = run(tmp_path, "verify", reference)
+        assert verified.output.startswith(damaged.revision)
+        assert fault in verified.output
+        assert verified.exit_code == 1
+    assert isinstance(run(tmp_path, "verify", "damaged@0123456789").exception, errors.ModelNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["list", "show x", "alias x x@0123456789abcdef", "rollback x", "unalias x", "verify", "remove x@01", "gc"],
+)
+@pytest.mark.parametrize("is_there", [False, True], ids=["nothing", "an empty directory"])
+def test_a_mistyped_registry_is_none_and_becomes_none(tmp_path: Path, command: str, is_there: bool) -> None:
+    root = tmp_path / "typo"
+    if is_there:
+        root.mkdir()
+    error = run(root, *command.split()).exception
+    assert isinstance(error, errors.NotFoundError)
+    assert error.message == f"There is no registry at {root}. Name one with --registry."
+    assert sorted(tmp_path.rglob("*")) == ([root] if is_there else [])
+
+
 def test_a_name_that_may_not_be_listed_fails_a_verification_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
