@@ -12,7 +12,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from serve.vllm_plugin import renew_grammar_compilers
+from serve.vllm_plugin import die_with_parent, renew_grammar_compilers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,6 +27,8 @@ def serve_trials(
     connection: Connection, config: VllmConfig, slowest_reading_seconds: float, slowest_step_seconds: float
 ) -> None:
     """Answer ``(kind, specification)`` with ``(name of the error, its text)`` or ``None``, until the pipe closes."""
+    # A trial at work would not look at the pipe; the fork server, which is its parent, ends with the service.
+    die_with_parent()
     import torch
     from vllm.tokenizers import cached_tokenizer_from_config
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend

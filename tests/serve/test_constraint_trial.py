@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from serve.constraints import SLOWEST_READING_SECONDS
@@ -37,3 +43,46 @@ def test_a_schema_that_takes_long_to_read_is_refused_however_cheap_it_is_then(pr
 )
 def test_ordinary_ones_are_not(kind: str, specification: Any) -> None:
     read(kind, specification, SLOWEST_READING_SECONDS)
+
+
+A_TRIAL_AT_WORK = """
+import multiprocessing
+from serve.vllm_plugin.constraint_trial import serve_trials
+
+context = multiprocessing.get_context("forkserver")
+multiprocessing.set_forkserver_preload(["fork_server"])
+connection, theirs = context.Pipe()
+context.Process(target=serve_trials, args=(theirs, None, 1.0, 1.0), daemon=True).start()
+connection.recv()
+"""
+# As serve.engine_preload, without vLLM.
+A_FORK_SERVER = "from serve.vllm_plugin import die_with_parent; die_with_parent()"
+# The first that a trial imports.
+A_TORCH_THAT_COMPUTES_FOR_EVER = """
+import os
+print(os.getpid(), flush=True)
+while True:
+    pass
+"""
+
+
+def test_a_trial_at_work_ends_with_the_service_however_that_ends(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(A_TORCH_THAT_COMPUTES_FOR_EVER)
+    (tmp_path / "fork_server.py").write_text(A_FORK_SERVER)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    service = subprocess.Popen(
+        [sys.executable, "-c", A_TRIAL_AT_WORK],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert service.stdout is not None
+    with service, service.stdout:
+        trial = psutil.Process(int(service.stdout.readline()))
+        try:
+            service.send_signal(signal.SIGKILL)
+            _, alive = psutil.wait_procs([trial], timeout=10)
+            assert not alive
+        finally:
+            if trial.is_running():
+                trial.kill()
