@@ -11,15 +11,25 @@ from typing import Any
 
 from registry import errors
 from registry.strict_json import parse_strict_json
-from serve.shape_checks import check_keys, entries, require_a_name, require_a_text, shown
+from serve.shape_checks import check_keys, drop_keys, drop_nulls, entries, require_a_name, require_a_text, shown
 
 _MESSAGE_KEYS = {
     # litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields, and sends it back with it.
     "assistant": {"tool_calls", "reasoning", "reasoning_content", "provider_specific_fields"},
     "tool": {"tool_call_id"},
 }
+_PARSED, _PARSED_ARGUMENTS = "parsed", "parsed_arguments"
+"""What the ``parse`` and ``stream`` helpers of OpenAI's SDKs note beside a text that they have read: the value that it
+is. They send it back with the text; nobody reads it."""
+_NOT_TAKEN = {
+    "refusal": "only content is read; write the text there",
+    "audio": "only text is offered",
+    "function_call": "OpenAI replaced it; use tool_calls",
+    "annotations": "only content is read; leave it out",
+}
+"""Of a message, what OpenAI has and nobody here, and what to do."""
 # Empty fields that the SDKs' message objects carry when they are sent back, whatever their role.
-_EMPTY_MESSAGE_KEYS = {"refusal", "audio", "function_call", "annotations"}.union(*_MESSAGE_KEYS.values())
+_EMPTY_MESSAGE_KEYS = {*_NOT_TAKEN}.union(*_MESSAGE_KEYS.values())
 _INPUT_ROLES = ("user", "assistant", "system", "developer")
 # Most chat templates pass over a message of a role that they do not know.
 _MESSAGE_ROLES = (*_INPUT_ROLES, "tool")
@@ -30,6 +40,9 @@ _ITEM_KEYS = {
     "function_call_output": {"type", "id", "call_id", "output", "status"},
     "reasoning": {"type", "id", "summary", "content", "status", "encrypted_content"},
 }
+_OUTPUT_TEXT_KEYS = ("annotations", "logprobs", _PARSED)
+# How OpenAI says of a call that it was made as all calls here are. Its python SDK sends ``async`` back as ``async_``.
+_USUAL_CALL = {"async": False, "async_": False, "caller": {"type": "direct"}}
 
 
 def check(body: Mapping[str, Any]) -> None:
@@ -58,12 +71,17 @@ def check(body: Mapping[str, Any]) -> None:
 
 def _check_message(place: str, message: dict[str, Any]) -> None:
     role = _role(place, message, _MESSAGE_ROLES)
+    drop_nulls(message, but="content")  # whose lack is told of in other words
+    if role == "assistant":
+        drop_keys(message, _PARSED)
     known = {name: value for name, value in message.items() if value or name not in _EMPTY_MESSAGE_KEYS}
+    for name in known.keys() & _NOT_TAKEN.keys():
+        here = f"{place}.{name}"
+        raise errors.InvalidRequestError(
+            f"{here} is {shown(known[name])}, which is not taken: {_NOT_TAKEN[name]}.", param=here
+        )
     check_keys(place, known, {"role", "content", "name"} | _MESSAGE_KEYS.get(role, set()))
-    if message.get("name") is None:
-        message.pop("name", None)  # vLLM takes null for a tool's name only
-    else:
-        require_a_text(f"{place}.name", message["name"])
+    require_a_text(f"{place}.name", message.get("name", ""))
     _check_content(f"{place}.content", message.get("content"), ("text",))
     _require_content(place, message)
     _check_calls(place, message)
@@ -107,6 +125,7 @@ def _check_calls(place: str, message: dict[str, Any]) -> None:
         place = f"{place}.tool_calls"
         raise errors.InvalidRequestError(f"{place} must be a list, got {shown(calls)}.", param=place)
     for here, call in entries(message, "tool_calls", place):
+        drop_nulls(call)
         check_keys(here, call, {"id", "type", "function", "index"})
         if call.get("type") != "function":
             raise errors.InvalidRequestError(
@@ -114,6 +133,9 @@ def _check_calls(place: str, message: dict[str, Any]) -> None:
             )
         require_a_text(f"{here}.id", call.get("id"))
         function = call.get("function")
+        if isinstance(function, dict):
+            drop_nulls(function)
+            drop_keys(function, _PARSED_ARGUMENTS)
         check_keys(f"{here}.function", function, {"name", "arguments"})
         require_a_name(f"{here}.function", function)
         _check_arguments(f"{here}.function.arguments", call["function"].get("arguments"))
@@ -150,7 +172,8 @@ def _check_content(place: str, content: Any, kinds: tuple[str, ...]) -> None:
             raise errors.InvalidRequestError(
                 f'{here} must be {{"type": "{kinds[0]}", "text": "..."}}: only text is offered.', param=here
             )
-        check_keys(here, part, {"type", "text", *(("annotations", "logprobs") if "output_text" in kinds else ())})
+        drop_nulls(part)
+        check_keys(here, part, {"type", "text", *(_OUTPUT_TEXT_KEYS if "output_text" in kinds else ())})
 
 
 def _check_input_item(place: str, item: dict[str, Any]) -> None:
@@ -158,9 +181,12 @@ def _check_input_item(place: str, item: dict[str, Any]) -> None:
     kind = "message" if item.get("type") is None else item["type"]
     if not isinstance(kind, str) or kind not in _ITEM_KEYS:
         raise _unknown_item(place, kind)
+    drop_nulls(item)
+    if kind in ("function_call", "function_call_output"):
+        drop_keys(item, *(name for name, usual in _USUAL_CALL.items() if shown(item.get(name)) == shown(usual)))
+    if kind == "function_call":
+        drop_keys(item, _PARSED_ARGUMENTS)
     check_keys(place, item, _ITEM_KEYS[kind])
-    for name in [name for name, value in item.items() if value is None]:
-        del item[name]
     require_a_text(f"{place}.id", item.get("id", ""))
     if item.get("status", "completed") not in _STATUSES:
         raise errors.InvalidRequestError(

@@ -1,7 +1,7 @@
 """Checks of the parts of a request, each told of by its place: ``messages.0.content``.
 
 Raises:
-    InvalidRequestError: in all of them, where a part is not what it must be; ``param`` is its place.
+    InvalidRequestError: in all checks, where a part is not what it must be; ``param`` is its place.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ def entries(body: Mapping[str, Any], name: str, within: str = "") -> Iterator[tu
 def check_is_object(place: str, value: Any) -> None:
     if value is not None and not isinstance(value, dict):
         raise errors.InvalidRequestError(f"{place} must be an object, got {shown(value)}.", param=place)
+
+
+def drop_nulls(value: dict[str, Any], *, but: str = "") -> None:
+    """A key with null asks for nothing, whatever its name. ``but``: one that stays."""
+    drop_keys(value, *(name for name, given in value.items() if given is None and name != but))
+
+
+def drop_keys(value: dict[str, Any], *names: str) -> None:
+    for name in names:
+        value.pop(name, None)
 
 
 def check_keys(place: str, value: Any, allowed: set[str]) -> None:

@@ -151,6 +151,25 @@ def test_a_schema_answer_parses_into_its_class(client: openai.OpenAI) -> None:
     assert isinstance(parsed.choices[0].message.parsed, Reply)
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the SDK's, of the class that parse has put in
+@pytest.mark.parametrize("options", [{"response_format": Reply}, {"tools": [WEATHER_TOOL], "tool_choice": "required"}])
+def test_what_the_sdks_helpers_return_goes_on_as_a_conversation(client: openai.OpenAI, options: Any) -> None:
+    asked = {"model": MODEL, "messages": [HELLO], "temperature": 0, "max_tokens": 64, **options}
+    with client.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    parsed = client.chat.completions.parse(**asked).choices[0].message
+    for message in (streamed, parsed):
+        told = [{"role": "tool", "tool_call_id": call.id, "content": "x"} for call in message.tool_calls or ()]
+        plain = message.model_dump(include={"role", "content"})
+        if message.tool_calls:
+            function = message.tool_calls[0].function
+            called = {"name": function.name, "arguments": function.arguments}
+            plain["tool_calls"] = [{"id": message.tool_calls[0].id, "type": "function", "function": called}]
+        answers = [ask(client, messages=[HELLO, each, *told, HELLO]) for each in (message, plain)]
+        assert text_of(answers[0]) == text_of(answers[1])
+        assert answers[0].usage == answers[1].usage
+
+
 def test_an_answer_can_be_bound_to_json_a_regex_a_choice_and_a_grammar(client: openai.OpenAI) -> None:
     for question in ("hello", "Who are you?", "Thank you."):
         message = {"role": "user", "content": question}
@@ -313,15 +332,20 @@ def test_a_tool_call_goes_round_through_responses(client: openai.OpenAI) -> None
     (call,) = called.output
     assert (call.type, call.name) == ("function_call", "get_weather")
     assert json.loads(call.arguments)["city"] in CITIES
-    conversation = [
-        HELLO,
-        *(item.model_dump(exclude_none=True) for item in called.output),
-        {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."},
-    ]
-    after = respond(client, input=conversation, tools=[flat])
-    assert after.usage.input_tokens > called.usage.input_tokens
     events = list(respond(client, tools=[flat], tool_choice="required", stream=True))
     assert events[-1].response.output[0].arguments == call.arguments
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    plain = httpx.post(
+        f"{client.base_url}responses",
+        json={"model": MODEL, "input": "Who are you?", "temperature": 0, "tools": [flat], "tool_choice": "required"},
+        timeout=60,
+    ).json()["output"]
+    for output in (called.output, done, [item.model_dump() for item in called.output], plain):
+        (call,) = output
+        call_id = call["call_id"] if isinstance(call, dict) else call.call_id
+        told = {"type": "function_call_output", "call_id": call_id, "output": "Sunny."}
+        after = respond(client, input=[HELLO, *output, told], tools=[flat])
+        assert after.usage.input_tokens > called.usage.input_tokens
 
 
 def test_a_schema_response_parses_into_its_class(client: openai.OpenAI) -> None:
