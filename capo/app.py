@@ -47,7 +47,7 @@ def build_app(
     ``metrics``: what ``/metrics`` shows, where ``serve_metrics`` says that it is here.
     ``access`` decides who may come in; ``only_this_machine``: see :class:`capo.http_door.HttpDoor`.
     """
-    app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
+    app = _bare_app()
     for router in routers:
         app.include_router(router)
     app.include_router(_operations_router(not_ready_reason))
@@ -66,7 +66,7 @@ def build_app(
 
 def build_metrics_app(access: Access) -> FastAPI:
     """``/metrics`` alone, for a port of its own."""
-    app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
+    app = _bare_app()
     app.include_router(_metrics_router(REGISTRY))
     _add_manners(app, access)
     return app
@@ -74,10 +74,15 @@ def build_metrics_app(access: Access) -> FastAPI:
 
 def build_health_app(not_ready_reason: Callable[[], str | None], access: Access) -> FastAPI:
     """The three probes alone, for a port of their own."""
-    app = FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None)
+    app = _bare_app()
     app.include_router(_operations_router(not_ready_reason))
     _add_manners(app, access)
     return app
+
+
+def _bare_app() -> FastAPI:
+    # A redirect would be answered before the door, and name whatever host the client did.
+    return FastAPI(title="Capo", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
 
 def _add_manners(

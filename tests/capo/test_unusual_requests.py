@@ -9,6 +9,8 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 
+from capo.access_rules import HTTP_RULES
+from capo.app import build_health_app, build_metrics_app
 from tests.capo.guarded import bearer, guarded
 from tests.serve.running import BASE, eventually
 
@@ -60,6 +62,29 @@ async def test_models_are_listed_with_a_slash_at_the_end_too(tmp_path: Path) -> 
     assert [model["id"] for model in plain.json()["data"]] == [BASE]
     assert slash.json() == plain.json()
     assert without_a_key.status_code == 401
+
+
+async def test_nobody_is_sent_elsewhere_for_a_slash_too_many(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        service.key()
+        for path in ("/v1/files/", "/v1/chat/completions/", "/metrics/", "/livez/", "/openapi.json/"):
+            for method in ("GET", "POST"):
+                answer = await service.ask(f"{method} {path}", None, headers={"Host": "evil.example"})
+                assert (answer.status, answer.code) == (404, "unknown_url")
+                assert "location" not in answer.headers
+
+
+def test_no_path_that_is_offered_ends_with_a_slash(tmp_path: Path) -> None:
+    assert [operation for operation in HTTP_RULES if operation.endswith("/")] == []
+
+
+async def test_ports_of_their_own_send_nobody_elsewhere_either(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        for app in (build_health_app(lambda: None, service.door), build_metrics_app(service.door)):
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://evil.example") as client:
+                for path in ("/livez/", "/metrics/"):
+                    answer = await client.get(path)
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
 async def test_the_health_of_an_unknown_service_is_not_found_and_counted_so(tmp_path: Path) -> None:
