@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "old completion format": (b'{"prompt": "a", "completion": "b"}', "old completion format"),
     "preference row": (b'{"input": {}, "preferred_output": []}', "DPO"),
     "text row in a chat file": (b'{"text": "a"}', "stages of kind cpt"),
-    "functions": (chat(USER, ASSISTANT, functions=[]), "write tools"),
+    "functions": (chat(USER, ASSISTANT, functions=[{"name": "f"}]), "write tools"),
     "messages is an object": (b'{"messages": {}}', "must be a list"),
     "messages is empty": (chat(), "messages is empty"),
     "message is a string": (chat("Hi", ASSISTANT), r"messages\[0\] must be an object"),
@@ -105,8 +105,12 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "weight on user": (chat({**USER, "weight": 1}, ASSISTANT), "unknown key 'weight'"),
     "all weights 0": (chat(USER, {**ASSISTANT, "weight": 0}), "every assistant message has weight 0"),
     "name is a number": (chat({**USER, "name": 3}, ASSISTANT), "name must be a text, got 3"),
-    "unknown key with null": (chat({**USER, "contents": None}, ASSISTANT), "did you mean 'content'"),
-    "refusal": (chat(USER, {**ASSISTANT, "refusal": "No."}), "unknown key 'refusal'"),
+    "refusal": (
+        chat(USER, {**ASSISTANT, "refusal": "No."}),
+        r"messages\[1\].refusal is not trained: only content is; write the text there",
+    ),
+    "audio": (chat(USER, {**ASSISTANT, "audio": {"id": "a"}}), r"messages\[1\].audio is not trained: only text is"),
+    "what no SDK parses": (chat({**USER, "parsed": {"a": 1}}, ASSISTANT), "unknown key 'parsed'"),
     "reasoning is a number": (chat(USER, {**ASSISTANT, "reasoning": 3}), "reasoning must be a text, got 3"),
     "two reasonings": (chat(USER, {**ASSISTANT, "reasoning": "a", "reasoning_content": "b"}), "two names of one text"),
     "reasoning on user": (chat({**USER, "reasoning": "Hm."}, ASSISTANT), "unknown key 'reasoning'"),
@@ -271,7 +275,23 @@ ASKS_FOR_NOTHING = {
         chat(USER, ASSISTANT, tools=None, parallel_tool_calls=None),
         chat(USER, ASSISTANT),
     ),
-    "no tools": (chat(USER, ASSISTANT, tools=[]), chat(USER, ASSISTANT)),
+    "no tools": (chat(USER, ASSISTANT, tools=[], functions=[]), chat(USER, ASSISTANT)),
+    "null for the keys of other formats": (
+        chat(USER, ASSISTANT, functions=None, input=None, text=None, prompt=None, completion=None),
+        chat(USER, ASSISTANT),
+    ),
+    "what the SDK's helpers have parsed": (
+        chat(
+            USER,
+            {
+                **calling({**CALL, "function": {**CALL["function"], "parsed_arguments": {}}, "index": None}),
+                "parsed": {"mood": "glad"},
+            },
+            {**ANSWER_OF_F, "parsed": None},
+            {**ASSISTANT, "parsed": None},
+        ),
+        chat(USER, calling(CALL), ANSWER_OF_F, ASSISTANT),
+    ),
     "a call's place in its stream": (
         chat(USER, calling({**CALL, "index": 0}), ANSWER_OF_F, ASSISTANT),
         chat(USER, calling(CALL), ANSWER_OF_F, ASSISTANT),
@@ -291,6 +311,8 @@ def test_what_asks_for_nothing_is_as_if_it_were_not_there(what: str) -> None:
 
 TAKEN = {
     "the SDK's whole dump": (USER, {**ASSISTANT, **DUMPED}),
+    "the dump of the SDK's parse helper": (USER, {**ASSISTANT, **DUMPED, "parsed": {"mood": "glad"}}),
+    "null in a key of the next SDK": ({**USER, "next": None}, {**ASSISTANT, "next": None}),
     "a tool's answer with its name": (USER, calling(CALL), {**ANSWER_OF_F, "name": "f"}, ASSISTANT),
     "a late system message": (USER, ASSISTANT, message("system", "Now French."), USER, ASSISTANT),
     "two system messages": (message("system", "a"), message("system", "b"), USER, ASSISTANT),

@@ -25,12 +25,18 @@ _KEYS_OF_ROLE = {
     "assistant": ("role", "content", "name", "weight", "tool_calls", "reasoning", "reasoning_content"),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
-_KNOWN_KEYS = frozenset(key for keys in _KEYS_OF_ROLE.values() for key in keys)
-# Fields of the SDKs' message objects, which hold nothing in most answers; ``datasets`` writes null for each key that
-# another message has. litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields.
-_SDK_KEYS = frozenset({"refusal", "audio", "function_call", "annotations"})
-_UNREAD_KEYS = frozenset({"provider_specific_fields"})
-
+# Fields of the SDKs' message objects, which hold nothing in most answers.
+_SDK_KEYS = {
+    "refusal": "is not trained: only content is; write the text there",
+    "audio": "is not trained: only text is",
+    "function_call": "is the old form; write tool_calls instead",
+    "annotations": "is not trained: only content is; leave it out",
+}
+_EMPTY_KEYS = frozenset({*_SDK_KEYS, "tool_calls", "reasoning", "reasoning_content"})
+# litellm notes in provider_specific_fields what an answer held beyond OpenAI's fields; the parse and stream helpers of
+# OpenAI's SDKs note beside a text or a call's arguments the value that they have read there.
+_UNREAD_KEYS = ("provider_specific_fields",)
+_UNREAD_KEYS_OF_AN_ANSWER = (*_UNREAD_KEYS, "parsed")
 
 _TOOL_FIELDS: tuple[tuple[str, type, str], ...] = (
     ("description", str, "a text"),
@@ -66,7 +72,8 @@ def check_messages(given: object, line: int) -> tuple[tuple[dict[str, Any], ...]
     for index, message in enumerate(given):
         where = f"messages[{index}]"
         role = _check_role(message, where, line)
-        cleaned, weight = _check_message(_said(message), role, where, line)
+        said = _said(message, *(_UNREAD_KEYS_OF_AN_ANSWER if role == "assistant" else _UNREAD_KEYS))
+        cleaned, weight = _check_message(said, role, where, line)
         if role == "tool":
             call_id = cleaned["tool_call_id"]
             if call_id not in open_calls:
@@ -107,13 +114,13 @@ def check_tools(given: object, line: int) -> tuple[dict[str, Any], ...] | None:
     return tuple(given)
 
 
-def _said(message: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that ask for nothing."""
-    empty = _SDK_KEYS | {"tool_calls", "reasoning", "reasoning_content"}
+def _said(given: dict[str, Any], *unread: str) -> dict[str, Any]:
+    """Of a message, a call or a part, without the keys that ask for nothing: ``datasets`` writes null for each key that
+    another one has."""
     return {
         key: value
-        for key, value in message.items()
-        if not (value is None and key in _KNOWN_KEYS) and not (not value and key in empty) and key not in _UNREAD_KEYS
+        for key, value in given.items()
+        if value is not None and (value or key not in _EMPTY_KEYS) and key not in unread
     }
 
 
@@ -132,9 +139,10 @@ def _check_role(message: object, where: str, line: int) -> str:
 
 def _check_message(message: dict[str, Any], role: str, where: str, line: int) -> tuple[dict[str, Any], int]:
     """One message in template form, and its weight (1 for roles that carry none)."""
-    if "function_call" in message:
-        reason = f"{where}.function_call is the old form; write tool_calls instead"
-        _refuse(line, f"{where}.function_call", reason, "old_format")
+    for key, why in _SDK_KEYS.items():
+        if key in message:
+            kind = "old_format" if key == "function_call" else "unknown_key"
+            _refuse(line, f"{where}.{key}", f"{where}.{key} {why}", kind)
     _check_keys(message, _KEYS_OF_ROLE[role], where, line)
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
@@ -196,6 +204,7 @@ def _checked_parts(parts: Sequence[object], where: str, line: int) -> list[dict[
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             reason = f"{where}[{index}] must be {{type: 'text', text: '...'}}, got {_shown(part)}; only text is trained"
             _refuse(line, f"{where}[{index}]", reason, "content_type")
+        part = _said(part)
         _check_keys(part, ("type", "text"), f"{where}[{index}]", line)
         checked.append(part)
     return checked
@@ -214,14 +223,15 @@ def _check_tool_calls(calls: object, where: str, line: int) -> list[dict[str, An
         if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
             reason = f"{place} must be {{id, type: 'function', function: {{name, arguments}}}}"
             _refuse(line, place, reason, "tool_call")
-        _check_keys(call, ("id", "type", "function", "index"), place, line)
-        _check_keys(call["function"], ("name", "arguments"), f"{place}.function", line)
+        _check_keys(_said(call), ("id", "type", "function", "index"), place, line)
+        function = _said(call["function"], "parsed_arguments")
+        _check_keys(function, ("name", "arguments"), f"{place}.function", line)
         if not isinstance(call.get("id"), str) or not call["id"]:
             _refuse(line, f"{place}.id", f"{place}.id must be a text that the tool's answer repeats", "tool_call")
-        name = call["function"].get("name")
+        name = function.get("name")
         if not isinstance(name, str) or not name:
             _refuse(line, f"{place}.function.name", f"{place}.function.name must be a name", "tool_call")
-        arguments = _decoded_arguments(call["function"].get("arguments"), f"{place}.function.arguments", line)
+        arguments = _decoded_arguments(function.get("arguments"), f"{place}.function.arguments", line)
         cleaned.append({"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}})
     ids = [call["id"] for call in cleaned]
     if len(set(ids)) != len(ids):
