@@ -66,7 +66,8 @@ def revision_of(name: str, digest: str) -> str:
 
 
 class ArtifactStore:
-    """Reads need no lock. Whoever calls ``add`` or ``discard`` holds the registry's lock.
+    """Reads need no lock. Whoever calls ``add``, ``discard`` or ``remove_empty_names`` holds the registry's
+    lock.
 
     ``principal``: on whose behalf; :meth:`find` finds nothing that it does not see.
     """
@@ -257,6 +258,13 @@ class ArtifactStore:
         self._filesystem.fsync_dir(artifact.path.parent)
         self._cache.pop(artifact.path, None)
         return trash
+
+    def remove_empty_names(self) -> None:
+        """Remove the directories of names that have nothing below them. Who publishes one of these names waits for the
+        lock, and then makes its directory anew."""
+        for name in self.names():
+            with suppress(OSError):  # most hold something, and one that stays empty harms nobody
+                self._filesystem.remove_empty_dir(self._layout.artifacts / name)
 
     def require_single_revision(self, artifact: Artifact) -> None:
         """Revisions show 16 digits of a digest; refuse a second digest that starts with the same ones."""

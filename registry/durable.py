@@ -112,6 +112,10 @@ class Filesystem:
         with suppress(FileNotFoundError):
             shutil.rmtree(path)
 
+    def remove_empty_dir(self, path: Path) -> None:
+        """Fails with ENOTEMPTY where it holds anything."""
+        path.rmdir()
+
     def lock(self, path: Path, *, wait_seconds: float) -> HeldLock | None:
         """Take the lock file's flock, making the file if needed; None when somebody held it all the time."""
         deadline = time.monotonic() + wait_seconds

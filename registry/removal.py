@@ -115,6 +115,7 @@ class Removal:
                 )
             for artifact in doomed:
                 self._artifacts.discard(artifact)
+            self._artifacts.remove_empty_names()
         with storage_errors("collect garbage"):
             trash = sorted(self._layout.trash.iterdir())
             freed_bytes = sum(tree_size_bytes(path) for path in trash)

@@ -77,6 +77,10 @@ class RecordingFilesystem(Filesystem):
             self.log.append(Op("unlink", self._name(path)))
         super().remove_tree(path)
 
+    def remove_empty_dir(self, path: Path) -> None:
+        super().remove_empty_dir(path)
+        self.log.append(Op("unlink", self._name(path)))
+
     def lock(self, path: Path, *, wait_seconds: float) -> HeldLock | None:
         if not path.exists():
             self.log.append(Op("create", self._name(path)))

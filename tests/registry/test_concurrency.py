@@ -167,6 +167,31 @@ def test_gc_leaves_alone_what_another_process_is_publishing(tmp_path: Path) -> N
     assert registry.resolve("support").revision == answer[0]
 
 
+def test_gc_beside_a_publisher_of_a_name_that_is_empty_again_and_again(tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    registry, stop = Registry(root), threading.Event()
+    num_taken = 0
+
+    def collect() -> None:
+        collector = Registry(root)
+        while not stop.is_set():
+            collector.gc()
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    try:
+        source = write_files(tmp_path / "v", b"v")
+        for _ in range(40):
+            num_taken += not (root / "artifacts" / "support").exists()
+            artifact = registry.publish(source, draft())
+            assert registry.verify(artifact.revision) == []
+            registry.remove(artifact.revision)
+    finally:
+        stop.set()
+        thread.join()
+    assert num_taken > 1, "the collector took nothing away, so this proves nothing"
+
+
 def test_gc_beside_a_busy_publisher_never_takes_its_alias_away(tmp_path: Path) -> None:
     root = tmp_path / "registry"
     registry = Registry(root)

@@ -187,6 +187,27 @@ def test_a_crash_while_an_artifact_is_removed_leaves_it_whole_or_gone(scratch: P
     assert _check_all(scratch, recorder, before, check, per_op=32) >= 100
 
 
+def test_a_crash_after_gc_took_a_names_directory_leaves_what_was_published_there_since(scratch: Path) -> None:
+    root = scratch / "registry"
+    registry = _registry(root)
+    kept = registry.publish(write_files(scratch / "one", b"one"), draft(), alias="support")
+    registry.remove(registry.publish(write_files(scratch / "two", b"two"), draft("other")).revision)
+    before = tree(root)
+    recorder = RecordingFilesystem(root)
+    _registry(root, recorder).gc()
+    assert not (root / "artifacts" / "other").exists()
+    new = _registry(root, recorder).publish(write_files(scratch / "three", b"three"), draft("other"))
+    recorder.acknowledge("published")
+
+    def check(state: Path, acknowledged: list[str]) -> None:
+        revisions, _ = _read(state)
+        assert {kept.revision} <= revisions <= {kept.revision, new.revision}
+        if acknowledged:
+            assert new.revision in revisions
+
+    assert _check_all(scratch, recorder, before, check, per_op=32) >= 100
+
+
 class _RunCanaries:
     """An alias gets a canary, a larger share of it, loses it by a rollback, and gets it back to become the main."""
 

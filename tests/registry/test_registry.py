@@ -254,6 +254,21 @@ def test_gc_keeps_the_newest_unaliased_revisions_of_each_name(registry: Registry
     assert registry.artifacts() == [*kept[2:4], *kept[6:8]]
 
 
+def test_gc_takes_the_directories_of_names_that_have_nothing_left(registry: Registry) -> None:
+    folder = registry.root / "artifacts"
+    for name in ("kept", "removed", "collected", "stranger"):
+        _publish(registry, "one", name=name, **({"alias": name} if name in ("kept", "stranger") else {}))
+    (folder / "stranger" / "notes.txt").touch()
+    registry.remove(registry.resolve("stranger").revision, force=True)
+    (removed,) = registry.artifacts("removed")
+    registry.remove(removed.revision)
+    (folder / "not a name").mkdir()
+    registry.gc(keep_unaliased=0, min_age_seconds=-10)
+    assert sorted(path.name for path in folder.iterdir()) == ["kept", "not a name", "stranger"]
+    again = _publish(registry, "one", name="removed")
+    assert registry.verify(again.revision) == []
+
+
 def test_gc_refuses_to_guess_when_an_alias_is_damaged(registry: Registry) -> None:
     _publish(registry, "one", alias="prod")
     path = registry.root / "aliases" / "prod.json"

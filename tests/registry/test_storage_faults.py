@@ -268,6 +268,9 @@ class NoWrites(Filesystem):
     def remove_tree(self, path: Path) -> None:
         self._refuse()
 
+    def remove_empty_dir(self, path: Path) -> None:
+        self._refuse()
+
     def lock(self, path: Path, *, wait_seconds: float) -> HeldLock | None:
         self._refuse()
         return None
