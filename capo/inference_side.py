@@ -20,7 +20,7 @@ from serve.engine_arguments import choose as choose_engine_arguments
 from serve.gate import Gate
 from serve.import_folder import ImportFolder
 from serve.limits import Limits
-from serve.lora_info import LoraRequestsInfo
+from serve.lora_info import LoraRequestsInfo, names_of
 from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
@@ -101,7 +101,7 @@ class InferenceSide:
         REGISTRY.register(
             LoraRequestsInfo(
                 lambda: tuple(serving.pool.residents()),
-                lambda revision: [a.alias for a in serving.catalog.snapshot.aliases.values() if a.revision == revision],
+                lambda revision: names_of(serving.catalog.snapshot.aliases.values(), revision),
                 serving.engine.limits.max_loras,
             )
         )

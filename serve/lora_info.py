@@ -7,14 +7,24 @@ vLLM's own gauge makes a new series for every combination of adapters and remove
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from registry import Alias
 from serve.resident import AdapterState, Resident
 
 LORA_REQUESTS_INFO = "vllm:lora_requests_info"
+
+
+def names_of(aliases: Iterable[Alias], revision: str) -> list[str]:
+    """The aliases whose requests may reach it, also those that have it as their canary."""
+    return [
+        alias.alias
+        for alias in aliases
+        if revision == alias.revision or (alias.canary is not None and revision == alias.canary.revision)
+    ]
 
 
 class LoraRequestsInfo(Collector):
