@@ -21,12 +21,17 @@ def given_method(body: CreateJobBody) -> JobMethod:
 
 def given_hyperparameters(body: CreateJobBody) -> HyperparametersBody:
     """The hyper-parameters, wherever the client put them."""
-    return body.hyperparameters or _inner_hyperparameters(body) or HyperparametersBody()
+    return _said(body.hyperparameters) or _inner_hyperparameters(body) or HyperparametersBody()
 
 
 def _inner_hyperparameters(body: CreateJobBody) -> HyperparametersBody | None:
     part = None if body.method is None else body.method.dpo or body.method.supervised
-    return None if part is None else part.hyperparameters
+    return None if part is None else _said(part.hyperparameters)
+
+
+def _said(given: HyperparametersBody | None) -> HyperparametersBody | None:
+    """An empty object asks for nothing."""
+    return given if given is not None and given.model_fields_set else None
 
 
 def check_method(body: CreateJobBody) -> None:
@@ -40,7 +45,7 @@ def check_method(body: CreateJobBody) -> None:
             raise InvalidRequestError(
                 f"method.{name} does not belong to method.type {method.type!r}", param=f"method.{name}"
             )
-    if _inner_hyperparameters(body) is not None and body.hyperparameters is not None:
+    if _inner_hyperparameters(body) is not None and _said(body.hyperparameters) is not None:
         raise InvalidRequestError(
             f"hyperparameters and method.{method.type}.hyperparameters are both given; "
             "keep the latter, the former is OpenAI's old place for it",

@@ -156,6 +156,14 @@ class TestJobsOfTheSdk:
         assert job.hyperparameters.n_epochs == 2
         assert job.hyperparameters.learning_rate_multiplier == 2.0
 
+    def test_empty_hyperparameters_ask_for_nothing_in_either_place(self, client: OpenAI, training_file: str) -> None:
+        one: Any = {"n_epochs": 1}
+        for old, new in (({}, one), (one, {}), (one, None), (None, one)):
+            method: Any = {"type": "supervised", "supervised": {} if new is None else {"hyperparameters": new}}
+            given: Any = {} if old is None else {"hyperparameters": old}
+            job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file, method=method, **given)
+            assert job.hyperparameters.n_epochs == 1, (old, new)
+
     def test_a_job_without_a_seed_gets_one(self, client: OpenAI, training_file: str) -> None:
         jobs = [client.fine_tuning.jobs.create(model=BASE, training_file=training_file) for _ in range(2)]
         assert jobs[0].seed != jobs[1].seed
