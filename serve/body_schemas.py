@@ -13,6 +13,7 @@ from typing import Any
 from serve import request_policy as policy
 from serve import request_shapes as shapes
 from serve.engine_api import Endpoint
+from serve.prompt_logprobs import MAX_PROMPT_LOGPROBS
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REQUIRED
 
 Schema = dict[str, Any]
@@ -43,6 +44,7 @@ def body_schema(engine_schema: Callable[[Endpoint], Schema], endpoint: Endpoint)
 def _objects(endpoint: Endpoint) -> dict[str, Schema]:
     """What the policy says by itself, for the fields of ``endpoint``."""
     is_responses = endpoint is Endpoint.RESPONSES
+    is_completion = endpoint is Endpoint.COMPLETION
     logprobs = _integer(0, policy.MAX_LOGPROBS)
     return {
         "model": {"type": "string", "minLength": 1, "description": "A name that GET /v1/models lists, or a revision."},
@@ -50,8 +52,8 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
         "user": _text(policy.MAX_LABEL_CHARACTERS),
         "n": _integer(1, policy.MAX_N),
         "top_logprobs": logprobs,
-        "prompt_logprobs": logprobs,
-        **({"logprobs": logprobs} if endpoint is Endpoint.COMPLETION else {}),
+        "prompt_logprobs": logprobs | {"description": _OF_PROMPTS},
+        **({"logprobs": logprobs | {"description": f"Beside echo: {_OF_PROMPTS}"}} if is_completion else {}),
         "temperature": _number(minimum=0),
         "truncate_prompt_tokens": {"type": ["integer", "null"], "minimum": 1},
         "top_p": _number(exclusiveMinimum=0, maximum=1),
@@ -92,6 +94,7 @@ def _objects(endpoint: Endpoint) -> dict[str, Schema]:
     }
 
 
+_OF_PROMPTS = f"Prompt tokens times n times one more than this, of all prompts: at most {MAX_PROMPT_LOGPROBS}."
 _FLAG: Schema = {"type": ["boolean", "null"]}
 _NULLABLE: Schema = {"type": ["object", "null"]}
 _TEXT: Schema = {"type": "string"}

@@ -82,6 +82,8 @@ class Call:
     """Of each answer: there are n to each prompt, and their tokens come in the same steps."""
     queued_seconds: float | None = None
     prompt_tokens: int = 0
+    given_prompt_tokens: int = 0
+    """Of the prompts that have come to the engine, read or not."""
     completion_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
     was_in_engine: bool = False

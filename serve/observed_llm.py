@@ -19,6 +19,7 @@ from prometheus_client import Gauge
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.renderers.inputs.preprocess import extract_prompt_len
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
@@ -28,6 +29,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from registry import errors
+from serve import prompt_logprobs
 from serve.constraints import SLOWEST_READING_SECONDS, SLOWEST_STEP_SECONDS, ConstraintTrials
 from serve.engine_api import Call
 from serve.lora_info import LORA_REQUESTS_INFO
@@ -110,6 +112,8 @@ class ObservedLLM(AsyncLLM):
                 yield output
             return
         try:
+            call.given_prompt_tokens += extract_prompt_len(self.model_config, prompt)
+            prompt_logprobs.check(call.body, call.given_prompt_tokens)
             await self.trials.check_all(_constraints(sampling_params.structured_outputs), tenant=call.tenant)
         except Exception as error:
             call.error = error

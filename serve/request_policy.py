@@ -13,7 +13,7 @@ from typing import Any
 
 from registry import errors
 from registry.strict_json import parse_strict_json
-from serve import conversation_shapes, request_shapes, request_types
+from serve import conversation_shapes, prompt_logprobs, request_shapes, request_types
 from serve.engine_api import Endpoint
 from serve.request_fields import ALLOWED, HARMLESS_VALUES, LABELS, REFUSED, REQUIRED
 from serve.shape_checks import shown
@@ -245,6 +245,7 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
             "be. Send one of the two.",
             param="max_tokens",
         )
+    prompt_logprobs.check(body, prompt_logprobs.least_prompt_tokens(body))
     if body.get("prompt_logprobs") is not None and body.get("stream"):
         raise errors.InvalidRequestError("prompt_logprobs is not available in a stream.", param="prompt_logprobs")
     if body.get("tools") and body.get("tool_choice") not in (None, "none", "auto"):

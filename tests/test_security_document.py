@@ -8,6 +8,7 @@ from pathlib import Path
 
 from serve import constraints, faces, request_policy, request_shapes
 from serve.limits import Limits
+from serve.prompt_logprobs import MAX_PROMPT_LOGPROBS
 from tests.test_house import ROOT
 from tune.jobs import files, requests, upload
 
@@ -40,6 +41,7 @@ def test_the_figures_of_the_limits_are_those_of_the_code() -> None:
         "JSON body": f"{faces.MAX_REQUEST_BYTES // mebibyte} MiB; {request_policy.MAX_VALUES:,} entries",
         "| n |": f"| {request_policy.MAX_N} |",
         "logprobs, top_logprobs": f"| {request_policy.MAX_LOGPROBS} |",
+        "log probabilities of prompt": f"| {MAX_PROMPT_LOGPROBS:,} |",
         "| stop |": f"{request_policy.MAX_STOP_STRINGS} of {request_policy.MAX_STOP_CHARACTERS} characters",
         "prompts in one request": f"| {request_policy.MAX_PROMPTS} |",
         "messages, or items": f"| {request_policy.MAX_MESSAGES} |",

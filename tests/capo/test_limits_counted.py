@@ -19,6 +19,7 @@ from capo_proto.v1 import inference_pb2
 from registry import errors
 from serve import faces, request_policy, request_shapes
 from serve.limits import Limits
+from serve.prompt_logprobs import MAX_PROMPT_LOGPROBS
 from tests.capo.guarded import Guarded, bearer, guarded
 from tests.capo.test_limits import CHUNKED, HEADS, chunk, exchange
 from tests.serve.running import BASE, eventually
@@ -31,6 +32,7 @@ COMPLETION: dict[str, Any] = {"model": BASE, "prompt": "hello"}
 DEEP: dict[str, Any] = {"type": "object"}
 for _ in range(request_shapes.MAX_SCHEMA_DEPTH + 1):
     DEEP = {"not": DEEP}
+PROMPT_AT_THE_LIMIT = [5] * (MAX_PROMPT_LOGPROBS // 16 // 2)  # of n 16, each token with its own and one more
 LARGE_BODY = b" " * (faces.MAX_REQUEST_BYTES + 1)
 LARGE_MESSAGE = inference_pb2.CompletionRequest(model=BASE, prompt="a" * faces.MAX_REQUEST_BYTES).SerializeToString()
 LARGE_METADATA = (("x-long", "x" * faces.MAX_HEAD_BYTES),)
@@ -50,6 +52,10 @@ def http(operation: str, **options: Any) -> Ask:
 
 def chat(**fields: Any) -> Ask:
     return http("POST /v1/chat/completions", json=CHAT | fields)
+
+
+def completion(**fields: Any) -> Ask:
+    return http("POST /v1/completions", json=COMPLETION | fields)
 
 
 def in_parts(number: int) -> list[dict[str, Any]]:
@@ -156,6 +162,8 @@ MET: dict[str, tuple[Ask, int | str]] = {
     "content_encoding": (http("POST /v1/files", content=b"", headers={"Content-Encoding": "gzip"}), 400),
     "n_too_large": (chat(n=request_policy.MAX_N + 1), 400),
     "logprobs_too_large": (chat(logprobs=True, top_logprobs=request_policy.MAX_LOGPROBS + 1), 400),
+    "logprobs_too_large (prompt)": (completion(prompt=[*PROMPT_AT_THE_LIMIT, 5], prompt_logprobs=1, n=16), 400),
+    "logprobs_too_large (echo)": (completion(prompt=[*PROMPT_AT_THE_LIMIT, 5], echo=True, logprobs=1, n=16), 400),
     "stop_too_large": (chat(stop=["x"] * (request_policy.MAX_STOP_STRINGS + 1)), 400),
     "prompts_too_large": (
         http("POST /v1/completions", json=COMPLETION | {"prompt": ["x"] * (request_policy.MAX_PROMPTS + 1)}),
@@ -192,6 +200,8 @@ AT_THE_LIMIT: dict[str, tuple[Ask, int | str]] = {
     "too_large": (http("POST /v1/completions", content=BODY.ljust(faces.MAX_REQUEST_BYTES)), 200),
     "n_too_large": (chat(n=request_policy.MAX_N), 200),
     "logprobs_too_large": (chat(logprobs=True, top_logprobs=request_policy.MAX_LOGPROBS), 200),
+    "logprobs_too_large (prompt)": (completion(prompt=PROMPT_AT_THE_LIMIT, prompt_logprobs=1, n=16), 200),
+    "logprobs_too_large (echo)": (completion(prompt=PROMPT_AT_THE_LIMIT, echo=True, logprobs=1, n=16), 200),
     "stop_too_large": (chat(stop=["x" * request_policy.MAX_STOP_CHARACTERS] * request_policy.MAX_STOP_STRINGS), 200),
     "prompts_too_large": (
         http("POST /v1/completions", json=COMPLETION | {"prompt": ["x"] * request_policy.MAX_PROMPTS}),

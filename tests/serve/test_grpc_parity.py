@@ -280,6 +280,16 @@ WRONG: dict[str, tuple[Endpoint, dict[str, Any], dict[str, Any]]] = {
     "top_logprobs": (CHAT, {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": 21}),
     "logprobs": (COMPLETION, {"logprobs": 21}, {"logprobs": 21}),
     "129 tools": (CHAT, *tools(129)),
+    "prompt_logprobs of many tokens": (
+        COMPLETION,
+        {"prompt": [[1] * 2000] * 2, "prompt_logprobs": 20},
+        {"tokenIdPrompts": {"prompts": [{"ids": [1] * 2000}] * 2}, "sampling": {"prompt_logprobs": 20}},
+    ),
+    "logprobs of many echoes": (
+        COMPLETION,
+        {"prompt": [1] * 2000, "echo": True, "logprobs": 2, "n": 16},
+        {"promptTokenIds": {"ids": [1] * 2000}, "echo": True, "logprobs": 2, "sampling": {"n": 16}},
+    ),
     "33 prompts": (COMPLETION, {"prompt": many(33)}, {"prompts": {"texts": many(33)}}),
     "33 token prompts": (COMPLETION, {"prompt": [[1]] * 33}, {"tokenIdPrompts": {"prompts": [{"ids": [1]}] * 33}}),
 }  # fmt: skip
