@@ -20,7 +20,7 @@ from registry.errors import InvalidArtifactError, InvalidNameError
 from registry.files import regular_files
 from registry.manifest import BaseModelIdentity, LoraShape, ManifestDraft
 from registry.names import check_base_model_id, shown
-from registry.safetensors_header import SafetensorsHeader, TensorEntry, first_not_finite, read_header
+from registry.safetensors_header import LARGEST_VALUE, SafetensorsHeader, TensorEntry, first_diverged, read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -91,7 +91,7 @@ def check_adapter(directory: Path, *, base_model: BaseModel | None = None, max_r
     else:
         modules = {pair.module: ModuleShape(pair.a.shape[1], pair.b.shape[0]) for pair in pairs}
         notes += check_fit(modules, config, read_base_shapes(base_model.path))
-    _check_finite(directory / WEIGHTS_NAME, header)
+    _check_values(directory / WEIGHTS_NAME, header)
     used = {tensor.dtype for tensor in header.tensors.values()}
     return AdapterReport(
         config=config,
@@ -168,13 +168,14 @@ def _check_pair(pair: _Pair, config: AdapterConfig) -> None:
     check_scaling(config, pair.module)
 
 
-def _check_finite(path: Path, header: SafetensorsHeader) -> None:
-    tensor = first_not_finite(path, header)
-    if tensor is not None:
+def _check_values(path: Path, header: SafetensorsHeader) -> None:
+    found = first_diverged(path, header)
+    if found is not None:
+        what = f"values of {LARGEST_VALUE} and more" if found.is_finite else "NaN or infinity"
         raise InvalidArtifactError(
-            f"The tensor {shown(tensor)} holds NaN or infinity: the training diverged. Train with a lower "
+            f"The tensor {shown(found.tensor)} holds {what}: the training diverged. Train with a lower "
             "learning rate or use an earlier checkpoint.",
-            code="not_finite",
+            code="values_too_large" if found.is_finite else "not_finite",
         )
 
 

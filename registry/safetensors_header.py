@@ -84,18 +84,32 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Safe
     return SafetensorsHeader(tensors, metadata, data_start)
 
 
-def first_not_finite(path: Path, header: SafetensorsHeader) -> str | None:
-    """Name of the first F16, BF16 or F32 tensor with a NaN or an infinity, or None. Reads the whole file.
+LARGEST_VALUE = 2**17
+"""Of a weight that counts as sane; none of half precision reaches it."""
 
-    A float is NaN or infinite exactly when all bits of its exponent are ones (IEEE 754-2008, 3.4). The bytes
-    that hold the exponent are picked out with strided slices, so that no number is ever decoded: hundreds of
-    MB per second without numpy, which this package does not import.
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """A tensor that no sane training leaves."""
+
+    tensor: str
+    is_finite: bool
+    """Its values are numbers, of ``LARGEST_VALUE`` and more; else it holds NaN or infinity."""
+
+
+def first_diverged(path: Path, header: SafetensorsHeader) -> Diverged | None:
+    """The first F16, BF16 or F32 tensor with NaN, infinity or a value of ``LARGEST_VALUE`` or more (of either sign), or
+    None. Reads the whole file.
+
+    A float is NaN or infinite exactly when all bits of its exponent are ones (IEEE 754-2008, 3.4), and at least 2**17
+    exactly when its exponent is that large. The bytes that hold the exponent are picked out with strided slices, so
+    that no number is ever decoded: hundreds of MB per second without numpy, which this package does not import.
     """
     with open_regular(path) as source:
         for tensor in sorted(header.tensors.values(), key=lambda entry: entry.begin):
             source.seek(header.data_start + tensor.begin)
-            if tensor.dtype in _EXPONENTS and _has_full_exponent(source, tensor):
-                return tensor.name
+            if tensor.dtype in _EXPONENTS and (is_finite := _look_at_exponents(source, tensor)) is not None:
+                return Diverged(tensor.name, is_finite)
     return None
 
 
@@ -108,17 +122,21 @@ class _Exponent:
     """In the last byte."""
     low_mask: int
     """In the byte before; 0 if the exponent ends in the last byte."""
+    large: int
+    """The least that ``high_mask`` leaves of the last byte where the value is ``LARGEST_VALUE`` or more."""
 
 
 _EXPONENTS = {
-    "F32": _Exponent(4, 0x7F, 0x80),
-    "BF16": _Exponent(2, 0x7F, 0x80),
-    "F16": _Exponent(2, 0x7C, 0x00),
+    "F32": _Exponent(4, 0x7F, 0x80, (127 + 17) >> 1),
+    "BF16": _Exponent(2, 0x7F, 0x80, (127 + 17) >> 1),
+    "F16": _Exponent(2, 0x7C, 0x00, 0x7C),
 }
 
 
-def _has_full_exponent(source: BinaryIO, tensor: TensorEntry) -> bool:
+def _look_at_exponents(source: BinaryIO, tensor: TensorEntry) -> bool | None:
+    """Whether the first chunk with a large value holds finite ones only; ``None``: there is none."""
     exponent = _EXPONENTS[tensor.dtype]
+    large_table = _large_table(exponent.high_mask, exponent.large)
     high_table = _full_mask_table(exponent.high_mask)
     low_table = _full_mask_table(exponent.low_mask)
     left = tensor.end - tensor.begin
@@ -127,13 +145,19 @@ def _has_full_exponent(source: BinaryIO, tensor: TensorEntry) -> bool:
         if not chunk:
             raise _refused(str(source.name), "fewer bytes than a moment ago; it is being changed")
         left -= len(chunk)
-        high = chunk[exponent.width - 1 :: exponent.width].translate(high_table)
-        if 1 not in high:
+        last = chunk[exponent.width - 1 :: exponent.width]
+        if 1 not in last.translate(large_table):
             continue
+        high = last.translate(high_table)
         low = chunk[exponent.width - 2 :: exponent.width].translate(low_table)
-        if int.from_bytes(high, "little") & int.from_bytes(low, "little"):
-            return True
-    return False
+        return not int.from_bytes(high, "little") & int.from_bytes(low, "little")
+    return None
+
+
+@functools.cache
+def _large_table(mask: int, least: int) -> bytes:
+    """A table for bytes.translate: 1 where what ``mask`` leaves is at least ``least``, else 0."""
+    return bytes(int(byte & mask >= least) for byte in range(256))
 
 
 @functools.cache

@@ -14,6 +14,8 @@ Repairs, each with a test that fails without it:
   and where there is one it holds up every other stream for seconds, in the step that compiles;
 - seeded requests whose prompt takes several steps do not end an engine on a CPU
   (:mod:`serve.vllm_plugin.seeded_prefills`);
+- log probabilities of a prompt on a CPU are those of its own adapter, and do not end an engine that decodes for others
+  (:mod:`serve.vllm_plugin.prompt_logits`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -39,7 +41,7 @@ def register() -> None:
         _read_adapters_without_a_leak()
         renew_grammar_compilers()
         _rank_log_probabilities_uncompiled()
-        _spare_generators_of_seeded_prefills()
+        _repair_cpu_model_runner()
         die_with_parent()
 
 
@@ -76,16 +78,17 @@ def _rank_log_probabilities_uncompiled() -> None:
         sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
-def _spare_generators_of_seeded_prefills() -> None:
+def _repair_cpu_model_runner() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        from serve.vllm_plugin import seeded_prefills
+        from serve.vllm_plugin import prompt_logits, seeded_prefills
 
         if CPUModelRunner._sample.__module__ != seeded_prefills.__name__:
             seeded_prefills.use(CPUModelRunner)
+            prompt_logits.use(CPUModelRunner)
 
 
 def renew_grammar_compilers() -> None:

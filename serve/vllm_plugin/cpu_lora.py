@@ -15,8 +15,10 @@ Letters: N tokens of the step, I input features, O output features, R rank of th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -61,27 +63,39 @@ class _StepRows:
     def __init__(self, slots: list[int]) -> None:
         self.num_rows = len(slots)
         self.groups = group_rows(slots)
-        self._slots = slots
-        self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        self.slots = slots
+        self._foreign: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
     def is_small_mix(self) -> bool:
         """Several adapters and few rows: one product over all slots beats several over a few rows each."""
         return len(self.groups) > 1 and self.num_rows <= _SMALL_STEP_ROWS
 
-    def mask(self, num_slots: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """(N, S * rank): 1 where a row and a rank column belong to the same slot; made once a step."""
-        key = (num_slots, rank, dtype)
-        if key not in self._masks:
-            own = torch.zeros(self.num_rows, num_slots, 1, dtype=dtype)
-            rows = [row for row, slot in enumerate(self._slots) if slot >= 0]
-            own[rows, [self._slots[row] for row in rows]] = 1
-            self._masks[key] = own.expand(-1, -1, rank).reshape(self.num_rows, -1)
-        return self._masks[key]
+    def foreign(self, num_slots: int, rank: int) -> torch.Tensor:
+        """(N, S * rank): where a row and a rank column belong to different slots; made once a step."""
+        key = (num_slots, rank)
+        if key not in self._foreign:
+            foreign = torch.ones(self.num_rows, num_slots, 1, dtype=torch.bool)
+            rows = [row for row, slot in enumerate(self.slots) if slot >= 0]
+            foreign[rows, [self.slots[row] for row in rows]] = False
+            self._foreign[key] = foreign.expand(-1, -1, rank).reshape(self.num_rows, -1)
+        return self._foreign[key]
 
 
 class CapoPunicaWrapperCPU(PunicaWrapperCPU):
     """Drop-in for vLLM's CPU wrapper; vLLM owns and calls it from its single worker thread."""
+
+    _prompt_row: ClassVar[int | None] = None
+
+    @classmethod
+    @contextmanager
+    def logits_of_prompt(cls, row: int) -> Iterator[None]:
+        """Logits that are computed within are of one prompt, which the step has at ``row`` and behind."""
+        cls._prompt_row = row
+        try:
+            yield
+        finally:
+            cls._prompt_row = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -125,13 +139,17 @@ class CapoPunicaWrapperCPU(PunicaWrapperCPU):
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self._samples.groups:
+        x = x.view(-1, x.shape[-1])
+        rows = self._samples
+        if self._prompt_row is not None:
+            rows = _StepRows([self._tokens.slots[self._prompt_row]] * x.shape[0])
+        if not rows.groups:
             return
         packed = getattr(lora_a_stacked, "capo_packed", None)
         if packed is None:
             packed = _Packed.of((lora_a_stacked,), (lora_b_stacked,), (lora_b_stacked.shape[2],))
             lora_a_stacked.capo_packed = packed
-        packed.add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), scale, self._samples)
+        packed.add(y.view(-1, y.shape[-1]), x, scale, rows)
 
     def add_lora_embedding(
         self,
@@ -183,8 +201,9 @@ class _Packed:
         x = x.to(self._a.dtype)
         if rows.is_small_mix:
             hidden = x @ self._a.view(-1, num_in).T  # (N, S * P * R)
-            # rank columns of other slots are nothing to a row
-            hidden = (hidden * rows.mask(num_slots, num_slices * rank, x.dtype)).view(-1, num_slots, num_slices, rank)
+            # Rank columns of other slots are nothing to a row; times 0 they would be NaN where they are infinite.
+            hidden.masked_fill_(rows.foreign(num_slots, num_slices * rank), 0)
+            hidden = hidden.view(-1, num_slots, num_slices, rank)
             for place, (b, columns) in enumerate(zip(self._b, self._columns, strict=True)):
                 of_slice = hidden[:, :, place].reshape(-1, num_slots * rank)
                 _accumulate(y, _EVERY_ROW, columns, of_slice, b.view(num_slots * rank, -1), scale)

@@ -178,6 +178,8 @@ def _put(name: str, value: np.ndarray[Any, Any]) -> Callable[[Tensors], None]:
         (_put(f"{STEM}.lora_embedding_A", np.zeros((4, 32), np.float32)), "unpaired_tensor"),
         (_put(A, np.full((4, 32), np.nan, np.float32)), "not_finite"),
         (_put(B, np.full((32, 4), np.inf, np.float32)), "not_finite"),
+        (_put(A, np.full((4, 32), -3e38, np.float32)), "values_too_large"),
+        (_put(B, np.full((32, 4), 2.0**17, np.float32)), "values_too_large"),
         (_put(A, np.full((4, 32), -np.inf, np.float16)), "not_finite"),
         (_put(A, np.zeros((4, 32), np.int8)), "unsupported_dtype"),
         (_put(A, np.zeros((4, 32), np.float64)), "unsupported_dtype"),

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from registry import read_header
 from registry.errors import InvalidArtifactError
-from registry.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS, first_not_finite
+from registry.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS, Diverged, first_diverged
 from tests.registry.samples import adapter_tensors
 
 VALID = save(adapter_tensors(), metadata={"format": "pt"})
@@ -176,26 +176,31 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, what: str, content: bytes
     assert refusal.code == "invalid_safetensors"
 
 
-def _not_finite(content: bytes, dtype: str) -> bool:
+def _diverged(content: bytes, dtype: str) -> Diverged | None:
     """numpy's opinion; bfloat16 is the upper half of a float32."""
     if dtype == "BF16":
-        words = np.frombuffer(content, "<u2").astype(np.uint32) << 16
-        return not bool(np.isfinite(words.view(np.float32)).all())
-    return not bool(np.isfinite(np.frombuffer(content, {"F16": "<f2", "F32": "<f4"}[dtype])).all())
+        values = (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(content, {"F16": "<f2", "F32": "<f4"}[dtype])
+    if (np.abs(values) < 2**17).all():
+        return None
+    return Diverged("a", is_finite=bool(np.isfinite(values).all()))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dtype=st.sampled_from(["F16", "BF16", "F32"]), data=st.data())
-def test_nan_and_infinity_are_found_as_numpy_finds_them(tmp_path: Path, dtype: str, data: st.DataObject) -> None:
+def test_nan_infinity_and_large_values_are_found_as_numpy_finds_them(
+    tmp_path: Path, dtype: str, data: st.DataObject
+) -> None:
     width = 4 if dtype == "F32" else 2
     edge = [b"\x00\x7f", b"\x80\x7f", b"\x80\xff", b"\xff\x7f", b"\x7f\x7f", b"\x00\x7c", b"\xff\x7b", b"\x00\xfc"]
+    edge += [b"\x00\x48", b"\xff\x47", b"\x00\xc8", b"\xff\xc7"]  # either side of 2**17
     number = st.binary(min_size=width, max_size=width) | st.sampled_from(edge).map(lambda b: bytes(width - 2) + b)
     content = b"".join(data.draw(st.lists(number, max_size=12)))
     count = len(content) // width
     path = tmp_path / "x.safetensors"
     path.write_bytes(_file({"a": {"dtype": dtype, "shape": [count], "data_offsets": [0, len(content)]}}, content))
-    expected = "a" if _not_finite(content, dtype) else None
-    assert first_not_finite(path, read_header(path)) == expected
+    assert first_diverged(path, read_header(path)) == _diverged(content, dtype)
 
 
 @pytest.mark.parametrize("position", [0, 1_048_575, 1_048_576, 2_999_999])
@@ -204,4 +209,4 @@ def test_a_single_nan_is_found_on_either_side_of_a_chunk_border(tmp_path: Path, 
     values[position] = np.nan
     path = tmp_path / "x.safetensors"
     path.write_bytes(save({"fine": np.ones(8, np.float32), "late": values}))
-    assert first_not_finite(path, read_header(path)) == "late"
+    assert first_diverged(path, read_header(path)) == Diverged("late", is_finite=False)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 
 def make_adapters(folder: Path, base_path: Path) -> None:
-    """``good``: small random weights. ``nan``: the same with one NaN, which no gate of ours would let through."""
+    """``good``: small random weights. ``nan``: the same with one NaN, which no gate of ours would let through.
+    ``head``: on the head too.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -34,6 +37,14 @@ def make_adapters(folder: Path, base_path: Path) -> None:
         model.save_pretrained(folder / name)
     path = folder / "nan" / "adapter_model.safetensors"
     weights = {key: value.clone() for key, value in load_file(path).items()}
+    shutil.copytree(folder / "good", folder / "head")
+    head = "base_model.model.lm_head.lora_{}.weight"
+    sizes = {head.format("A"): (8, model.config.hidden_size), head.format("B"): (model.config.vocab_size, 8)}
+    of_head = weights | {name: torch.randn(size) * 0.3 for name, size in sizes.items()}
+    save_file(of_head, folder / "head" / path.name)
+    config = json.loads((folder / "head" / "adapter_config.json").read_text())
+    config["target_modules"].append("lm_head")
+    (folder / "head" / "adapter_config.json").write_text(json.dumps(config))
     next(value for key, value in weights.items() if "v_proj.lora_B" in key).fill_(float("nan"))
     save_file(weights, path)
 
@@ -101,6 +112,28 @@ def main() -> None:
             except EngineDeadError:
                 return None
 
+        async def prompt_logprobs_beside_two_adapters() -> dict[str, list[Any]]:
+            """Of the base and of an adapter on the head: each alone, then all at once while two adapters answer."""
+            good, head = (EngineAdapter("good@7", 700, folder / "good"), EngineAdapter("head@7", 701, folder / "head"))
+            for adapter in (good, head):
+                await engine.load_adapter(adapter)
+
+            async def of(adapter: EngineAdapter | None, length: int) -> Any:
+                body = {"prompt": list(range(300, 300 + length)), "max_tokens": 1, "temperature": 0}
+                call = Call(Endpoint.COMPLETION, body | {"prompt_logprobs": 0}, adapter, "x", f"prompt-{length}")
+                found = json.loads(await engine.complete(call))["choices"][0]["prompt_logprobs"][1:]
+                return [round(next(iter(each.values()))["logprob"], 3) for each in found]
+
+            asked = [(None, 7), (head, 9), (None, 200), (head, 201), (good, 11)]
+            alone = [await of(*each) for each in asked]
+            busy = [asyncio.create_task(ask(adapter, "In the village")) for adapter in (good, head, None)]
+            await asyncio.sleep(0.02)
+            beside = await asyncio.gather(*(of(*each) for each in asked))
+            await asyncio.gather(*busy)
+            for adapter in (good, head):
+                await engine.unload_adapter(adapter)
+            return {"alone": alone, "beside": beside}
+
         ids = await compare(engine, base, folder) if mode == "repaired" else []
         prompts = [f"{number} In the village there is a" for number in range(24)]
         before = [await ask(None, prompt) for prompt in prompts]
@@ -115,8 +148,10 @@ def main() -> None:
             await engine.start()
         # Steps take 128 tokens: alone the prompt is cut into 128 and 72, behind the longer one into 24, 128 and 48.
         seeded = [await ask_seeded(200), await ask_seeded(1000, 200)]
+        prompt_logprobs = await prompt_logprobs_beside_two_adapters() if mode == "repaired" else {}
         promises = await broken_promises(subject(engine)) if mode == "repaired" else {}
         found = {"before": before, "after": after, "ids": ids, "logprobs": logprobs, "seeded": seeded}
+        found["prompt_logprobs"] = prompt_logprobs
         print(json.dumps(found | {"promises": promises}))
         await engine.stop(2)
 

@@ -54,6 +54,32 @@ def test_each_row_gets_its_own_adapter_and_rows_without_one_get_nothing(
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("slots", [[0, 1, -1], [0, -1, 0, 1, 1]])
+def test_an_adapter_that_no_row_uses_changes_nothing_however_large_its_weights(slots: list[int]) -> None:
+    torch.manual_seed(3)
+    x, y = torch.randn(len(slots), NUM_IN), torch.randn(len(slots), 6)
+    a, b = torch.randn(NUM_SLOTS, 1, RANK, NUM_IN), torch.randn(NUM_SLOTS, 1, 6, RANK)
+    a[2] = 3e38 * torch.sign(a[2])
+    expected = y + by_definition(x, a, b, slots)
+    wrapper_for(slots).add_lora_linear(y, x, (a,), (b,), 1.0, (6,))
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("row", "slot"), [(0, 0), (1, -1), (4, 1)])
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_logits_of_a_prompt_are_of_its_own_adapter_whatever_the_step_samples(
+    row: int, slot: int, num_rows: int
+) -> None:
+    torch.manual_seed(4)
+    x, y = torch.randn(num_rows, NUM_IN), torch.randn(num_rows, 10)
+    a, b = torch.randn(NUM_SLOTS, 1, RANK, NUM_IN), torch.randn(NUM_SLOTS, 1, 10, RANK)
+    expected = y + by_definition(x, a, b, [slot] * num_rows)
+    wrapper = wrapper_for([0, -1, -1, -1, 1, 1])
+    with wrapper.logits_of_prompt(row):
+        wrapper.add_lora_logits(y, x, a, b, 1.0)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("slots", [[-1, -1], [0, -1, 0], [2, 2, 2], [0, 1, -1, 1, 0]])
 def test_logits_of_base_requests_stay_untouched(slots: list[int]) -> None:
     torch.manual_seed(1)

@@ -60,6 +60,16 @@ def test_a_seeded_answer_does_not_hang_on_how_its_prompt_was_cut(results: dict[s
     assert results["stock"]["seeded"] == [None, None], "stock vLLM has mended this; the repair can go"
 
 
+def test_log_probabilities_of_a_prompt_are_of_its_own_adapter_whoever_else_is_answered(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    found = results["repaired"]["prompt_logprobs"]
+    assert [len(each) for each in found["alone"]] == [6, 8, 199, 200, 10]
+    for beside, alone in zip(found["beside"], found["alone"], strict=True):
+        assert beside == pytest.approx(alone, rel=0.05, abs=0.3), "bfloat16 rounds otherwise in another step"
+    assert found["alone"][0] != pytest.approx(found["alone"][1][:6], abs=1), "the adapter on the head counts"
+
+
 def test_the_engine_holds_exactly_the_adapters_that_the_pool_believes_in(results: dict[str, dict[str, Any]]) -> None:
     steps = results["repaired"]["ids"]
     assert [step["step"] for step in steps if step["engine"] != step["pool"]] == []
