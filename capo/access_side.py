@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from capo.access import AccessMetrics, Door, require_guard
 from capo.audit import AuditLog, AuditWriter
@@ -49,8 +50,11 @@ class AccessSide:
         self._following = asyncio.create_task(self._ring.follow(), name="keys")
 
     async def is_shared_with(self, model: str, tenant: str) -> bool:
-        """Whether the owner of ``model`` lets ``tenant`` use it; for :class:`serve.catalog.Catalog`."""
+        """See :class:`serve.shares.Shares`, as for the next one."""
         return await self._permission_threads.run(self._permissions.is_shared_with, model, tenant)
+
+    async def shared_with(self, tenant: str) -> Collection[str]:
+        return await self._permission_threads.run(self._permissions.shared_with, tenant)
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let nobody in any more but for what a service that ends still answers, and wait for who is inside."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter
 from prometheus_client import REGISTRY
@@ -17,6 +16,7 @@ from serve.gate import Gate
 from serve.grpc.service_entry import ServiceEntry
 from serve.names_service import NamesService
 from serve.routes import aliases_router, models_router
+from serve.shares import Shares
 from tune.grpc import SERVICE_NAME, TuningServicer
 from tune.jobs.api import TuningApi
 from tune.jobs.database import Database
@@ -35,7 +35,7 @@ class ControlSide:
         base_model: BaseModel,
         vllm_arguments: list[str],
         *,
-        is_shared_with: Callable[[str, str], Awaitable[bool]],
+        shares: Shares,
     ) -> None:
         self._settings = settings
         self._registry = registry
@@ -56,7 +56,7 @@ class ControlSide:
         self.names: NamesService | None = None
         if not settings.role.has_engine:
             limits = engine_limits(base_model.path, vllm_arguments)
-            catalog = Catalog(registry, base_model.id, is_shared_with=is_shared_with)
+            catalog = Catalog(registry, base_model.id, shares=shares)
             self.names = NamesService(catalog, Gate(registry, base_model), limits)
 
     async def start(self) -> None:

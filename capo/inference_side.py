@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -25,6 +24,7 @@ from serve.metrics import Metrics
 from serve.pool import AdapterPool
 from serve.routes import adapters_router, inference_router, models_router, vllm_adapters_router
 from serve.service import ServingService
+from serve.shares import Shares
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class InferenceSide:
         base_model: BaseModel,
         vllm_arguments: list[str],
         *,
-        is_shared_with: Callable[[str, str], Awaitable[bool]],
+        shares: Shares,
     ) -> None:
         self._settings = settings
         self._base_model = base_model
@@ -57,7 +57,7 @@ class InferenceSide:
         arguments = [*(part for choice in self.choices for part in choice.argv), *vllm_arguments]
         if settings.log_level is not LogLevel.DEBUG:
             arguments.insert(0, "--no-use-tqdm-on-load")  # a progress bar in a log
-        catalog = Catalog(registry, base_model.id, is_shared_with=is_shared_with)
+        catalog = Catalog(registry, base_model.id, shares=shares)
         self.serving = self._build(registry, catalog, arguments)
 
     def _build(self, registry: Registry, catalog: Catalog, arguments: list[str]) -> ServingService:

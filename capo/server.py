@@ -87,13 +87,10 @@ class CapoServer:
         role = settings.role
         self._inference: InferenceSide | None = None
         self._control: ControlSide | None = None
-        is_shared_with = self._access.is_shared_with
         if role.has_engine:
-            self._inference = InferenceSide(
-                settings, registry, base_model, vllm_arguments, is_shared_with=is_shared_with
-            )
+            self._inference = InferenceSide(settings, registry, base_model, vllm_arguments, shares=self._access)
         if role.has_jobs:
-            self._control = ControlSide(settings, registry, base_model, vllm_arguments, is_shared_with=is_shared_with)
+            self._control = ControlSide(settings, registry, base_model, vllm_arguments, shares=self._access)
         database = None if self._control is None else self._control.database
         self._launcher = make_launcher(settings, clean_environment, database)
         directories = {"registry": settings.registry_path}

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from registry import Alias, Artifact, DamagedArtifact, Registry, errors, parse_reference
@@ -20,6 +20,7 @@ from registry.names import MIN_DIGEST_PREFIX
 from registry.principal import Principal
 from registry.threads import Threads
 from serve.canary import Arm, choose
+from serve.shares import Shares
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,7 @@ class Catalog:
     """Names to revisions for one base model.
 
     ``on_change`` callbacks run on the event loop after each change with the old and the new snapshot. Every
-    ``scan_seconds`` the registry is looked at entry by entry. ``is_shared_with`` says whether a model's owner lets a
-    tenant use it; ``None``: nobody shares anything.
+    ``scan_seconds`` the registry is looked at entry by entry. ``shares``: ``None``: nobody shares anything.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class Catalog:
         *,
         poll_seconds: float = 0.25,
         scan_seconds: float = 10.0,
-        is_shared_with: Callable[[str, str], Awaitable[bool]] | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.base_model = base_model
+        self.shares = shares
         self._registry = registry
         self._poll_seconds = poll_seconds
         self._scan_seconds = scan_seconds
-        self._is_shared_with = is_shared_with
         self._snapshot = Snapshot()
         self._seen = _Look()
         self._refreshing = asyncio.Lock()
@@ -194,7 +194,7 @@ class Catalog:
     async def _may_use(self, principal: Principal | None, model: str, artifact: Artifact) -> bool:
         if principal is None or self._snapshot.is_seen_by(principal, model, artifact):
             return True
-        return self._is_shared_with is not None and await self._is_shared_with(model, principal.tenant)
+        return self.shares is not None and await self.shares.is_shared_with(model, principal.tenant)
 
     async def _refresh_for(self, model: str) -> None:
         try:

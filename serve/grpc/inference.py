@@ -105,7 +105,7 @@ class InferenceServicer(stubs.InferenceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
-        for model in callable_models(self._service.catalog, current_principal()):
+        for model in await callable_models(self._service.catalog, current_principal()):
             response.models.add(
                 id=model.name, revision=model.revision, parent=model.parent, created_at=model.created_at
             )

@@ -17,7 +17,7 @@ def models_router(catalog: Catalog) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        models = callable_models(catalog, current_principal())
+        models = await callable_models(catalog, current_principal())
         data = [_model(model.name, model.created_at, model.parent, model.revision) for model in models]
         return {"object": "list", "data": data}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from tests.serve.running import BASE, NoGate, eventually, publish
 from tune.jobs.api import TuningApi
 from tune.jobs.database import Database, sqlite_url
 from tune.jobs.files import FileStorage
+from tune.jobs.permissions.store import PermissionStore
 from tune.jobs.settings import files_dir
 
 HOUSE = "house"
@@ -120,6 +121,21 @@ class Guarded:
         return Answer(code.name, trailers.get("capo-error-code"), first if first is not None else details, trailers)
 
 
+@dataclass
+class KeptShares:
+    """As the access side of a service asks the store."""
+
+    store: PermissionStore
+    num_lists: int = 0
+
+    async def is_shared_with(self, model: str, tenant: str) -> bool:
+        return await asyncio.to_thread(self.store.is_shared_with, model, tenant)
+
+    async def shared_with(self, tenant: str) -> Collection[str]:
+        self.num_lists += 1
+        return await asyncio.to_thread(self.store.shared_with, tenant)
+
+
 def bearer(secret: Secret) -> str:
     return f"Bearer {secret.text}"
 
@@ -157,12 +173,7 @@ async def guarded(
     tuning = TuningApi(
         database, FileStorage(files_dir(directory)), registry, base_models={BASE: BASE}, max_lora_rank=16
     )
-    catalog = Catalog(
-        registry,
-        BASE,
-        poll_seconds=0.05,
-        is_shared_with=lambda model, tenant: asyncio.to_thread(tuning.permissions.is_shared_with, model, tenant),
-    )
+    catalog = Catalog(registry, BASE, poll_seconds=0.05, shares=KeptShares(tuning.permissions))
     pool = AdapterPool(engine, NoGate(), metrics)
     service = ServingService(engine=engine, catalog=catalog, pool=pool, metrics=metrics, limits=limits)
     (directory / "imports").mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 
 from capo.access_rules import HTTP_RULES, RULES
 from capo_proto.v1 import adapters_pb2, inference_pb2, tuning_pb2
-from registry.errors import ConflictError, PermissionDeniedError
+from registry.errors import ConflictError, PermissionDeniedError, UnavailableError
 from registry.principal import Scope
-from tests.capo.guarded import HOUSE, Guarded, bearer, filled, guarded
+from tests.capo.guarded import HOUSE, Guarded, KeptShares, bearer, filled, guarded
 from tests.serve.running import BASE
 from tests.tune.jobs.support import chat_rows
 
@@ -390,6 +391,60 @@ async def test_a_permission_lets_a_tenant_call_the_one_model_it_is_for(tmp_path:
         after = await service.ask("POST /v1/chat/completions", umbrella, json=body | {"model": theirs.model})
         alias = await service.ask("POST /v1/chat/completions", umbrella, json=body | {"model": theirs.alias})
     assert [answer.status for answer in (before, granted, after, alias)] == [404, 200, 200, 404]
+
+
+async def test_a_model_that_is_shared_by_permission_is_listed_to_the_keys_that_may_call_it(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        acme, umbrella, third = (bearer(service.key(tenant)) for tenant in ("acme", "umbrella", "third"))
+        theirs = await furnish(service, "acme", acme)
+        path = f"/v1/fine_tuning/checkpoints/{theirs.model}/permissions"
+        grant = "POST /v1/fine_tuning/checkpoints/{model:path}/permissions"
+        assert (await service.ask(grant, acme, path=path, json={"project_ids": ["umbrella"]})).status == 200
+        for_it = bearer(service.key("umbrella", models=frozenset({theirs.model})))
+        for_others = bearer(service.key("umbrella", models=frozenset({BASE, theirs.alias})))
+        listed = {
+            "its owner": [BASE, theirs.alias, theirs.model],
+            "umbrella": [BASE, theirs.model],
+            "umbrella, for this one": [theirs.model],
+            "umbrella, for others": [BASE],
+            "somebody else": [BASE],
+        }
+        for who, key in zip(listed, (acme, umbrella, for_it, for_others, third), strict=True):
+            models = (await service.ask("GET /v1/models", key)).body["data"]
+            answer = await service.ask("/capo.v1.Inference/ListModels", key)
+            messages = inference_pb2.ListModelsResponse.FromString(answer.body).models
+            assert [model["id"] for model in models] == [model.id for model in messages] == listed[who], who
+            one = [await service.ask("GET /v1/models/{model:path}", key, path=f"/v1/models/{m['id']}") for m in models]
+            assert [answer.body for answer in one] == models
+
+
+async def test_a_list_of_models_asks_once_for_what_is_shared_and_not_where_nothing_can_be(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))
+        for number in range(20):
+            service.publish(f"support-{number}", "acme", alias=f"support-{number}")
+        await service.service.catalog.refresh()
+        shares = service.service.catalog.shares
+        assert isinstance(shares, KeptShares)
+        assert (await service.ask("GET /v1/models", acme)).status == 200
+        assert shares.num_lists == 0
+        assert (await service.ask("GET /v1/models", umbrella)).status == 200
+        assert shares.num_lists == 1
+
+
+async def test_own_models_are_listed_while_the_database_is_away(tmp_path: Path) -> None:
+    class Away(KeptShares):
+        async def shared_with(self, tenant: str) -> Collection[str]:
+            raise UnavailableError("the job store does not answer")
+
+    async with guarded(tmp_path) as service:
+        acme, umbrella = bearer(service.key("acme")), bearer(service.key("umbrella"))
+        service.publish("theirs", "acme", alias="theirs")
+        service.publish("ours", "umbrella", alias="ours")
+        await service.service.catalog.refresh()
+        service.service.catalog.shares = Away(service.tuning.permissions)
+        listed = {key: (await service.ask("GET /v1/models", key)).body["data"] for key in (acme, umbrella)}
+    assert [[model["id"] for model in models] for models in listed.values()] == [[BASE, "theirs"], [BASE, "ours"]]
 
 
 async def test_a_model_that_is_shared_by_permission_is_pinned_by_its_owner_alone(tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ class PermissionStore:
         with self._database.read() as connection:
             return connection.execute(query).first() is not None
 
+    def shared_with(self, tenant: str) -> set[str]:
+        """Every model that its owner lets ``tenant`` use, and those that were deleted since.
+
+        Blocks for one query, which reads all permissions: there are few, for people make them.
+        """
+        query = select(checkpoint_permissions.c.model).where(checkpoint_permissions.c.project_id == tenant)
+        with self._database.read() as connection:
+            return set(connection.execute(query).scalars())
+
     def grant(self, model: str, project_ids: Sequence[str]) -> list[PermissionRecord]:
         """The permissions of these tenants, in their order; those that were there stay as they are."""
         try:
