@@ -15,7 +15,7 @@ from tests.soak.hostile import CONFIG, MANIFEST, WEIGHTS, Case, Damage, Tensor, 
 from tests.soak.hostile import safetensors_bytes as sound_bytes
 
 _HEADER = ("invalid_safetensors", "unexpected_tensor", "unpaired_tensor", "base_mismatch", "missing_modules",
-           "unsupported_dtype", "unsupported_shape", "rank_mismatch", "not_finite")  # fmt: skip
+           "unsupported_dtype", "unsupported_shape", "rank_mismatch", "not_finite", "values_too_large")  # fmt: skip
 _DAMAGES: list[Damage] = []
 
 
@@ -187,6 +187,11 @@ def _set_rank(case: Case, rank: int) -> None:
 @_damage("not_finite")
 def _not_a_number(case: Case) -> None:
     _poison(case, [float("nan"), float("inf"), float("-inf")])
+
+
+@_damage("values_too_large")
+def _huge(case: Case) -> None:
+    _poison(case, [3e38, -1e30, 2.0**17])
 
 
 def _poison(case: Case, values: list[float]) -> None:
