@@ -42,7 +42,7 @@ from serve import responses_answers
 from serve.constraints import SLOWEST_TRIAL_SECONDS, constraints_of
 from serve.engine_abilities import abilities_of, reads_every_answer
 from serve.engine_api import Call, Endpoint, Engine, EngineAdapter, EngineLimits, Piece
-from serve.engine_errors import engine_dead, engine_reason, error_in_stream, refused, wire_error
+from serve.engine_errors import conversation_field, engine_dead, engine_reason, error_in_stream, refused, wire_error
 from serve.engine_faults import translated
 from serve.engine_requests import REQUEST_TYPES, RawRequest, parse_request
 from serve.model_abilities import ModelAbilities
@@ -203,7 +203,7 @@ class VllmEngine(Engine):
         try:
             answer = await self._create(call)
         except Exception as error:
-            raise self._translate(error, call.endpoint) from error
+            raise self._translate(error, call.body) from error
         finally:
             current_call.reset(token)
             count_what_was_made(call)
@@ -219,7 +219,7 @@ class VllmEngine(Engine):
         try:
             chunks = await self._create(call)
         except Exception as error:
-            raise self._translate(error, call.endpoint) from error
+            raise self._translate(error, call.body) from error
         finally:
             current_call.reset(token)
         held: list[str] = []
@@ -229,16 +229,16 @@ class VllmEngine(Engine):
                 try:
                     chunk = await anext(chunks, None)
                 except Exception as error:
-                    raise self._translate(error, call.endpoint) from error
+                    raise self._translate(error, call.body) from error
                 finally:
                     current_call.reset(token)
                 if call.error is not None:
-                    raise self._translate(call.error, call.endpoint) from call.error
+                    raise self._translate(call.error, call.body) from call.error
                 if chunk is None:
                     return
                 if isinstance(chunk, str):
                     if chunk.startswith('data: {"error"'):
-                        raise error_in_stream(chunk)
+                        raise error_in_stream(chunk, conversation_field(call.body))
                     # A quote inside generated text is escaped in JSON, so this text can only be the field itself.
                     if '"finish_reason":"abort"' in chunk:
                         raise self._aborted()
@@ -263,7 +263,7 @@ class VllmEngine(Engine):
         try:
             prompts, parameters = await self._render(call, llm)
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, call.body) from error
         lora = None if call.adapter is None else _lora_request(call.adapter)
         try:
             for number, prompt in enumerate(prompts):
@@ -313,7 +313,7 @@ class VllmEngine(Engine):
                         completion.stop_reason,
                     )
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, call.body) from error
         finally:
             await outputs.aclose()
 
@@ -331,7 +331,7 @@ class VllmEngine(Engine):
             prompts = await serving.render_completion_request(request)
             max_tokens = request.max_tokens
         if isinstance(prompts, ErrorResponse):
-            raise wire_error(prompts.error.model_dump())
+            raise wire_error(prompts.error.model_dump(), conversation_field(call.body))
         longest = max(extract_prompt_len(llm.model_config, prompt) for prompt in prompts)
         max_tokens = get_max_tokens(
             self.limits.max_model_len,
@@ -358,7 +358,7 @@ class VllmEngine(Engine):
                 try:
                     self._live().renderer.validate_token_ids(token_ids, parameter=name)
                 except VLLMClientError as error:
-                    raise refused(str(error), name) from error
+                    raise refused(str(error), name, None) from error
 
     async def _create(self, call: Call) -> Any:
         """vLLM's response object, or its generator of server-sent events where the body asks to stream."""
@@ -379,7 +379,7 @@ class VllmEngine(Engine):
                 raise asyncio.CancelledError
             if call.error is not None:
                 raise call.error
-            raise wire_error(answer.error.model_dump())
+            raise wire_error(answer.error.model_dump(), conversation_field(call.body))
         return answer
 
     async def convert_tokens(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
@@ -395,9 +395,9 @@ class VllmEngine(Engine):
                 kind = TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
                 answer = await serving.create_tokenize(parse_request(kind, body), raw_request)
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, body) from error
         if isinstance(answer, ErrorResponse):
-            raise wire_error(answer.error.model_dump())
+            raise wire_error(answer.error.model_dump(), conversation_field(body))
         return bytes(answer.model_dump_json(exclude_none=True), "utf-8")
 
     def body_schema(self, endpoint: Endpoint) -> dict[str, Any]:
@@ -416,7 +416,7 @@ class VllmEngine(Engine):
             ):
                 token_ids = list(output.outputs[0].token_ids)
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, {}) from error
         return token_ids
 
     # -- errors ----------------------------------------------------------------------------------------------
@@ -430,9 +430,8 @@ class VllmEngine(Engine):
         if self.is_dead:
             raise engine_dead() from cause
 
-    def _translate(self, error: BaseException, endpoint: Endpoint = Endpoint.CHAT) -> errors.CapoError:
-        conversation = "input" if endpoint is Endpoint.RESPONSES else "messages"
-        return translated(error, engine_is_dead=self.is_dead, conversation=conversation)
+    def _translate(self, error: BaseException, body: Mapping[str, Any]) -> errors.CapoError:
+        return translated(error, engine_is_dead=self.is_dead, conversation=conversation_field(body))
 
     def _aborted(self) -> errors.CapoError:
         if self.is_dead:

@@ -20,6 +20,10 @@ _PARAMETER = re.compile(r" \(parameter=.*\)$", re.DOTALL)
 
 # The ``parameter`` of vLLM's refusals of long prompts (vllm/renderers/params.py); no request has fields of these names.
 _PROMPT_LENGTHS = ("input_tokens", "input_text")
+# Who cuts a prompt and tries again knows OpenAI's words. vLLM's message has the older ones, "This model's maximum
+# context length is ..."; these are the newer. litellm looks for either (its exception_mapping_utils.py), and
+# langchain-openai 1.7 for the newer and for the code, which openai 3.52 no longer shows in str() of its exception.
+_TOO_LONG = "Input tokens exceed the configured limit."
 
 
 def engine_dead() -> errors.EngineDeadError:
@@ -35,28 +39,32 @@ def engine_reason(error: BaseException | str) -> str:
     return reason or type(error).__name__
 
 
-def error_in_stream(chunk: str) -> errors.CapoError:
-    return wire_error(json.loads(chunk.removeprefix("data: "))["error"])
+def conversation_field(body: Mapping[str, Any]) -> str | None:
+    """Of a client's body, where the conversation or the prompt stands."""
+    return next((name for name in ("messages", "input", "prompt") if name in body), None)
 
 
-def wire_error(error: Mapping[str, Any]) -> errors.CapoError:
-    """One of our errors for an error object that vLLM has already made."""
+def error_in_stream(chunk: str, conversation: str | None) -> errors.CapoError:
+    return wire_error(json.loads(chunk.removeprefix("data: "))["error"], conversation)
+
+
+def wire_error(error: Mapping[str, Any], conversation: str | None) -> errors.CapoError:
+    """One of our errors for an error object that vLLM has already made; :func:`refused` has ``conversation``."""
     status, message, param = int(error["code"]), str(error["message"]), error.get("param")
     if status == 404:
         return errors.ModelNotFoundError(message, param="model")
     if status == 503:
         return errors.UnavailableError(message, code="queue_full", retry_after_seconds=1)
     if 400 <= status < 500 or status == 501:
-        return refused(message, param)
+        return refused(message, param, conversation)
     return errors.InternalError(message)
 
 
-def refused(message: str, param: str | None) -> errors.InvalidRequestError:
-    """A request that vLLM calls wrong. A prompt beyond the context has OpenAI's code for that, which clients that cut
-    and try again look for (LiteLLM's ``ContextWindowExceededError``, LangChain)."""
-    if param in _PROMPT_LENGTHS:
-        return errors.InvalidRequestError(message, code="context_length_exceeded")
+def refused(message: str, param: str | None, conversation: str | None) -> errors.InvalidRequestError:
+    """A request that vLLM calls wrong. ``conversation``: :func:`conversation_field` of its body."""
     message = _PARAMETER.sub("", message)
+    if param in _PROMPT_LENGTHS:
+        return errors.InvalidRequestError(f"{message} {_TOO_LONG}", param=conversation, code="context_length_exceeded")
     return errors.InvalidRequestError(message, param=param or _field_named_first(message))
 
 

@@ -17,8 +17,8 @@ from serve.engine_errors import engine_dead, engine_reason, refused
 logger = logging.getLogger(__name__)
 
 
-def translated(error: BaseException, *, engine_is_dead: bool, conversation: str = "messages") -> errors.CapoError:
-    """Unknown server faults keep their text to the log. ``conversation``: the field of it in the client's body."""
+def translated(error: BaseException, *, engine_is_dead: bool, conversation: str | None) -> errors.CapoError:
+    """Unknown server faults keep their text to the log. ``conversation``: its field in the client's body, if any."""
     if isinstance(error, errors.CapoError):
         return error
     if isinstance(error, EngineGenerateError) and error.__cause__ is not None:
@@ -34,11 +34,11 @@ def translated(error: BaseException, *, engine_is_dead: bool, conversation: str 
     if (reason := _template_error(error)) is not None:
         return errors.InvalidRequestError(f"The chat template refused the messages: {reason}", param=conversation)
     if isinstance(error, VLLMClientError):
-        return refused(str(error), getattr(error, "parameter", None))
+        return refused(str(error), getattr(error, "parameter", None), conversation)
     # vLLM still raises plain ValueErrors for bad requests (entrypoints/serve/exception_handling, "not yet migrated");
     # it counts them as the client's, and so do we.
     if isinstance(error, ValueError | TypeError | OverflowError | NotImplementedError):
-        return refused(engine_reason(error), None)
+        return refused(engine_reason(error), None, conversation)
     if isinstance(error, RecursionError):
         return errors.InvalidRequestError("Something in the request is nested too deeply. Send it flatter.")
     logger.error("engine call failed", exc_info=error)

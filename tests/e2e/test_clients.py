@@ -17,6 +17,7 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -282,14 +283,14 @@ def test_trouble_is_the_sdks_own_exception(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_prompt_beyond_the_context_has_openais_code_for_it(client: openai.OpenAI, words: int, stream: bool) -> None:
     long = [{"role": "user", "content": "Who are you? " * words}]
-    for call in (
-        lambda: ask(client, messages=long, stream=stream),
-        lambda: client.completions.create(model=MODEL, prompt=long[0]["content"], stream=stream),
-        lambda: client.responses.create(model=MODEL, input=long[0]["content"], stream=stream),
-    ):
+    for field, call in {
+        "messages": lambda: ask(client, messages=long, stream=stream),
+        "prompt": lambda: client.completions.create(model=MODEL, prompt=long[0]["content"], stream=stream),
+        "input": lambda: client.responses.create(model=MODEL, input=long[0]["content"], stream=stream),
+    }.items():
         with pytest.raises(openai.BadRequestError, match="context length") as caught:
             call()
-        assert caught.value.code == "context_length_exceeded"
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", field)
 
 
 # -- openai's SDK: responses -----------------------------------------------------------------------------------------
@@ -502,6 +503,17 @@ def test_langchain_tells_what_a_tool_answered_in_parts(langchain: ChatOpenAI, us
     parts: list[str | dict[str, Any]] = [{"type": "text", "text": text} for text in ("Sunny.", "Warm.")]
     in_parts = model.invoke([*conversation, ToolMessage(parts, tool_call_id="c1")])
     assert (in_parts.text, in_parts.usage_metadata) == (whole.text, whole.usage_metadata)
+
+
+@pytest.mark.parametrize("use_responses_api", [False, True])
+def test_langchain_learns_that_a_prompt_is_too_long(langchain: ChatOpenAI, use_responses_api: bool) -> None:
+    """What cuts a conversation and asks again waits for this exception."""
+    model = langchain.model_copy(update={"use_responses_api": use_responses_api})
+    long = [HumanMessage("Who are you? " * 3_000)]
+    with pytest.raises(ContextOverflowError):
+        model.invoke(long)
+    with pytest.raises(ContextOverflowError):
+        list(model.stream(long))
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import httpx2
 import jinja2
+import openai
 import pytest
+from langchain_core.exceptions import ContextOverflowError
+from langchain_openai.chat_models.base import _handle_openai_bad_request
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.renderers.base import BaseRenderer
+from vllm.renderers.params import TokenizeParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
@@ -23,6 +28,8 @@ from registry import errors, locate_base_model
 from serve.engine import VllmEngine
 from serve.engine_api import Call, Endpoint, EngineAdapter, EngineLimits
 from serve.engine_errors import refused
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
 
 class LivingEngine(VllmEngine):
@@ -50,7 +57,7 @@ def engine() -> VllmEngine:
 def test_nesting_that_exhausts_the_stack_of_vllms_parsers_is_refused(engine: VllmEngine) -> None:
     with pytest.raises(RecursionError) as caught:
         json.loads("[" * 100_000)
-    assert isinstance(engine._translate(caught.value), errors.InvalidRequestError)
+    assert isinstance(engine._translate(caught.value, CHAT), errors.InvalidRequestError)
 
 
 @pytest.mark.parametrize(
@@ -70,24 +77,50 @@ def test_a_refusal_of_vllms_names_the_field_it_is_about(
 ) -> None:
     with pytest.raises(VLLMValidationError) as caught:
         SamplingParams(**parameters)
-    refusal = engine._translate(caught.value)
+    refusal = engine._translate(caught.value, CHAT)
     assert isinstance(refusal, errors.InvalidRequestError)
     assert refusal.param == param
     assert "(parameter=" not in refusal.message
 
 
 def test_a_refusal_that_begins_with_another_word_names_no_field() -> None:
-    assert refused("Something is wrong with top_k.", None).param is None
+    assert refused("Something is wrong with top_k.", None, "messages").param is None
 
 
 def test_what_the_chat_template_refuses_is_about_the_messages(engine: VllmEngine) -> None:
     """vLLM raises an error of its own from that of the template (vllm/renderers/hf.py)."""
     error = VLLMValidationError("Unknown role: robot")
     error.__cause__ = jinja2.TemplateError("Unknown role: robot")
-    refusal = engine._translate(error)
+    refusal = engine._translate(error, CHAT)
     assert (refusal.param, errors.wire_kind(refusal).http_status) == ("messages", 400)
     assert "Unknown role: robot" in refusal.message
-    assert engine._translate(error, Endpoint.RESPONSES).param == "input"
+    assert engine._translate(error, {"input": "x"}).param == "input"
+
+
+def too_many_tokens(lengths: TokenizeParams) -> None:
+    lengths.apply_post_tokenization(None, TokensPrompt(prompt_token_ids=[1] * 2049))
+
+
+def too_many_characters(lengths: TokenizeParams) -> None:
+    tokenizer: Any = SimpleNamespace(max_chars_per_token=4)
+    lengths.apply_pre_tokenization(tokenizer, {"prompt": "word " * 3_000})
+
+
+@pytest.mark.parametrize("body", [CHAT, {"prompt": "x"}, {"input": "x"}], ids=str)
+@pytest.mark.parametrize("refuse", [too_many_tokens, too_many_characters])
+def test_a_prompt_beyond_the_context_is_told_of_in_words_that_clients_know(
+    engine: VllmEngine, body: dict[str, Any], refuse: Callable[[TokenizeParams], None]
+) -> None:
+    """LangChain's own code reads openai's exception here. Whatever the release of the latter, the message is in it."""
+    with pytest.raises(VLLMValidationError) as caught:
+        refuse(TokenizeParams(max_total_tokens=2048))
+    refusal = engine._translate(caught.value, body)
+    assert (refusal.code, refusal.param) == ("context_length_exceeded", *body)
+    assert refusal.message.startswith("This model's maximum context length is 2048 tokens.")
+    assert "(parameter=" not in refusal.message
+    response = httpx2.Response(400, request=httpx2.Request("POST", "http://service/v1"))
+    with pytest.raises(ContextOverflowError):
+        _handle_openai_bad_request(openai.BadRequestError(refusal.message, response=response, body=None))
 
 
 @pytest.mark.parametrize(
