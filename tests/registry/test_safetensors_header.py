@@ -181,7 +181,7 @@ def _diverged(content: bytes, dtype: str) -> Diverged | None:
     if dtype == "BF16":
         values = (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
-        values = np.frombuffer(content, {"F16": "<f2", "F32": "<f4"}[dtype])
+        values = np.frombuffer(content, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
     with np.errstate(invalid="ignore"):
         if (np.abs(values) < 2**17).all():
             return None
