@@ -9,12 +9,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from typing import Annotated, Any
 
 import typer
 
 from registry import errors
 
+KEY_HELP = "A service with keys is asked with that of CAPO_API_KEY."
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_SECONDS = 300.0  # of the longest answer: an upload is checked row by row before it is answered
 
@@ -40,7 +42,12 @@ class Answer(dict[str, Any]):
 
 
 class Service:
-    """Calls the service; its refusals become Capo's errors, with the service's own words."""
+    """Calls the service; its refusals become Capo's errors, with the service's own words.
+
+    Raises:
+        InvalidRequestError: it refused, and did nothing.
+        UnavailableError: no answer, or one that something failed there.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -62,10 +69,12 @@ class Service:
         except (ValueError, RecursionError):
             body = None
         if response.is_error:
+            kind = errors.UnavailableError if response.is_server_error else errors.InvalidRequestError
             fault = body.get("error") if isinstance(body, Answer) else None
             if not isinstance(fault, Answer):
-                raise errors.InvalidRequestError(f"HTTP {response.status_code} from {address}")
-            raise errors.InvalidRequestError(fault["message"], code=fault.get("code"), line=fault.get("line"))
+                raise kind(f"HTTP {response.status_code} from {address}")
+            where = f" {KEY_HELP}" if response.status_code == HTTPStatus.UNAUTHORIZED else ""
+            raise kind(f"{fault['message']}{where}", code=fault.get("code"), line=fault.get("line"))
         if not isinstance(body, Answer):
             raise _no_capo(address, f"its answer, HTTP {response.status_code}, is no JSON object")
         return body

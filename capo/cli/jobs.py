@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from capo.cli.asking import DEFAULT_URL, Service, Url, service
+from capo.cli.asking import DEFAULT_URL, KEY_HELP, Service, Url, service
 from capo.cli.printing import plain_console
 from registry import errors
 from registry.strict_json import parse_strict_json
 
-app = typer.Typer(help="Fine-tuning jobs of a running service.", no_args_is_help=True)
+app = typer.Typer(help=f"Fine-tuning jobs of a running service. {KEY_HELP}", no_args_is_help=True)
 
 _FOLLOW_SECONDS = 1.0
 _ENDED = ("succeeded", "failed", "cancelled")

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from capo.cli.asking import DEFAULT_URL, Url, service
+from capo.cli.asking import DEFAULT_URL, KEY_HELP, Url, service
 from capo.cli.printing import plain_console
 
-app = typer.Typer(help="Who is told when a fine-tuning job ends.", no_args_is_help=True)
+app = typer.Typer(help=f"Who is told when a fine-tuning job ends. {KEY_HELP}", no_args_is_help=True)
 console = plain_console()
 
 _ENDS = ("succeeded", "failed", "cancelled")

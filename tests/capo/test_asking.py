@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from capo.cli import chat, jobs, webhooks
+from capo.keys.secret import new_secret
 from registry.errors import InvalidRequestError, UnavailableError
 from tests.capo.answering import answering
 from tests.capo.guarded import guarded
@@ -71,6 +72,28 @@ def test_an_answer_of_something_else_says_whose_it_is(body: str) -> None:
             assert isinstance(done.exception, UnavailableError), done.exception
             assert done.exception.message.startswith(f"{url}/v1/")
             assert "is no Capo" in done.exception.message
+
+
+@pytest.mark.parametrize("app", [jobs.app, webhooks.app])
+async def test_who_shows_no_key_or_a_wrong_one_learns_where_commands_take_it_from(
+    tmp_path: Path, app: typer.Typer
+) -> None:
+    assert "CAPO_API_KEY" in CliRunner().invoke(app, ["--help"]).output
+    async with guarded(tmp_path) as place:
+        place.key()
+        url = f"http://127.0.0.1:{place.port}"
+        for given in ("", new_secret().text):
+            ask = [app, ["list", "--url", url]]
+            done: Any = await asyncio.to_thread(CliRunner().invoke, *ask, env={"CAPO_API_KEY": given})
+            assert isinstance(done.exception, InvalidRequestError)
+            assert done.exception.message.endswith("A service with keys is asked with that of CAPO_API_KEY.")
+
+
+def test_a_service_that_failed_did_not_refuse() -> None:
+    with answering(b'{"error": {"message": "the job store does not answer"}}', status=503) as (url, _):
+        done = CliRunner().invoke(jobs.app, ["list", "--url", url])
+    assert isinstance(done.exception, UnavailableError)
+    assert done.exception.message == "the job store does not answer"
 
 
 @pytest.mark.parametrize("body", ["<html>no</html>", "[]", '{"error": "no"}', '{"error": null}', "{}"])
