@@ -12,10 +12,7 @@ from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_PASSING_VERDICT_SECONDS = 60.0
-_PASSING = frozenset({"engine_refused", "damaged"})
-"""An artifact never changes, so neither does a verdict on it. But the engine may change its mind, and bytes that were
-damaged may be put right: published again, the same content is the same revision."""
+_ENGINE_VERDICT_SECONDS = 60.0
 
 
 class Refusals:
@@ -27,7 +24,9 @@ class Refusals:
         """The reason, and until when it holds (``time.monotonic()``)."""
 
     def add(self, revision: str, error: errors.InvalidArtifactError) -> None:
-        expires_at = time.monotonic() + _PASSING_VERDICT_SECONDS if error.code in _PASSING else math.inf
+        # An artifact never changes, so neither does a verdict on it; but the engine may change its mind, and damage may
+        # be repaired (:meth:`forget_damage`).
+        expires_at = time.monotonic() + _ENGINE_VERDICT_SECONDS if error.code == "engine_refused" else math.inf
         if (known := self.get(revision)) is not None and known.code == error.code:
             return  # two looked at it at once, a request and who loads ahead of requests
         self._verdicts[revision] = (copy.copy(error), expires_at)
@@ -42,7 +41,8 @@ class Refusals:
         return error
 
     def check(self, revision: str) -> None:
-        """Damage is left to the gate, which sees at a glance whether the files are still those that it read.
+        """Damage is left to the gate, which sees at a glance whether the files are still those that it read: published
+        again, the same content is the same revision.
 
         Raises:
             InvalidArtifactError: it was refused.

@@ -98,9 +98,10 @@ async def test_an_adapter_that_is_vetted_after_its_repair_is_refused_no_more(
         assert pool.status(artifact.revision).reason is None
 
 
-async def test_what_is_still_damaged_is_refused_again_without_being_read_again(
-    registry: Registry, base: BaseModel, tmp_path: Path, readings: list[str]
+async def test_what_is_still_damaged_is_refused_again_without_being_read_again_and_stays_listed(
+    registry: Registry, base: BaseModel, tmp_path: Path, readings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("serve.refusals._ENGINE_VERDICT_SECONDS", 0.0)  # those of the engine end of themselves
     artifact = registry.import_adapter(write_adapter(tmp_path / "adapter"), name="support", base_model=base)
     weights_of(artifact).unlink()
     async with admin_of("http", FakeEngine(), registry.root, gate=Gate(registry, base)) as admin:
@@ -108,6 +109,7 @@ async def test_what_is_still_damaged_is_refused_again_without_being_read_again(
             with pytest.raises(Refused) as refused:
                 await admin.ask(artifact.revision)
             assert (refused.value.status, refused.value.code) == (400, "damaged")
+            assert (await admin.adapters())[artifact.revision]["state"] == "refused"
         assert admin.service.metrics._refusals.labels("damaged")._value.get() == 1
     assert len(readings) == 1
 
