@@ -126,7 +126,8 @@ class ObservedLLM(AsyncLLM):
                     call.prompt_tokens += len(output.prompt_token_ids)
                     prompt_counted = True
                 _observe(call, output)
-                if sampling_params.structured_outputs is not None and call.finish_reasons[-1:] == ["error"]:
+                is_cut = any(each.finish_reason == "error" for each in output.outputs)
+                if sampling_params.structured_outputs is not None and is_cut:
                     # The scheduler ends a request whose token its grammar rejects: no token was left to choose.
                     raise errors.InvalidRequestError(
                         "No token satisfies the constraint on the answer together with the rest of the request, "
