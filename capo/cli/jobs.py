@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,32 +26,37 @@ JobId = Annotated[str, typer.Argument(help="The job's id, ftjob-...")]
 console = plain_console()
 
 
+class Method(StrEnum):
+    SUPERVISED = "supervised"
+    DPO = "dpo"
+
+
 @app.command()
 def create(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Training rows in JSON Lines.")],
     model: Annotated[str, typer.Option(help="The base model to tune, or an ft: model to go on from.")],
     validation: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out rows.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the result's name.")] = None,
-    method: Annotated[str, typer.Option(help="supervised, or dpo for preference rows.")] = "supervised",
+    method: Annotated[Method, typer.Option(help="dpo is for preference rows.")] = Method.SUPERVISED,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: chosen.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed trains the same.")] = None,
     capo: Annotated[str | None, typer.Option(help="The request's capo object, as JSON.")] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Upload the rows, create a job, and print its id."""
-    body: dict[str, Any] = {"model": model, "method": {"type": method}}
+    body: dict[str, Any] = {"model": model, "method": {"type": method.value}}
     if epochs is not None:
-        body["method"][method] = {"hyperparameters": {"n_epochs": epochs}}
+        body["method"][method.value] = {"hyperparameters": {"n_epochs": epochs}}
     body |= {name: value for name, value in {"suffix": suffix, "seed": seed}.items() if value is not None}
     if capo is not None:
         try:
             body["capo"] = parse_strict_json(capo.encode())
         except ValueError as error:
             raise errors.InvalidRequestError(f"--capo is not valid JSON: {error}", param="capo") from error
-    with service(url) as ask:
-        body["training_file"] = _upload(ask, file)
+    with service(url) as ask, _uploading(ask) as upload:
+        body["training_file"] = upload(file)
         if validation is not None:
-            body["validation_file"] = _upload(ask, validation)
+            body["validation_file"] = upload(validation)
         console.print(ask("POST", "/fine_tuning/jobs", json=body)["id"])
 
 
@@ -103,32 +111,48 @@ def follow(job_id: JobId, url: Url = DEFAULT_URL) -> None:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     seen: str | None = None
-    with service(url) as ask, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("waiting", total=None)
-        while True:
-            job = ask("GET", f"/fine_tuning/jobs/{job_id}")
-            for event in _events_after(ask, job_id, seen):
-                seen = event["id"]
-                if event["type"] == "metrics":
-                    data = event["data"]
-                    loss = data["train_loss"]
-                    text = _state(job) if loss is None else f"{_state(job)}, loss {loss:.4f}"
-                    progress.update(bar, description=text, completed=data["step"], total=data["total_steps"])
-                else:
-                    _print_event(event)
-            if job["status"] in _ENDED:
-                progress.update(bar, description=job["status"])
-                break
-            time.sleep(_FOLLOW_SECONDS)
+    with service(url) as ask:
+        job = ask("GET", f"/fine_tuning/jobs/{job_id}")  # before a bar is drawn for a job that is not there
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            bar = progress.add_task("waiting", total=None)
+            while True:
+                for event in _events_after(ask, job_id, seen):
+                    seen = event["id"]
+                    if event["type"] == "metrics":
+                        data = event["data"]
+                        loss = data["train_loss"]
+                        text = _state(job) if loss is None else f"{_state(job)}, loss {loss:.4f}"
+                        progress.update(bar, description=text, completed=data["step"], total=data["total_steps"])
+                    else:
+                        _print_event(event)
+                if job["status"] in _ENDED:
+                    progress.update(bar, description=job["status"])
+                    break
+                time.sleep(_FOLLOW_SECONDS)
+                job = ask("GET", f"/fine_tuning/jobs/{job_id}")
     if job["status"] != "succeeded":
         raise typer.Exit(1)
     console.print(job["fine_tuned_model"])
 
 
-def _upload(ask: Service, path: Path) -> str:
-    with path.open("rb") as file:
-        made = ask("POST", "/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
-    return str(made["id"])
+@contextmanager
+def _uploading(ask: Service) -> Iterator[Callable[[Path], str]]:
+    """Uploads rows, and gives each file's id. What was uploaded for a job that is refused is deleted again."""
+    made: list[str] = []
+
+    def upload(path: Path) -> str:
+        with path.open("rb") as file:
+            answer = ask("POST", "/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
+        made.append(str(answer["id"]))
+        return made[-1]
+
+    try:
+        yield upload
+    except errors.InvalidRequestError:  # any other: nobody knows whether there is a job
+        for file_id in made:
+            with suppress(errors.CapoError):  # the refusal is what has to be told
+                ask("DELETE", f"/files/{file_id}")
+        raise
 
 
 def _act(url: str, job_id: str, action: str) -> None:

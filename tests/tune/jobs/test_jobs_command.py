@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -127,6 +128,35 @@ def test_preference_rows_make_a_dpo_job(url: str, place: Place, tmp_path: Path) 
     path.write_bytes(preference_rows(20))
     job_id = capo_jobs(url, "create", str(path), "--model", BASE, "--method", "dpo").output.strip()
     assert place.store.job(job_id).method == "dpo"
+
+
+def test_what_was_uploaded_for_a_job_that_is_refused_is_deleted_again(
+    url: str, place: Place, rows: str, tmp_path: Path
+) -> None:
+    bad_rows = tmp_path / "bad.jsonl"
+    bad_rows.write_text("{}\n")
+    for wrong in (
+        ("--model", "gpt-4o"),
+        ("--model", BASE, "--epochs", "0"),
+        ("--model", BASE, "--capo", '{"x": 1}', "--validation", rows),
+        ("--model", BASE, "--validation", str(bad_rows)),
+    ):
+        with pytest.raises(CapoError):
+            capo_jobs(url, "create", rows, *wrong)
+    assert capo_jobs(url, "create", rows, "--model", BASE, "--method", "guess").exit_code == 2
+    assert listed_files(url) == []
+    capo_jobs(url, "create", rows, "--model", BASE)
+    assert len(listed_files(url)) == 1
+
+
+def listed_files(url: str) -> list[str]:
+    return [file["id"] for file in httpx.get(f"{url}/v1/files").raise_for_status().json()["data"]]
+
+
+def test_nothing_is_drawn_for_a_job_that_is_not_there(url: str) -> None:
+    followed = CliRunner().invoke(app, ["follow", "ftjob-nothing", "--url", url])
+    assert isinstance(followed.exception, CapoError)
+    assert followed.output == ""
 
 
 def test_refusals_come_in_the_services_own_words(url: str, rows: str) -> None:
