@@ -47,6 +47,7 @@ from serve.engine_faults import translated
 from serve.engine_requests import REQUEST_TYPES, RawRequest, parse_request
 from serve.model_abilities import ModelAbilities
 from serve.observed_llm import ObservedLLM, count_what_was_made, current_call
+from serve.unread_calls import leave_out_unread_calls
 from serve.vllm_plugin import call_or_format
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class VllmEngine(Engine):
             await asyncio.to_thread(llm.shutdown, 0)
             raise
         call_or_format.use(state.online_renderer)
+        leave_out_unread_calls(current_call)
         models = state.openai_serving_models
         models.lora_requests = {}
         models.model_name = _answer_model
