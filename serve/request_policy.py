@@ -90,6 +90,7 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     if endpoint is Endpoint.TOKENIZE:
         _check_what_is_tokenized(body)
     request_shapes.check(body)
+    _check_end(body)
     return body
 
 
@@ -256,6 +257,18 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
                     "two out.",
                     param=name,
                 )
+
+
+def _check_end(body: Mapping[str, Any]) -> None:
+    """A grammar ends an answer. What ignore_eos asks for comes behind it and is free, and to min_tokens the end is all
+    that is left, which vLLM then takes (v1/sample/logits_processor/builtin.py, MinTokensLogitsProcessor)."""
+    binding = request_shapes.what_binds(body)
+    for name in ("ignore_eos", "min_tokens"):
+        if binding is not None and body.get(name):
+            raise errors.InvalidRequestError(
+                f"{name} is {shown(body[name])}, but {binding} says where the answer ends. Leave one of the two out.",
+                param=name,
+            )
 
 
 def _check_what_is_tokenized(body: Mapping[str, Any]) -> None:

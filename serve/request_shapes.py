@@ -60,6 +60,20 @@ def asks_for_a_format(value: Any) -> bool:
     return bool(kind) and not (isinstance(kind, dict) and kind.get("type") == "text")
 
 
+def what_binds(body: Mapping[str, Any]) -> str | None:
+    """The field that has a grammar made for the answer, or for calls in it."""
+    for name in ("response_format", "structured_outputs", "text"):
+        if asks_for_a_format(body.get(name)):
+            return name
+    choice = body.get("tool_choice")
+    if not body.get("tools") or choice == "none":
+        return None
+    if choice not in (None, "auto"):
+        return "tool_choice"
+    is_strict = any(tool.get("function", tool).get("strict") for _, tool in entries(body, "tools"))
+    return "strict in tools" if is_strict else None
+
+
 def _check_tool(place: str, tool: dict[str, Any], *, is_flat: bool) -> None:
     """``is_flat``: the form of /v1/responses, without a ``function`` object."""
     if tool.get("type", "function") != "function":

@@ -290,6 +290,11 @@ WRONG: dict[str, tuple[Endpoint, dict[str, Any], dict[str, Any]]] = {
         {"prompt": [1] * 2000, "echo": True, "logprobs": 2, "n": 16},
         {"promptTokenIds": {"ids": [1] * 2000}, "echo": True, "logprobs": 2, "sampling": {"n": 16}},
     ),
+    **{f"{name} beside a format": (
+        endpoint,
+        {name: value, "structured_outputs": {"choice": ["yes"]}},
+        {"sampling": {name: value, "choice": {"texts": ["yes"]}}},
+    ) for endpoint in (CHAT, COMPLETION) for name, value in (("ignore_eos", True), ("min_tokens", 2))},
     "33 prompts": (COMPLETION, {"prompt": many(33)}, {"prompts": {"texts": many(33)}}),
     "33 token prompts": (COMPLETION, {"prompt": [[1]] * 33}, {"tokenIdPrompts": {"prompts": [{"ids": [1]}] * 33}}),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from registry import errors
 from serve.engine_api import Endpoint
-from serve.request_policy import check_body
+from serve.request_policy import ALLOWED, check_body
 
 CHAT, COMPLETION, RESPONSES = Endpoint.CHAT, Endpoint.COMPLETION, Endpoint.RESPONSES
 MINIMAL: dict[Endpoint, dict[str, Any]] = {
@@ -16,8 +16,10 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
     COMPLETION: {"model": "m", "prompt": "hello"},
     RESPONSES: {"model": "m", "input": "hello"},
 }
+FORMAT = {"type": "json_object"}
 TOOL = {"type": "function", "function": {"name": "look"}}
 FLAT_TOOL = {"type": "function", "name": "look"}
+STRICT_TOOL = {"type": "function", "function": {"name": "see", "strict": True}}
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,43 @@ def test_a_refusal_names_the_field_that_was_sent_and_what_it_needs(
 )
 def test_what_is_at_its_bound_or_names_what_is_there_passes(endpoint: Endpoint, fields: dict[str, Any]) -> None:
     assert check_body({**MINIMAL[endpoint], **fields}, endpoint) == {**MINIMAL[endpoint], **fields}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "binds", "by"),
+    [
+        (CHAT, {"response_format": FORMAT}, "response_format"),
+        (COMPLETION, {"structured_outputs": {"choice": ["yes"]}}, "structured_outputs"),
+        (RESPONSES, {"text": {"format": FORMAT}}, "text"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}}, "tool_choice"),
+        (RESPONSES, {"tools": [FLAT_TOOL], "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL, STRICT_TOOL]}, "strict in tools"),
+        (RESPONSES, {"tools": [{**FLAT_TOOL, "strict": True}]}, "strict in tools"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_asks_an_answer_to_go_on_is_refused_beside_what_says_where_it_ends(
+    endpoint: Endpoint, binds: dict[str, Any], by: str
+) -> None:
+    for name, value in (("ignore_eos", True), ("min_tokens", 3)):
+        if name not in ALLOWED[endpoint]:
+            continue
+        with pytest.raises(errors.InvalidRequestError, match=f"^{name} is .*, but {by} says where") as caught:
+            check_body({**MINIMAL[endpoint], **binds, name: value}, endpoint)
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (CHAT, {"ignore_eos": True, "min_tokens": 3}),
+        (CHAT, {"ignore_eos": True, "min_tokens": 3, "response_format": {"type": "text"}}),
+        (CHAT, {"ignore_eos": False, "min_tokens": 0, "response_format": FORMAT}),
+        (CHAT, {"ignore_eos": True, "min_tokens": 3, "tools": [TOOL]}),
+        (CHAT, {"ignore_eos": True, "min_tokens": 3, "tools": [STRICT_TOOL], "tool_choice": "none"}),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_an_answer_that_nothing_binds_may_be_asked_to_go_on(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    check_body({**MINIMAL[endpoint], **fields}, endpoint)
