@@ -16,6 +16,7 @@ Repairs, each with a test that fails without it:
   (:mod:`serve.vllm_plugin.seeded_prefills`);
 - log probabilities of a prompt on a CPU are those of its own adapter, and do not end an engine that decodes for others
   (:mod:`serve.vllm_plugin.prompt_logits`);
+- streams have the end of a text that might have become a call of a tool (:mod:`serve.vllm_plugin.stream_ends`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -43,6 +44,8 @@ def register() -> None:
         _rank_log_probabilities_uncompiled()
         _repair_cpu_model_runner()
         die_with_parent()
+    else:
+        _hand_out_ends_of_streams()
 
 
 def _use_capo_cpu_lora() -> None:
@@ -89,6 +92,16 @@ def _repair_cpu_model_runner() -> None:
         if CPUModelRunner._sample.__module__ != seeded_prefills.__name__:
             seeded_prefills.use(CPUModelRunner)
             prompt_logits.use(CPUModelRunner)
+
+
+def _hand_out_ends_of_streams() -> None:
+    """Streams are read in the process that serves them."""
+    from vllm.parser import ParserManager
+
+    from serve.vllm_plugin import stream_ends
+
+    if ParserManager.get_parser.__module__ != stream_ends.__name__:
+        stream_ends.use(ParserManager)
 
 
 def renew_grammar_compilers() -> None:

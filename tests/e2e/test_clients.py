@@ -449,6 +449,21 @@ def test_beside_a_format_tools_can_be_called(service: Service, client: openai.Op
             Reply.model_validate_json(response.output_text)
 
 
+def test_a_stream_has_the_end_of_a_text_that_might_have_become_a_call(service: Service, client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "prompt": "a<", "add_special_tokens": False}
+    *_, begin = httpx.post(f"{service.url}/tokenize", json=asked).json()["tokens"]
+    chat = {"tools": [{"type": "function", "function": WEATHER}], "max_tokens": 3, "logit_bias": {begin: 100}}
+    chunks = ask(client, stream=True, **chat)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text_of(ask(client, **chat)) == "<<<"
+    response = {
+        "tools": [{"type": "function", **WEATHER}],
+        "max_output_tokens": 3,
+        "extra_body": {"logit_bias": {begin: 100}},
+    }
+    *_, last = respond(client, stream=True, **response)
+    assert last.response.output_text == respond(client, **response).output_text == "<<<"
+
+
 # -- LangChain -------------------------------------------------------------------------------------------------------
 
 
