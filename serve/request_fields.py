@@ -66,7 +66,7 @@ REFUSED: Mapping[str, str] = {
     "documents": "put documents into the messages",
     "use_beam_search": "beam search is not offered",
     "length_penalty": "it belongs to beam search, which is not offered",
-    "best_of": "it is not offered; use n",
+    "best_of": "each answer that is made is given; use n, which it may equal",
     "functions": "OpenAI replaced it; use tools",
     "function_call": "OpenAI replaced it; use tool_choice",
     "modalities": "only text is offered",

@@ -76,7 +76,7 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
             continue
         if name in LABELS:
             _check_label(name, value)
-        elif not _asks_for_nothing(name, value, endpoint):
+        elif not _asks_for_nothing(name, value, body, endpoint):
             raise _refusal(name, endpoint)
         del body[name]
     _check_model(body)
@@ -94,13 +94,16 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     return body
 
 
-def _asks_for_nothing(name: str, value: Any, endpoint: Endpoint) -> bool:
+def _asks_for_nothing(name: str, value: Any, body: Mapping[str, Any], endpoint: Endpoint) -> bool:
     if value is None:
         return name in ALLOWED[endpoint] or name in REFUSED or name in HARMLESS_VALUES
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    harmless = HARMLESS_VALUES.get(name, ())
+    if name == "best_of":
+        harmless = (*harmless, body.get("n"))  # as many are made as are given
     # As JSON: to Python 0 is false.
-    return shown(value) in map(shown, HARMLESS_VALUES.get(name, ()))
+    return shown(value) in map(shown, harmless)
 
 
 def _leave_out_empty_stream_options(body: dict[str, Any]) -> None:

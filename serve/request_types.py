@@ -89,13 +89,18 @@ def check(body: Mapping[str, Any], endpoint: Endpoint) -> None:
     """Of the fields that are scalars or lists of them; :mod:`serve.request_shapes` looks into objects.
 
     Raises:
-        InvalidRequestError: one of them has a value of another type.
+        InvalidRequestError: one of them has a value of another type, or there is nothing to complete.
     """
     logprobs = (_is_boolean, "true or false") if endpoint is Endpoint.CHAT else (_is_integer, "an integer")
     for name, value in body.items():
         holds, kind = logprobs if name == "logprobs" else _FIELDS.get(name, (None, ""))
         if holds is not None and not holds(value):
             raise errors.InvalidRequestError(f"{name} must be {kind}, got {shown(value)}.", param=name)
+    if endpoint is Endpoint.COMPLETION and not body.get("prompt"):
+        got = "it is empty" if "prompt" in body else "there is none"
+        raise errors.InvalidRequestError(
+            f"prompt must be {_FIELDS['prompt'][1]}, and {got}. An answer begins behind it.", param="prompt"
+        )
     options = body.get("stream_options")
     for name, value in options.items() if isinstance(options, dict) else ():
         if not isinstance(value, bool | None):

@@ -181,7 +181,7 @@ def nested(levels: int) -> Any:
         (RESPONSES, {"n": 2}, "n"),
         (CHAT, {"echo": 0}, "echo"),
         (CHAT, {"documents": [{}]}, "documents"),
-        (COMPLETION, {"best_of": 2}, "best_of"),
+        *((COMPLETION, {"best_of": 3, **n}, "best_of") for n in ({}, {"n": 2}, {"n": 4})),
         (CHAT, {"n": 0}, "n"),
         (COMPLETION, {"n": -1}, "n"),
         (TOKENIZE, {"add_generation_prompt": True}, "add_generation_prompt"),
@@ -239,12 +239,26 @@ def test_fields_that_ask_for_nothing_do_not_reach_the_engine(endpoint: Endpoint)
             "function_call": "none", "chat_template_kwargs": {}, "documents": [], "priority": 0,
         }.items()),
         (COMPLETION, {"best_of": 1, "length_penalty": 1}),
+        (COMPLETION, {"best_of": None}),
         (RESPONSES, {"n": 1, "truncation": "disabled"}),
     ],
     ids=str,
 )  # fmt: skip
 def test_defaults_that_clients_send_ask_for_nothing(endpoint: Endpoint, fields: dict[str, Any]) -> None:
     assert check(endpoint, **fields) == MINIMAL[endpoint]
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETION])
+def test_to_choose_the_best_of_as_many_as_are_given_asks_for_nothing(endpoint: Endpoint) -> None:
+    assert check(endpoint, n=3, best_of=3) == {**MINIMAL[endpoint], "n": 3}
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": []}], ids=str)
+def test_an_empty_prompt_is_told_what_a_prompt_may_be(body: dict[str, Any]) -> None:
+    """vLLM would offer a field that is refused here."""
+    with pytest.raises(errors.InvalidRequestError, match=r"^prompt must be a text, a list of texts") as caught:
+        check_body({"model": "m", **body}, COMPLETION)
+    assert caught.value.param == "prompt"
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
