@@ -252,6 +252,8 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
     prompt_logprobs.check(body, prompt_logprobs.least_prompt_tokens(body))
     if body.get("prompt_logprobs") is not None and body.get("stream"):
         raise errors.InvalidRequestError("prompt_logprobs is not available in a stream.", param="prompt_logprobs")
+    if body.get("echo"):
+        _check_echo(body)
     if body.get("tools") and body.get("tool_choice") not in (None, "none", "auto"):
         for name in ("response_format", "structured_outputs", "text"):
             if request_shapes.asks_for_a_format(body.get(name)):
@@ -260,6 +262,17 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
                     "two out.",
                     param=name,
                 )
+
+
+def _check_echo(body: Mapping[str, Any]) -> None:
+    # vLLM hands the prompt's log probabilities out once, and an answer that begins a step later finds none
+    # (entrypoints/openai/completion/serving.py, completion_stream_generator).
+    if body.get("stream") and body.get("logprobs") is not None and (body.get("n") or 1) > 1:
+        raise errors.InvalidRequestError(
+            f"echo with logprobs is not available in a stream of several answers, and n is {body['n']}. Leave one of "
+            "the four out.",
+            param="echo",
+        )
 
 
 def _check_end(body: Mapping[str, Any]) -> None:
