@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import unquote
 
 import typer
 
@@ -68,7 +69,7 @@ def create(
         limits=KeyLimits(requests_per_minute, tokens_per_minute, concurrency),
         expires_at=None if expires is None else int(time.time()) + _seconds("expires", expires),
     )
-    with _opened(data_dir) as (store, directory), _shown(output) as show:
+    with _opened(data_dir, create=True) as (store, directory), _shown(output) as show:
         secret = store.create(new)
         with audited(directory, "keys create", secret.key_id) as notes:
             notes |= {"tenant": new.tenant, "scopes": ",".join(sorted(new.scopes))}
@@ -113,7 +114,10 @@ def rotate(
     grace: Annotated[str, typer.Option(help="How long the present secret is good for, as 1h or 0s.")] = "24h",
     data_dir: DataDir = None,
 ) -> None:
-    """Give a key a new secret and print it, this once; the present one is good for a while yet."""
+    """Give a key a new secret and print it, this once; the present one is good for a while yet.
+
+    While an earlier secret is, a key is rotated only with --grace 0s, which ends both.
+    """
     seconds = _seconds("grace", grace)
     with _opened(data_dir) as (store, directory), audited(directory, "keys rotate", key_id) as notes:
         notes["grace_seconds"] = str(seconds)
@@ -122,17 +126,33 @@ def rotate(
 
 
 @contextmanager
-def _opened(data_dir: Path | None) -> Iterator[tuple[KeyStore, Path]]:
-    """The keys, and the directory of the audit log."""
+def _opened(data_dir: Path | None, *, create: bool = False) -> Iterator[tuple[KeyStore, Path]]:
+    """The keys, and the directory of the audit log. ``create``: also where there is no job store yet.
+
+    Raises:
+        NotFoundError: there is none.
+    """
     from capo.keys.store import KeyStore
     from tune.jobs.database import Database
 
     settings = read_settings(data_dir=data_dir)
+    if not create:
+        _require_store(settings.job_store_url)
     database = Database(settings.job_store_url, tenant=settings.organization)
     try:
         yield KeyStore(database), settings.data_dir
     finally:
         database.close()
+
+
+def _require_store(url: str) -> None:
+    """A SQLite file is made where it is opened; a server's database is there or is not."""
+    path = Path(unquote(url.removeprefix("sqlite:///").partition("?")[0]))
+    if url.startswith("sqlite:///") and not path.exists():
+        raise errors.NotFoundError(
+            f"There is no job store at {path}, and so no key. Name the data directory of the service with --data-dir; "
+            "`capo keys create` makes a first key."
+        )
 
 
 @contextmanager

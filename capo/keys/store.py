@@ -14,7 +14,8 @@ from sqlalchemy import Row, insert, select, update
 
 from capo.keys.records import KeyLimits, KeyRecord, NewKey
 from capo.keys.secret import Secret, new_secret
-from registry import check_name, errors
+from registry import check_name, errors, parse_reference
+from registry.names import check_base_model_id
 from registry.principal import Scope
 from tune.jobs.database import Database
 from tune.jobs.schema import keys
@@ -37,6 +38,8 @@ class KeyStore:
             InvalidRequestError: it would be good for nothing, or is over already.
         """
         check_name(new.tenant)
+        for model in new.models or ():
+            _check_model(model)
         now = int(self._clock())
         if not new.scopes:
             raise errors.InvalidRequestError(f"A key needs a scope; there are {', '.join(Scope)}.", param="scope")
@@ -80,7 +83,8 @@ class KeyStore:
 
         Raises:
             NotFoundError: there is no such key.
-            ConflictError: it is revoked or has expired.
+            ConflictError: it is revoked or has expired; or an earlier secret is still good, which would end before the
+                time that was promised, and ``grace_seconds`` does not say that all of them shall.
         """
         now = int(self._clock())
         with self._database.write() as connection:
@@ -88,6 +92,13 @@ class KeyStore:
             record = self._require(row, key_id)
             if (reason := record.refusal(now)) is not None:
                 raise errors.ConflictError(f"The key {key_id} {reason}; create another one.", code="key_not_valid")
+            if grace_seconds and len(record.digests(now)) > 1:
+                raise errors.ConflictError(
+                    f"The key {key_id} was rotated, and the secret from before is good for "
+                    f"{(record.previous_until or now) - now} seconds yet; another rotation would end it. Wait, or "
+                    "rotate with --grace 0s, which ends every secret but the new one.",
+                    code="key_rotating",
+                )
             secret = new_secret(key_id)
             connection.execute(
                 update(keys)
@@ -100,6 +111,17 @@ class KeyStore:
         if row is None:
             raise errors.NotFoundError(f"There is no key {key_id[:40]!r}; `capo keys list` shows which there are.")
         return _record(row)
+
+
+def _check_model(name: str) -> None:
+    """Raises :class:`InvalidNameError` for what names neither a base model nor one of a registry."""
+    try:
+        parse_reference(name)
+    except errors.InvalidNameError as error:
+        try:
+            check_base_model_id(name)
+        except errors.InvalidNameError:
+            raise error from None
 
 
 def _record(row: Row[Any]) -> KeyRecord:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from capo.cli import keys
 from capo.client import AsyncCapoClient, AuthenticationError
 from capo.keys.quota import Bound, Quota
 from capo.keys.records import KeyLimits, NewKey
@@ -107,6 +109,46 @@ def test_a_rotated_key_has_two_good_secrets_for_a_while_and_then_one(store: KeyS
     with pytest.raises(errors.AuthenticationError):
         ring.find(first.text)
     assert ring.find(second.text).id == first.key_id
+
+
+def test_a_secret_that_was_promised_more_time_is_ended_by_a_second_rotation_only_where_that_says_so(
+    store: KeyStore,
+) -> None:
+    now = 1_800_000_000.0
+    ring = KeyRing(store, clock=lambda: now)
+    timed = KeyStore(store._database, clock=lambda: now)
+    first = timed.create(NewKey("acme", EVERY_SCOPE))
+    second = timed.rotate(first.key_id, grace_seconds=60)
+    with pytest.raises(errors.ConflictError, match="60 seconds yet"):
+        timed.rotate(first.key_id, grace_seconds=60)
+    ring.read()
+    assert ring.find(first.text) == ring.find(second.text)
+    third = timed.rotate(first.key_id, grace_seconds=0)
+    ring.read()
+    assert ring.find(third.text).id == first.key_id
+    for ended in (first, second):
+        with pytest.raises(errors.AuthenticationError):
+            ring.find(ended.text)
+    fourth = timed.rotate(first.key_id, grace_seconds=60)
+    now += 60
+    timed.rotate(first.key_id, grace_seconds=60)
+    ring.read()
+    assert ring.find(fourth.text).id == first.key_id
+
+
+@pytest.mark.parametrize("name", ["nope nope", "", "../etc/passwd", "support@xyz", "ft:a:b", "Support!"])
+def test_a_key_for_a_model_that_no_model_can_be_called_is_not_made(store: KeyStore, name: str) -> None:
+    with pytest.raises(errors.InvalidNameError):
+        store.create(NewKey("acme", EVERY_SCOPE, models=frozenset({"support", name})))
+    assert store.all() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["support", "support@0123456789abcdef", "ft:capo-tiny:acme:care:a1B2c3", BASE, "Qwen/Qwen3-0.6B"]
+)
+def test_a_key_may_be_for_whatever_a_model_can_be_called(store: KeyStore, name: str) -> None:
+    secret = store.create(NewKey("acme", EVERY_SCOPE, models=frozenset({name})))
+    assert ring_of(store).find(secret.text).models == {name}
 
 
 def test_revoking_ends_both_secrets_and_a_revoked_key_cannot_be_rotated(store: KeyStore) -> None:
@@ -361,6 +403,15 @@ def test_the_commands_make_list_rotate_and_revoke_and_every_act_is_in_the_audit_
     for text in (listed, (tmp_path / "audit.jsonl").read_text()):
         assert secret.text not in text
         assert rotated.text not in text
+
+
+def test_where_no_service_writes_there_are_no_keys_and_none_of_it_is_made(tmp_path: Path) -> None:
+    mistyped = tmp_path / "capo-dta"
+    for arguments in (["list"], ["revoke", "0123456789ab"], ["rotate", "0123456789ab"]):
+        done = CliRunner().invoke(keys.app, [*arguments, "--data-dir", str(mistyped)])
+        assert isinstance(done.exception, errors.NotFoundError)
+        assert str(mistyped) in done.exception.message
+    assert not mistyped.exists()
 
 
 def test_a_key_may_go_into_a_file_for_its_owner_alone_and_is_then_shown_nowhere(tmp_path: Path) -> None:
