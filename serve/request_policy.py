@@ -265,6 +265,14 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
 
 
 def _check_echo(body: Mapping[str, Any]) -> None:
+    for name, instead in (
+        ("return_token_ids", "vLLM would leave the text of the prompt out of the echo"),
+        ("truncate_prompt_tokens", "the echo would be of the whole prompt, and not of what was read of it"),
+    ):
+        if body.get(name):
+            raise errors.InvalidRequestError(
+                f"{name} is {shown(body[name])} beside echo: {instead}. Leave one of the two out.", param=name
+            )
     # vLLM hands the prompt's log probabilities out once, and an answer that begins a step later finds none
     # (entrypoints/openai/completion/serving.py, completion_stream_generator).
     if body.get("stream") and body.get("logprobs") is not None and (body.get("n") or 1) > 1:

@@ -134,7 +134,7 @@ def _needs_serving_classes(body: Mapping[str, Any]) -> bool:
 
 
 def _answer_token_ids(body: Mapping[str, Any]) -> dict[str, Any]:
-    # With echo vLLM gives token ids instead of the echoed text, so they come only where they are asked for.
+    # With echo vLLM gives token ids instead of the echoed text.
     return {} if body.get("echo") else {"return_token_ids": True}
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from serve.engine_api import Endpoint
 from tests.serve.fake_engine import FakeEngine
@@ -20,3 +23,15 @@ async def test_a_stream_of_several_answers_echoes_no_log_probabilities(tmp_path:
         for n, stream in ((2, False), (1, True)):
             answer = await ask_http(faces, COMPLETION, {**asked, "n": n}, stream=stream)
             assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(("name", "value"), [("return_token_ids", True), ("truncate_prompt_tokens", 2)])
+async def test_what_would_leave_the_prompt_out_of_its_echo_or_echo_more_than_was_read_is_refused(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    async with both_faces(FakeEngine(), tmp_path) as faces:
+        for stream in (False, True):
+            fields = {"echo": True, name: value}, {"echo": True, "sampling": {name: value}}
+            await assert_the_same_refusal(faces, COMPLETION, *fields, stream=stream)
+            for allowed in ({"echo": False, name: value}, {"echo": True}):
+                assert (await ask_http(faces, COMPLETION, allowed, stream=stream)).status_code == 200
