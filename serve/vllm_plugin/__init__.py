@@ -17,6 +17,7 @@ Repairs, each with a test that fails without it:
 - log probabilities of a prompt on a CPU are those of its own adapter, and do not end an engine that decodes for others
   (:mod:`serve.vllm_plugin.prompt_logits`);
 - streams have the end of a text that might have become a call of a tool (:mod:`serve.vllm_plugin.stream_ends`);
+- streams of /v1/responses have a log probability for each token (:mod:`serve.vllm_plugin.response_log_probabilities`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
 
@@ -46,6 +47,7 @@ def register() -> None:
         die_with_parent()
     else:
         _hand_out_ends_of_streams()
+        _keep_log_probabilities_of_responses()
 
 
 def _use_capo_cpu_lora() -> None:
@@ -102,6 +104,15 @@ def _hand_out_ends_of_streams() -> None:
 
     if ParserManager.get_parser.__module__ != stream_ends.__name__:
         stream_ends.use(ParserManager)
+
+
+def _keep_log_probabilities_of_responses() -> None:
+    from vllm.entrypoints.openai.responses import serving
+
+    from serve.vllm_plugin import response_log_probabilities
+
+    if serving.SimpleContext.__module__ != response_log_probabilities.__name__:
+        response_log_probabilities.use(serving)
 
 
 def renew_grammar_compilers() -> None:

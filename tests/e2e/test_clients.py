@@ -464,6 +464,20 @@ def test_a_stream_has_the_end_of_a_text_that_might_have_become_a_call(service: S
     assert last.response.output_text == respond(client, **response).output_text == "<<<"
 
 
+def test_a_streamed_response_has_a_log_probability_of_each_token(client: openai.OpenAI) -> None:
+    """Where text is held back that may be the beginning of a stop text, and of the token that ends the answer."""
+    for options in ({"stop": ["no such text"]}, {"max_output_tokens": 12}, {}):
+        asked: dict[str, Any] = {"include": ["message.output_text.logprobs"], "extra_body": options}
+        whole = respond(client, **asked).output[0].content[0]
+        events = list(respond(client, stream=True, **asked))
+        deltas = [event for event in events if event.type == "response.output_text.delta"]
+        told = [entry.token for entry in whole.logprobs]
+        assert len(told) == events[-1].response.usage.output_tokens
+        assert [entry.token for delta in deltas for entry in delta.logprobs] == told
+        assert [entry.token for entry in events[-1].response.output[0].content[0].logprobs] == told
+        assert "".join(delta.delta for delta in deltas) == whole.text
+
+
 # -- LangChain -------------------------------------------------------------------------------------------------------
 
 
