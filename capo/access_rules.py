@@ -52,9 +52,6 @@ HTTP_RULES: Mapping[str, Rule] = {
     "GET /livez": _PUBLIC,
     "GET /readyz": _PUBLIC,
     "GET /startupz": _PUBLIC,
-    "HEAD /livez": _PUBLIC,
-    "HEAD /readyz": _PUBLIC,
-    "HEAD /startupz": _PUBLIC,
     "GET /openapi.json": _ANY,
     "GET /metrics": _METRICS,
     "POST /v1/chat/completions": _INFER,
@@ -103,7 +100,7 @@ HTTP_RULES: Mapping[str, Rule] = {
     "GET /v1/webhook_endpoints/{endpoint_id}": _ADMIN,
     "DELETE /v1/webhook_endpoints/{endpoint_id}": _ADMIN_ACT,
 }
-"""By method and path, as the routers write them."""
+"""By method and path, as the routers write them. A HEAD is asked for as a GET."""
 
 GRPC_RULES: Mapping[str, Rule] = {
     "/grpc.health.v1.Health/Check": _PUBLIC,

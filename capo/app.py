@@ -100,6 +100,7 @@ def _add_manners(
     app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was whole
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(HttpDoor, routes=app, access=access, only_this_machine=only_this_machine)
+    app.add_middleware(HeadsAsGets)
     app.add_middleware(HttpTraces)
     app.add_middleware(BugAnswers)
     app.add_middleware(RequestIds)
@@ -109,21 +110,17 @@ def _add_manners(
 def _operations_router(not_ready_reason: Callable[[], str | None]) -> APIRouter:
     router = APIRouter()
 
-    # Balancers ask by HEAD, too.
-    @router.head("/livez", include_in_schema=False)
     @router.get("/livez")
     async def livez() -> dict[str, str]:
         """The process runs its event loop. Readiness is another question."""
         return {"status": "alive"}
 
-    @router.head("/startupz", include_in_schema=False)
     @router.get("/startupz")
     async def startupz() -> Response:
         """503 until the engine has come up for the first time; afterwards its troubles are /readyz's."""
         is_starting = not_ready_reason() == "starting"
         return JSONResponse({"status": "starting" if is_starting else "started"}, 503 if is_starting else 200)
 
-    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")
     async def readyz() -> Response:
         reason = not_ready_reason()
@@ -174,7 +171,8 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 def _methods_of(request: Request) -> list[str]:
     """What the path of the request may be asked for by."""
     routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
+    methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _public_path(route: BaseRoute) -> str | None:
@@ -188,6 +186,17 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 
 # -- middleware --------------------------------------------------------------------------------------------------
+
+
+class HeadsAsGets:
+    """Whatever may be asked for by GET may be by HEAD (RFC 9110, section 9.3.2). uvicorn sends such answers bare."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 class RequestIds:

@@ -11,8 +11,10 @@ from grpc_health.v1 import health_pb2
 
 from capo.access_rules import HTTP_RULES
 from capo.app import build_health_app, build_metrics_app
+from registry.principal import Scope
 from tests.capo.guarded import bearer, guarded
 from tests.serve.running import BASE, eventually
+from tests.tune.jobs.support import chat_rows
 
 CHECK = "/grpc.health.v1.Health/Check"
 
@@ -21,9 +23,9 @@ CHECK = "/grpc.health.v1.Health/Check"
     ("asked", "allowed"),
     [
         ("GET /v1/chat/completions", "POST"),
-        ("POST /v1/models", "GET"),
-        ("PATCH /v1/models/one", "DELETE, GET"),
-        ("POST /v1/aliases/one", "DELETE, GET, PUT"),
+        ("POST /v1/models", "GET, HEAD"),
+        ("PATCH /v1/models/one", "DELETE, GET, HEAD"),
+        ("POST /v1/aliases/one", "DELETE, GET, HEAD, PUT"),
         ("POST /livez", "GET, HEAD"),
     ],
 )
@@ -45,6 +47,26 @@ async def test_probes_answer_a_head_as_a_get_without_its_body(tmp_path: Path, pa
         got, head = await asyncio.gather(service.http.get(path), service.http.head(path))
     assert (head.status_code, head.content) == (200, b"")
     assert [head.headers["content-length"], str(len(got.content))] == [got.headers["content-length"]] * 2
+
+
+async def test_what_may_be_read_may_be_asked_about_by_head_with_the_same_rights(tmp_path: Path) -> None:
+    rows = {"files": {"file": ("rows.jsonl", chat_rows(12))}, "data": {"purpose": "fine-tune"}}
+    async with guarded(tmp_path) as service:
+        tune, metrics = (
+            {"Authorization": bearer(service.key(scopes=frozenset({s})))} for s in (Scope.TUNE, Scope.METRICS)
+        )
+        file = (await service.http.post("/v1/files", headers=tune, **rows)).json()["id"]
+        for path in ("/v1/models", f"/v1/models/{BASE}", f"/v1/files/{file}/content", "/v1/files", "/openapi.json"):
+            got, head = [await service.http.request(method, path, headers=tune) for method in ("GET", "HEAD")]
+            assert (got.status_code, head.status_code, head.content) == (200, 200, b""), path
+            for name in ("content-length", "content-type"):
+                assert head.headers.get(name) == got.headers.get(name), (path, name)
+            assert (await service.http.head(path)).status_code == 401, path
+        assert [(await service.http.head("/metrics", headers=key)).status_code for key in (metrics, tune)] == [200, 403]
+        absent = await service.http.head("/v1/files/file-nothing", headers=tune)
+        wrong = await service.http.head("/v1/chat/completions", headers=tune)
+    assert (absent.status_code, absent.content) == (404, b"")
+    assert (wrong.status_code, wrong.headers["allow"], wrong.content) == (405, "POST", b"")
 
 
 async def test_readiness_by_head_is_503_while_there_is_no_readiness(tmp_path: Path) -> None:
