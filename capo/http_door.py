@@ -63,7 +63,8 @@ class HttpDoor:
         try:
             with self._access.let_in(ask):
                 if self._only_this_machine and self._access.is_open:
-                    refuse_foreign_pages(headers.get(b"host", ""), headers.get(b"origin"))
+                    # HTTP/1.0 need not say whom it means; a browser always does.
+                    refuse_foreign_pages(headers.get(b"host", "localhost"), headers.get(b"origin"))
                 _refuse_compression(headers)
                 began = True
                 try:

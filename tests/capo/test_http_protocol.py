@@ -39,6 +39,23 @@ async def test_a_stream_to_a_client_of_http_1_0_comes_bare_and_ends_with_the_con
         assert all(json.loads(chunk.removeprefix("data: "))["object"] == "chat.completion.chunk" for chunk in chunks)
 
 
+async def test_a_client_of_http_1_0_need_not_name_the_host_and_a_web_page_cannot_pass_for_one(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service:
+        for fields, status in (
+            ("", 200),
+            ("host: localhost\r\n", 200),
+            ("host: evil.example\r\n", 403),
+            ("host:\r\n", 403),
+            ("origin: http://evil.example\r\n", 403),
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            writer.write(f"GET /v1/models HTTP/1.0\r\n{fields}\r\n".encode())
+            async with asyncio.timeout(10):
+                answer = (await reader.read()).decode()
+            writer.close()
+            assert answer.startswith(f"HTTP/1.1 {status} "), (fields, answer)
+
+
 async def test_an_answer_in_one_piece_has_its_length_for_every_client(tmp_path: Path) -> None:
     async with guarded(tmp_path) as service:
         for version in ("1.0", "1.1"):
