@@ -126,12 +126,10 @@ class ObservedLLM(AsyncLLM):
                     call.prompt_tokens += len(output.prompt_token_ids)
                     prompt_counted = True
                 _observe(call, output)
-                is_cut = any(each.finish_reason == "error" for each in output.outputs)
-                if sampling_params.structured_outputs is not None and is_cut:
-                    # The scheduler ends a request whose token its grammar rejects: no token was left to choose.
+                if _had_no_choice(output, sampling_params):
                     raise errors.InvalidRequestError(
-                        "No token satisfies the constraint on the answer together with the rest of the request, "
-                        "such as allowed_token_ids, bad_words or min_tokens.",
+                        "No token satisfies all that is asked of the answer, such as its format, allowed_token_ids, "
+                        "bad_words and min_tokens. Leave one of them out.",
                         code="contradictory_constraints",
                     )
                 yield output
@@ -170,6 +168,16 @@ def _constraints(given: StructuredOutputsParams | None) -> Iterator[tuple[str, s
     for kind in ("json", "json_object", "regex", "choice", "grammar", "structural_tag"):
         if given is not None and getattr(given, kind) is not None:
             yield "tools", kind, getattr(given, kind)
+
+
+def _had_no_choice(output: RequestOutput, asked: SamplingParams) -> bool:
+    """Whether one of the answers came where no token was left to it. vLLM then takes a forbidden one, the first of the
+    vocabulary. The scheduler ends a request whose grammar rejects it; without a grammar it goes on."""
+    if asked.structured_outputs is not None and any(each.finish_reason == "error" for each in output.outputs):
+        return True
+    # Nothing else that a request may ask for forbids a whole vocabulary.
+    allowed = asked.allowed_token_ids
+    return allowed is not None and not all(set(allowed).issuperset(each.token_ids) for each in output.outputs)
 
 
 def _observe(call: Call, output: RequestOutput) -> None:

@@ -88,7 +88,8 @@ def random_question(source: random.Random, models: list[str]) -> Question:
     schema = SCHEMA if source.random() < 0.2 else None
     if schema is not None:
         shared["max_tokens"] = 48
-        shared.pop("stop", None)
+        for name in ("stop", "ignore_eos", "min_tokens"):
+            shared.pop(name, None)
     return Question(model, shared, turns=turns, schema=schema, logprobs=logprobs)
 
 
@@ -122,6 +123,7 @@ def test_a_hundred_random_requests_get_the_same_answer_all_four_ways(service: Se
         ({"min_tokens": 9, "max_tokens": 3}, Sampling(min_tokens=9, max_tokens=3), ChatOptions()),
         ({"logit_bias": {"999999": 1}}, Sampling(logit_bias={999999: 1}), ChatOptions()),
         ({"allowed_token_ids": [999999]}, Sampling(allowed_token_ids=[999999]), ChatOptions()),
+        ({"min_tokens": 3, "allowed_token_ids": [2]}, Sampling(min_tokens=3, allowed_token_ids=[2]), ChatOptions()),
         ({"top_logprobs": 3}, Sampling(), ChatOptions(top_logprobs=3)),
         ({"continue_final_message": True}, Sampling(), ChatOptions(continue_final_message=True)),
         ({"reasoning_effort": "enormous"}, Sampling(), ChatOptions(reasoning_effort="enormous")),
