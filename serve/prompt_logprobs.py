@@ -13,8 +13,8 @@ from typing import Any
 from registry import errors
 
 MAX_PROMPT_LOGPROBS = 65_536
-"""5 MB of JSON. 32 prompts of 1,024 tokens with one beside each token's own, as evaluations ask, or one of 3,120 tokens
-with 20."""
+"""2 to 8 MB of JSON. 32 prompts of 1,024 tokens with one beside each token's own, as evaluations ask, or one of 3,120
+tokens with 20."""
 
 
 def check(body: Mapping[str, Any], num_prompt_tokens: int) -> None:
