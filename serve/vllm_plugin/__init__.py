@@ -17,6 +17,7 @@ Repairs, each with a test that fails without it:
 - log probabilities of a prompt on a CPU are those of its own adapter, and do not end an engine that decodes for others
   (:mod:`serve.vllm_plugin.prompt_logits`);
 - streams have the end of a text that might have become a call of a tool (:mod:`serve.vllm_plugin.stream_ends`);
+- calls of tools in a stream are those of the whole answer, in Hermes' form (:mod:`serve.vllm_plugin.hermes_calls`);
 - streams of /v1/responses have a log probability for each token (:mod:`serve.vllm_plugin.response_log_probabilities`);
 - the engine process dies with its parent (:func:`die_with_parent`); stock engines outlive a killed server.
 """
@@ -47,6 +48,7 @@ def register() -> None:
         die_with_parent()
     else:
         _hand_out_ends_of_streams()
+        _read_hermes_calls_by_their_keys()
         _keep_log_probabilities_of_responses()
 
 
@@ -104,6 +106,14 @@ def _hand_out_ends_of_streams() -> None:
 
     if ParserManager.get_parser.__module__ != stream_ends.__name__:
         stream_ends.use(ParserManager)
+
+
+def _read_hermes_calls_by_their_keys() -> None:
+    from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+
+    from serve.vllm_plugin import hermes_calls
+
+    hermes_calls.use(Hermes2ProToolParser)
 
 
 def _keep_log_probabilities_of_responses() -> None:
