@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+from tune.jobs.records import OPEN, JobStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +34,12 @@ def test_every_capo_command_that_is_named_has_help() -> None:
         arguments = [sys.executable, "-m", "capo", *command.split(), "--help"]
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         assert "Usage" in done.stdout
+
+
+def test_the_loop_that_waits_for_a_job_ends_whatever_becomes_of_the_job() -> None:
+    loop = re.search(r"^while .*\.status not in (\(.*\)):$", README, flags=re.MULTILINE)
+    assert loop is not None
+    assert set(ast.literal_eval(loop[1])) == set(get_args(JobStatus)) - set(OPEN)
 
 
 def test_recipes_of_the_examples_are_valid() -> None:
