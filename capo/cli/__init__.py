@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -31,6 +33,21 @@ chat.add_to(app)
 demo.add_to(app)
 worker.add_to(app)
 plan.add_to(app)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"capo {version('capo-llm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def main() -> None:

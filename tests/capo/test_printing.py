@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import capo.cli
 from capo.cli import jobs
 from capo.cli import registry as registry_cli
 from registry import Registry
@@ -29,6 +31,12 @@ def test_an_error_quotes_what_was_given_and_is_one_line(tmp_path: Path, name: st
     assert done.stderr.startswith("error: ")
     assert name in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    done = CliRunner().invoke(capo.cli.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"capo {project['version']}\n")
 
 
 def test_an_error_names_an_extra_as_it_is_installed() -> None:
