@@ -248,6 +248,26 @@ def test_defaults_that_clients_send_ask_for_nothing(endpoint: Endpoint, fields: 
     assert check(endpoint, **fields) == MINIMAL[endpoint]
 
 
+def test_a_format_that_repeats_the_tool_to_be_called_asks_for_nothing_more() -> None:
+    """As instructor 1.17 sends it in Mode.RESPONSES_TOOLS."""
+    schema = {"type": "object", "properties": {"mood": {"enum": ["glad", 1]}}, "required": ["mood"]}
+    tool = {"type": "function", "name": "Reply", "parameters": schema, "description": "Correctly extracted."}
+    form = {"type": "json_schema", "name": "Reply", "strict": True, "schema": schema}
+    asked = {"tools": [tool, FLAT_TOOL], "tool_choice": {"type": "function", "name": "Reply"}}
+    assert check(RESPONSES, **asked, text={"format": form}) == {**MINIMAL[RESPONSES], **asked, "text": {}}
+    # What the grammar would drop is told of, whichever of the two asks for it; a format of its own stays one too many.
+    unlike = {**schema, "properties": {"mood": {"enum": ["glad", True]}}}
+    for parameters, wanted, choice, param in (
+        (DROPPED, DROPPED, asked["tool_choice"], "text.format.schema"),
+        (schema, unlike, asked["tool_choice"], "text"),
+        (schema, schema, "required", "text"),
+    ):
+        tools = [{**tool, "parameters": parameters}, FLAT_TOOL]
+        with pytest.raises(errors.InvalidRequestError) as caught:
+            check(RESPONSES, tools=tools, tool_choice=choice, text={"format": {**form, "schema": wanted}})
+        assert caught.value.param == param
+
+
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETION])
 def test_to_choose_the_best_of_as_many_as_are_given_asks_for_nothing(endpoint: Endpoint) -> None:
     assert check(endpoint, n=3, best_of=3) == {**MINIMAL[endpoint], "n": 3}
