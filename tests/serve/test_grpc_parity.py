@@ -290,7 +290,7 @@ WRONG: dict[str, tuple[Endpoint, dict[str, Any], dict[str, Any]]] = {
         {"prompt": [1] * 2000, "echo": True, "logprobs": 2, "n": 16},
         {"promptTokenIds": {"ids": [1] * 2000}, "echo": True, "logprobs": 2, "sampling": {"n": 16}},
     ),
-    **{f"{name} beside a format": (
+    **{f"{endpoint} {name} beside a format": (
         endpoint,
         {name: value, "structured_outputs": {"choice": ["yes"]}},
         {"sampling": {name: value, "choice": {"texts": ["yes"]}}},
