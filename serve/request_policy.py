@@ -91,7 +91,8 @@ def check_body(body: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
         _check_what_is_tokenized(body)
     request_shapes.check(body)
     _check_end(body)
-    if request_shapes.repeats_the_call(body):
+    if (tool := request_shapes.repeated_tool(body)) is not None:
+        tool["strict"] = True  # as an answer in a format always is
         del body["text"]["format"]
     return body
 
@@ -258,7 +259,7 @@ def _check_combinations(body: Mapping[str, Any]) -> None:
         _check_echo(body)
     if body.get("tools") and body.get("tool_choice") not in (None, "none", "auto"):
         for name in ("response_format", "structured_outputs", "text"):
-            if request_shapes.asks_for_a_format(body.get(name)) and not request_shapes.repeats_the_call(body):
+            if request_shapes.asks_for_a_format(body.get(name)) and request_shapes.repeated_tool(body) is None:
                 raise errors.InvalidRequestError(
                     f"{name} cannot hold for an answer that tool_choice forces to be a tool call. Leave one of the "
                     "two out.",

@@ -60,16 +60,18 @@ def asks_for_a_format(value: Any) -> bool:
     return bool(kind) and not (isinstance(kind, dict) and kind.get("type") == "text")
 
 
-def repeats_the_call(body: Mapping[str, Any]) -> bool:
-    """Whether ``text`` asks of an answer to /v1/responses what the tool that it must call asks of its arguments, as
-    instructor does. The call is held to it, and there is no other answer."""
+def repeated_tool(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tool that an answer to /v1/responses must call, where ``text`` asks of the answer what this asks of its
+    arguments: instructor sends both. Then there is one wish, that the call holds to it."""
     choice, text = body.get("tool_choice"), body.get("text")
     form = text.get("format") if isinstance(text, dict) else None
     if not isinstance(choice, dict) or not isinstance(form, dict) or form.get("type") != "json_schema":
-        return False
-    named = [tool for _, tool in entries(body, "tools") if tool.get("name") == choice.get("name")]
-    schemas = [json.dumps(each, sort_keys=True) for each in (form.get("schema"), *(t.get("parameters") for t in named))]
-    return isinstance(form.get("schema"), dict) and schemas[1:] == schemas[:1]  # as JSON: to Python 1 is true
+        return None
+    for _, tool in entries(body, "tools"):
+        wished, held = (json.dumps(schema, sort_keys=True) for schema in (form.get("schema"), tool.get("parameters")))
+        if tool.get("name") == choice.get("name") and wished == held:  # as JSON: to Python 1 is true
+            return tool
+    return None
 
 
 def what_binds(body: Mapping[str, Any]) -> str | None:

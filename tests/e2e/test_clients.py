@@ -349,6 +349,14 @@ def test_a_tool_call_goes_round_through_responses(client: openai.OpenAI) -> None
         assert after.usage.input_tokens > called.usage.input_tokens
 
 
+def test_a_call_beside_a_format_of_the_same_schema_holds_to_it(client: openai.OpenAI) -> None:
+    """As instructor asks; the tool itself is not strict."""
+    flat: Any = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
+    form: Any = {"format": {"type": "json_schema", "name": "get_weather", "strict": True, "schema": PARAMETERS}}
+    (call,) = respond(client, tools=[flat], tool_choice={"type": "function", "name": "get_weather"}, text=form).output
+    assert json.loads(call.arguments)["city"] in CITIES
+
+
 def test_a_schema_response_parses_into_its_class(client: openai.OpenAI) -> None:
     parsed = client.responses.parse(model=MODEL, input="Who are you?", text_format=Reply, temperature=0)
     assert isinstance(parsed.output_parsed, Reply)

@@ -248,13 +248,14 @@ def test_defaults_that_clients_send_ask_for_nothing(endpoint: Endpoint, fields: 
     assert check(endpoint, **fields) == MINIMAL[endpoint]
 
 
-def test_a_format_that_repeats_the_tool_to_be_called_asks_for_nothing_more() -> None:
+def test_a_format_that_repeats_the_tool_to_be_called_asks_that_the_call_holds_to_it() -> None:
     """As instructor 1.17 sends it in Mode.RESPONSES_TOOLS."""
     schema = {"type": "object", "properties": {"mood": {"enum": ["glad", 1]}}, "required": ["mood"]}
     tool = {"type": "function", "name": "Reply", "parameters": schema, "description": "Correctly extracted."}
     form = {"type": "json_schema", "name": "Reply", "strict": True, "schema": schema}
     asked = {"tools": [tool, FLAT_TOOL], "tool_choice": {"type": "function", "name": "Reply"}}
-    assert check(RESPONSES, **asked, text={"format": form}) == {**MINIMAL[RESPONSES], **asked, "text": {}}
+    held = {**asked, "tools": [{**tool, "strict": True}, FLAT_TOOL]}
+    assert check(RESPONSES, **asked, text={"format": form}) == {**MINIMAL[RESPONSES], **held, "text": {}}
     # What the grammar would drop is told of, whichever of the two asks for it; a format of its own stays one too many.
     unlike = {**schema, "properties": {"mood": {"enum": ["glad", True]}}}
     for parameters, wanted, choice, param in (
