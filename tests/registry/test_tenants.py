@@ -137,10 +137,11 @@ def test_what_was_shared_is_shared_again_when_it_is_rolled_back(everything: Regi
 
 def test_a_tenants_own_name_for_what_is_shared_stays_its_own(everything: Registry) -> None:
     common, acme = published(everything, "common"), everything.on_behalf_of(ACME)
+    own = published(acme, "own")
     acme.set_alias("mine", common.revision)
-    acme.set_alias("mine", published(acme, "own").revision)
+    acme.set_alias("mine", own.revision)
     assert acme.rollback_alias("mine").tenant == "acme"
-    acme.set_alias("mine", common.revision, canary=CanaryRequest(acme.artifacts("support")[-1].revision, 10))
+    acme.set_alias("mine", common.revision, canary=CanaryRequest(own.revision, 10))
     assert acme.rollback_alias("mine").tenant == "acme"
 
 
