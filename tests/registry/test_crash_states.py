@@ -14,6 +14,7 @@ from registry import CanaryRequest, Registry
 from registry.errors import ModelNotFoundError, NotFoundError
 from tests.registry.crash import CrashModel, RecordingFilesystem, State, write_state
 from tests.registry.samples import draft, tree, write_files
+from tests.sizes import size
 
 
 @pytest.fixture
@@ -122,8 +123,8 @@ class _PublishAndFlip:
 def test_a_reader_of_any_crash_state_sees_whole_revisions_and_the_old_or_the_new_alias(scratch: Path) -> None:
     run = _PublishAndFlip(scratch)
     started = time.process_time()
-    count = _check_all(scratch, run.recorder, run.before, run.check, per_op=250)
-    assert count >= 2000, count
+    count = _check_all(scratch, run.recorder, run.before, run.check, per_op=size(100, 250))
+    assert count >= size(900, 2000), count
     assert time.process_time() - started < 30
 
 
@@ -247,7 +248,7 @@ class _RunCanaries:
 
 def test_a_reader_of_any_crash_state_sees_the_old_split_or_the_new_one(scratch: Path) -> None:
     run = _RunCanaries(scratch)
-    assert _check_all(scratch, run.recorder, run.before, run.check, per_op=100) >= 300
+    assert _check_all(scratch, run.recorder, run.before, run.check, per_op=size(40, 100)) >= size(150, 300)
 
 
 class _NoFileFsync(RecordingFilesystem):
