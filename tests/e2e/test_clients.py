@@ -28,7 +28,7 @@ from serve import request_policy as policy
 from tests.e2e.four_ways import Question, over_grpc, over_grpc_stream, over_http, over_http_stream
 from tests.e2e.service import Service
 
-pytestmark = [pytest.mark.engine, pytest.mark.beside]
+pytestmark = pytest.mark.engine
 
 MODEL = "capo-tiny"
 HELLO: dict[str, Any] = {"role": "user", "content": "Who are you?"}

@@ -1,6 +1,6 @@
 """What every training method publishes serves, and answers what the trainer answered.
 
-25 prompts for each of a few methods; 100 for all of them with CAPO_LONG=1.
+15 prompts for each of a few methods; 100 for all of them with CAPO_LONG=1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ PATTERNS = {"rank_pattern": {r"layers\.5\.mlp\..*": 16}, "alpha_pattern": {"q_pr
 ADAPTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "patterns": ({"kind": "lora", "rank": 8, "use_rslora": True, **PATTERNS}, [SFT]),
     "qlora": ({"kind": "qlora"}, [SFT]),
-    "extracted": ({"kind": "dora", "extract_lora_rank": 32}, [SFT]),
     "preferring": ({"kind": "lora", "loraplus_ratio": 4.0}, [TEXT, SFT, DPO]),
 }
 MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -34,6 +33,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 if LONG:
     ADAPTERS |= {
+        "extracted": ({"kind": "dora", "extract_lora_rank": 32}, [SFT]),
         "gaussian": ({"kind": "lora", "init": "gaussian"}, [SFT]),
         "orthogonal": ({"kind": "lora", "init": "orthogonal"}, [SFT]),
         "from-full": ({"kind": "full", "extract_lora_rank": 64}, [SLOW_SFT]),

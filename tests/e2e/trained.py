@@ -22,7 +22,7 @@ from tune.recipe_file import parse_recipe
 from tune.session import run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NUM_PROBES = size(25, 100)
+NUM_PROBES = size(15, 100)
 SFT = {"kind": "sft", "data": [{"path": "tasks/support/train.jsonl"}], "max_steps": 12, "learning_rate": 3e-3}
 
 

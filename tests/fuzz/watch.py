@@ -15,7 +15,7 @@ import psutil
 from tests.e2e.service import Service
 from tests.sizes import size
 
-NUM_REQUESTS = int(os.environ.get("CAPO_FUZZ_REQUESTS", size(20, 10_000)))
+NUM_REQUESTS = int(os.environ.get("CAPO_FUZZ_REQUESTS", size(16, 10_000)))
 """For each endpoint and each kind of nonsense."""
 MODEL = "capo-tiny"
 # Caches fill: of compiled grammars (bounded by size), of prefixes, of the allocators. A leak of a body for each of

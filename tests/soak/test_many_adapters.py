@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 FEW, MANY = 10, size(200, 1000)
 ROUNDS = size(1, 6)
-SECONDS = size(3, 10)
+SECONDS = size(2, 10)
 MOST_SLOWDOWN = 1.05 if LONG else 1.5
 NUM_STREAMS, NUM_USED = 8, 4
 STREAM_TOKENS = 48
