@@ -32,16 +32,6 @@ from tests.serve.fake_engine import FakeEngine
 LIMITS = EngineLimits(max_loras=2, max_lora_rank=16, max_model_len=128, vocab_size=64)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> BaseModel:
-    return locate_base_model(str(write_base(tmp_path / "base")))
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
-
-
 def publish_unchecked(registry: Registry, folder: Path, base: BaseModel, **fields: Any) -> Artifact:
     """As a publisher would that checks nothing, so that the gate is alone with the adapter."""
     draft: dict[str, Any] = {

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 from registry import Probe, Registry, errors, locate_base_model
-from serve.engine_api import EngineAdapter, EngineLimits
+from serve.engine_api import EngineAdapter
 from serve.gate import Gate
 from tests.registry.samples import write_adapter, write_base
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.test_gate import publish_unchecked
-
-LIMITS = EngineLimits(max_loras=2, max_lora_rank=16, max_model_len=128, vocab_size=64)
+from tests.serve.test_gate import LIMITS, publish_unchecked
 
 
 @pytest.mark.parametrize(("made_from", "is_taken"), [("base", True), ("something merged", False)])

@@ -7,25 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from registry import Artifact, BaseModel, Registry, errors, locate_base_model
+from registry import Artifact, BaseModel, Registry, errors
 from serve import gate as gate_module
-from serve.engine_api import EngineLimits
 from serve.gate import Gate
-from tests.registry.samples import write_adapter, write_base
+from tests.registry.samples import write_adapter
 from tests.serve.admin import Refused, admin_of
 from tests.serve.fake_engine import FakeEngine
-
-LIMITS = EngineLimits(max_loras=2, max_lora_rank=16, max_model_len=128, vocab_size=64)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> BaseModel:
-    return locate_base_model(str(write_base(tmp_path / "base")))
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
+from tests.serve.test_gate import LIMITS
 
 
 @pytest.fixture
